@@ -1,0 +1,349 @@
+// What the BF16 and FP8 decode kernels share: shared-memory layout, producer warps, online softmax,
+// and the epilogue that merges the two warpgroups and the CTAs of a split sequence.
+// Knows nothing of the KV format: the kernels issue the copies and the matrix products.
+#pragma once
+
+#include "attention/mfa_work.cuh"
+#include "common/barrier.cuh"
+#include "common/ptx.cuh"
+#include "common/tma.cuh"
+#include "common/types.cuh"
+
+constexpr int kHeads = 64;     // rows of one wgmma; fewer query heads are padded by the TMA unit
+constexpr int kHeadDim = 256;
+constexpr int kThreads = 3 * kWarpgroupThreads;  // producer, consumer 0, consumer 1
+constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
+constexpr int kConsumerWarps = kConsumerThreads / kWarpThreads;
+constexpr int kOutputRegs = kHeads * kHeadDim / kWarpgroupThreads;  // 128 per thread
+constexpr int kScoreRegs = kHeads * kBlockTokens / kWarpgroupThreads;  // 32 per thread
+constexpr int kProducerRegs = 24;   // 24 * 128 + 240 * 256 = 64,512 of 65,536 registers
+constexpr int kConsumerRegs = 240;
+constexpr int kMergeRegs = 32;      // accumulators exchanged per warpgroup and round
+constexpr int kBarrierConsumers = 1;
+constexpr int kBarrierConsumer0 = 2;
+constexpr int kBarrierConsumer1 = 3;
+
+// Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
+//   q | ring[kStages] of K, V, K, V, ... | merge[2] | stats[2][64] | barriers
+template <int kQueryBytes_, int kBufferBytes_, int kStages_>
+struct MfaShared {
+  static constexpr int kQueryBytes = kQueryBytes_;
+  static constexpr int kBufferBytes = kBufferBytes_;
+  static constexpr int kStages = kStages_;
+
+  alignas(1024) uint8_t query[kQueryBytes];
+  uint8_t ring[kStages][kBufferBytes];
+  float4 merge[2][kMergeRegs / 4][kWarpgroupThreads];
+  float2 stats[2][kHeads];  // {maximum, sum} of each row, per consumer
+  uint64_t full[kStages];   // completes when a copy has landed
+  uint64_t empty[kStages];  // completes when the four warps of the reader are done
+  uint64_t query_full;
+  uint64_t query_empty;
+  int is_last_arrival;
+};
+
+struct MfaParams {
+  const MfaWork* schedule;   // [num_ctas]
+  const int* seq_lens;       // i32[S]
+  const int* block_table;    // i32[S, block_table_stride]
+  int block_table_stride;
+  int num_heads;             // <= 64
+  float softmax_scale_log2;  // softmax scale (and K scale) times log2(e)
+  float output_scale;        // V scale; undoes the scale of P
+  uint16_t* out;             // bf16[S, num_heads, 256]
+  float* partial_out;        // f32[2 * num_ctas, 64, 256]
+  float2* partial_stats;     // f32[2 * num_ctas, 64, 2]: {maximum, sum}
+  int* arrivals;             // i32[num_ctas], zero between launches
+};
+
+template <class Shared>
+__device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared::kStages; ++i) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kWarpgroupThreads / kWarpThreads);
+    }
+    mbarrier_init(&shared.query_full, 1);
+    mbarrier_init(&shared.query_empty, kConsumerWarps);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+// ---- producer ------------------------------------------------------------------------------
+
+// Streams K and V of every block of every part through the ring. Runs ahead into the next sequence
+// while the consumers still finish this one, so that the memory stream has no gap between sequences.
+// `load(block, is_v, destination, barrier)` issues the copy of one buffer.
+template <class Shared, class Load>
+__device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
+                                               const MfaWork& work, Load load) {
+  const int lane = threadIdx.x % kWarpThreads;
+  RingCursor<Shared::kStages> cursor;
+  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
+    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
+    const int* table = params.block_table +
+                       static_cast<int64_t>(sequence) * params.block_table_stride;
+    int lane_block = 0;
+    for (int b = part.block_begin; b < part.block_end; ++b) {
+      const int chunk_index = (b - part.block_begin) % kWarpThreads;
+      if (chunk_index == 0) lane_block = b + lane < part.block_end ? table[b + lane] : 0;
+      const int block = __shfl_sync(kFullWarp, lane_block, chunk_index);
+#pragma unroll
+      for (int is_v = 0; is_v < 2; ++is_v) {
+        mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+        if (lane == 0) {
+          mbarrier_arrive_expect_tx(&shared.full[cursor.stage], Shared::kBufferBytes);
+          load(block, is_v, shared.ring[cursor.stage], &shared.full[cursor.stage]);
+        }
+        cursor.advance(1);
+      }
+    }
+  }
+}
+
+// Loads the queries of each part; a warp of its own, so that waiting for the query buffer never
+// holds back the KV stream.
+template <class Shared, class Load>
+__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaWork& work, Load load) {
+  const int lane = threadIdx.x % kWarpThreads;
+  uint32_t parity = 0;
+  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
+    mbarrier_wait(&shared.query_empty, parity ^ 1);
+    if (lane == 0) {
+      mbarrier_arrive_expect_tx(&shared.query_full, Shared::kQueryBytes);
+      load(sequence, shared.query, &shared.query_full);
+    }
+    parity ^= 1;
+  }
+}
+
+// One arrival per warp: a warp's own wait only proves that its own rows have been read.
+__device__ __forceinline__ void mfa_release(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(barrier);
+}
+
+// Barrier among the 128 threads of one consumer.
+__device__ __forceinline__ void mfa_sync_consumer(int consumer) {
+  if (consumer == 0) {
+    bar_sync<kBarrierConsumer0, kWarpgroupThreads>();
+  } else {
+    bar_sync<kBarrierConsumer1, kWarpgroupThreads>();
+  }
+}
+
+// ---- online softmax ------------------------------------------------------------------------
+
+// State of one consumer thread: its two rows, lane/4 and lane/4 + 8 of its warp's 16.
+struct MfaRows {
+  float maximum[2];  // of the scaled scores, in log2 units; the same in the 4 lanes of a row
+  float sum[2];      // of this lane's share of the weights
+};
+
+// Turns scores into weights 2^(score * scale - maximum + log2_weight_scale), in place, and updates
+// the running maximum and sum. Returns the factors that rescale what was accumulated before.
+// Tokens at `num_valid` and beyond get weight 0. scale > 0.
+__device__ __forceinline__ void mfa_softmax(float (&scores)[kScoreRegs], MfaRows& rows,
+                                            const float (&scale)[2], float log2_weight_scale,
+                                            int num_valid, float (&rescale)[2]) {
+  if (num_valid < kBlockTokens) {
+    const int first_column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; ++i) {
+      const int column = 8 * (i / 4) + first_column + i % 2;
+      if (column >= num_valid) scores[i] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = scores[2 * r];
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; i += 4) {
+      top = fmaxf(top, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
+    }
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+    const float maximum = fmaxf(rows.maximum[r], top * scale[r]);
+    rescale[r] = ex2_approx(rows.maximum[r] - maximum);
+    rows.maximum[r] = maximum;
+    const float offset = log2_weight_scale - maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; i += 4) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[i + 2 * r + c];
+        score = ex2_approx(fmaf(score, scale[r], offset));
+        sum += score;
+      }
+    }
+    rows.sum[r] = fmaf(rows.sum[r], rescale[r], sum);
+  }
+}
+
+// ---- epilogue ------------------------------------------------------------------------------
+
+// 2^(maximum - reference), and 0 for a consumer that saw no block (its maximum is -inf).
+__device__ __forceinline__ float mfa_weight(float maximum, float reference) {
+  return maximum == -INFINITY ? 0.0f : ex2_approx(maximum - reference);
+}
+
+struct MfaTarget {
+  uint16_t* out;       // whole sequence: bf16[num_heads, 256]
+  float* partial_out;  // split sequence: f32[64, 256]; null when whole
+};
+
+__device__ __forceinline__ void mfa_store_pair(const MfaTarget& target, int num_heads, int row,
+                                               int column, float x, float y) {
+  const int offset = row * kHeadDim + column;
+  if (target.partial_out != nullptr) {
+    *reinterpret_cast<float2*>(target.partial_out + offset) = make_float2(x, y);
+  } else if (row < num_heads) {
+    *reinterpret_cast<uint32_t*>(target.out + offset) = cvt_bf16x2(x, y);
+  }
+}
+
+// Merges the accumulators of the two consumers, each of which saw every other block. Consumer w
+// keeps columns [128w, 128w + 128) and hands the others over, 64 columns a round; both hold the same
+// (row, column) in the same register of the same thread, so the exchange needs no index arithmetic.
+template <int kConsumer, class Shared>
+__device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTarget& target,
+                                                    int num_heads, const MfaRows& rows,
+                                                    float output_scale,
+                                                    const float (&acc)[kOutputRegs]) {
+  constexpr int kOther = 1 - kConsumer;
+  constexpr int kKeep = kConsumer * kOutputRegs / 2;
+  constexpr int kGive = kOther * kOutputRegs / 2;
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int lane = thread % kWarpThreads;
+  const int row = thread / kWarpThreads * 16 + lane / 4;
+
+  float mine[2];
+  float theirs[2];
+#pragma unroll
+  for (int round = 0; round < kOutputRegs / 2 / kMergeRegs; ++round) {
+#pragma unroll
+    for (int i = 0; i < kMergeRegs; i += 4) {
+      const int give = kGive + round * kMergeRegs + i;
+      shared.merge[kConsumer][i / 4][thread] =
+          make_float4(acc[give], acc[give + 1], acc[give + 2], acc[give + 3]);
+    }
+    if (round == 0 && lane % 4 == 0) {
+      shared.stats[kConsumer][row] = make_float2(rows.maximum[0], rows.sum[0]);
+      shared.stats[kConsumer][row + 8] = make_float2(rows.maximum[1], rows.sum[1]);
+    }
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (round == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 other = shared.stats[kOther][row + 8 * r];
+        const float maximum = fmaxf(rows.maximum[r], other.x);
+        mine[r] = mfa_weight(rows.maximum[r], maximum);
+        theirs[r] = mfa_weight(other.x, maximum);
+        if (target.partial_out == nullptr) {
+          const float sum = rows.sum[r] * mine[r] + other.y * theirs[r];
+          const float inverse = sum > 0.0f ? output_scale / sum : 0.0f;  // no token: output 0
+          mine[r] *= inverse;
+          theirs[r] *= inverse;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMergeRegs; i += 4) {
+      const int keep = kKeep + round * kMergeRegs + i;
+      const float4 other = shared.merge[kOther][i / 4][thread];
+      const int column = 2 * keep + 2 * (lane % 4);  // register 4j holds column 8j
+      mfa_store_pair(target, num_heads, row, column, acc[keep] * mine[0] + other.x * theirs[0],
+                     acc[keep + 1] * mine[0] + other.y * theirs[0]);
+      mfa_store_pair(target, num_heads, row + 8, column,
+                     acc[keep + 2] * mine[1] + other.z * theirs[1],
+                     acc[keep + 3] * mine[1] + other.w * theirs[1]);
+    }
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+  }
+}
+
+// Merges all partial results of a split sequence; run by the CTA that finished last. 64 threads a
+// head, 4 columns a thread, 4 heads at a time.
+__device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaPart& part,
+                                                  uint16_t* out) {
+  constexpr int kThreadsPerHead = kHeadDim / 4;
+  const int thread = threadIdx.x - kWarpgroupThreads;
+  const int column = thread % kThreadsPerHead * 4;
+  for (int head = thread / kThreadsPerHead; head < params.num_heads;
+       head += kConsumerThreads / kThreadsPerHead) {
+    float maximum = -INFINITY;
+    for (int p = 0; p < part.split_parts; ++p) {
+      const int slot = mfa_partial_slot(part.split_cta, p);
+      maximum = fmaxf(maximum, ld_global_cg(&params.partial_stats[slot * kHeads + head]).x);
+    }
+    float sum = 0.0f;
+    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (int p = 0; p < part.split_parts; ++p) {
+      const int slot = mfa_partial_slot(part.split_cta, p);
+      const float2 stats = ld_global_cg(&params.partial_stats[slot * kHeads + head]);
+      const float4 value = ld_global_cg(reinterpret_cast<const float4*>(
+          params.partial_out + (slot * kHeads + head) * kHeadDim + column));
+      const float weight = mfa_weight(stats.x, maximum);
+      sum = fmaf(stats.y, weight, sum);
+      acc.x = fmaf(value.x, weight, acc.x);
+      acc.y = fmaf(value.y, weight, acc.y);
+      acc.z = fmaf(value.z, weight, acc.z);
+      acc.w = fmaf(value.w, weight, acc.w);
+    }
+    const float inverse = params.output_scale / sum;
+    *reinterpret_cast<uint2*>(out + head * kHeadDim + column) =
+        make_uint2(cvt_bf16x2(acc.x * inverse, acc.y * inverse),
+                   cvt_bf16x2(acc.z * inverse, acc.w * inverse));
+  }
+}
+
+// Finishes a part: the two consumers merge; a whole sequence goes to the output, a split one to its
+// partial slot, and the last CTA of the sequence to arrive there combines all parts. Nobody waits
+// for another CTA, so the kernel makes progress however few of its CTAs are resident.
+template <class Shared>
+__device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams& params,
+                                                const MfaPart& part, int consumer, MfaRows& rows,
+                                                const float (&acc)[kOutputRegs]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 1);
+    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 2);
+  }
+  uint16_t* out =
+      params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
+  const int slot = 2 * blockIdx.x + (part.block_begin == 0 ? 1 : 0);
+  const MfaTarget target = {
+      out, part.is_split() ? params.partial_out + slot * kHeads * kHeadDim : nullptr};
+  // The branch lets each consumer name its registers by constants.
+  if (consumer == 0) {
+    mfa_merge_and_store<0>(shared, target, params.num_heads, rows, params.output_scale, acc);
+  } else {
+    mfa_merge_and_store<1>(shared, target, params.num_heads, rows, params.output_scale, acc);
+  }
+  if (!part.is_split()) return;
+
+  const int thread = threadIdx.x - kWarpgroupThreads;
+  if (thread < kHeads) {
+    const float2 a = shared.stats[0][thread];
+    const float2 b = shared.stats[1][thread];
+    const float maximum = fmaxf(a.x, b.x);
+    params.partial_stats[slot * kHeads + thread] = make_float2(
+        maximum, a.y * mfa_weight(a.x, maximum) + b.y * mfa_weight(b.x, maximum));
+  }
+  __threadfence();
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  if (thread == 0) {
+    int* arrivals = &params.arrivals[part.split_cta];
+    const bool is_last = atom_add_acq_rel_gpu(arrivals, 1) == part.split_parts - 1;
+    if (is_last) *arrivals = 0;  // everyone has arrived: ready for the next launch
+    shared.is_last_arrival = is_last;
+  }
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  if (shared.is_last_arrival) {
+    __threadfence();
+    mfa_combine_parts(params, part, out);
+  }
+}
