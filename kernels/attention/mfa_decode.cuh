@@ -75,24 +75,39 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
 // Streams K and V of every block of every part through the ring. Runs ahead into the next sequence
 // while the consumers still finish this one, so that the memory stream has no gap between sequences.
 // `load(block, is_v, destination, barrier)` issues the copy of one buffer.
+//
+// Only lane 0 waits and copies: lanes that poll a barrier on their own may fall a phase behind.
+// Of all KV blocks, the previous kernel of the stream may write only the last one of a sequence (the
+// new token); everything before it is fetched while that kernel still runs.
 template <class Shared, class Load>
 __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
                                                const MfaWork& work, Load load) {
   const int lane = threadIdx.x % kWarpThreads;
+  bool has_waited = false;
   RingCursor<Shared::kStages> cursor;
   for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
-    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
     const int* table = params.block_table +
                        static_cast<int64_t>(sequence) * params.block_table_stride;
-    int lane_block = 0;
+    // Bounded by the row, not by the sequence, so that the load need not wait for the length.
+    const auto load_ids = [&](int first) {
+      const bool is_in_row = first + lane < params.block_table_stride;
+      return is_in_row ? ld_global_cg(table + first + lane) : 0;
+    };
+    int lane_block = load_ids(mfa_first_block(work, sequence));
+    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
+    const int last_block = (part.num_tokens - 1) / kBlockTokens;
     for (int b = part.block_begin; b < part.block_end; ++b) {
       const int chunk_index = (b - part.block_begin) % kWarpThreads;
-      if (chunk_index == 0) lane_block = b + lane < part.block_end ? table[b + lane] : 0;
+      if (chunk_index == 0 && b > part.block_begin) lane_block = load_ids(b);
       const int block = __shfl_sync(kFullWarp, lane_block, chunk_index);
+      if (!has_waited && b == last_block) {
+        griddepcontrol_wait();
+        has_waited = true;
+      }
 #pragma unroll
       for (int is_v = 0; is_v < 2; ++is_v) {
-        mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
         if (lane == 0) {
+          mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
           mbarrier_arrive_expect_tx(&shared.full[cursor.stage], Shared::kBufferBytes);
           load(block, is_v, shared.ring[cursor.stage], &shared.full[cursor.stage]);
         }
@@ -106,16 +121,21 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
 // holds back the KV stream.
 template <class Shared, class Load>
 __device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaWork& work, Load load) {
-  const int lane = threadIdx.x % kWarpThreads;
+  if (threadIdx.x % kWarpThreads != 0) return;
+  griddepcontrol_wait();
   uint32_t parity = 0;
   for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
     mbarrier_wait(&shared.query_empty, parity ^ 1);
-    if (lane == 0) {
-      mbarrier_arrive_expect_tx(&shared.query_full, Shared::kQueryBytes);
-      load(sequence, shared.query, &shared.query_full);
-    }
+    mbarrier_arrive_expect_tx(&shared.query_full, Shared::kQueryBytes);
+    load(sequence, shared.query, &shared.query_full);
     parity ^= 1;
   }
+}
+
+// Waits for a buffer; the lanes leave together, none may fall a phase behind.
+__device__ __forceinline__ void mfa_acquire(uint64_t* barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+  __syncwarp();
 }
 
 // One arrival per warp: a warp's own wait only proves that its own rows have been read.

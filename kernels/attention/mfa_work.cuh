@@ -11,6 +11,7 @@
 // has one partial result per CTA that it touches; its CTAs are consecutive.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 
 constexpr int kBlockTokens = 64;
@@ -40,6 +41,19 @@ struct MfaPart {
   __device__ __forceinline__ bool is_split() const { return split_parts > 1; }
 };
 
+// The schedule kernel fences its rows before it exits, so a decode kernel that starts at that moment
+// may read them without griddepcontrol.wait, past L1.
+__device__ __forceinline__ MfaWork mfa_load_work(const MfaWork* schedule) {
+  const int4* row = reinterpret_cast<const int4*>(schedule + blockIdx.x);
+  const int4 range = ld_global_cg(row);
+  const int4 splits = ld_global_cg(row + 1);
+  return {range.x, range.y, range.z, range.w, splits.x, splits.y, splits.z, splits.w};
+}
+
+__device__ __forceinline__ int mfa_first_block(const MfaWork& work, int sequence) {
+  return sequence == work.first_sequence ? work.first_block : 0;
+}
+
 __device__ __forceinline__ bool mfa_has_part(const MfaWork& work, int sequence) {
   return sequence < work.last_sequence ||
          (sequence == work.last_sequence && work.last_block > 0);
@@ -49,9 +63,9 @@ __device__ __forceinline__ MfaPart mfa_part(const MfaWork& work, const int* seq_
                                             int sequence) {
   MfaPart part;
   part.sequence = sequence;
-  part.num_tokens = seq_lens[sequence];
+  part.num_tokens = ld_global_cg(seq_lens + sequence);
   const int num_blocks = (part.num_tokens + kBlockTokens - 1) / kBlockTokens;
-  part.block_begin = sequence == work.first_sequence ? work.first_block : 0;
+  part.block_begin = mfa_first_block(work, sequence);
   part.block_end = sequence == work.last_sequence ? work.last_block : num_blocks;
   const bool starts_before = part.block_begin > 0;
   const bool ends_after = part.block_end < num_blocks;

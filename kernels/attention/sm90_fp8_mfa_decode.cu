@@ -161,13 +161,13 @@ __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
 #pragma unroll
     for (int i = 0; i < kOutputRegs; ++i) acc[i] = 0.0f;
 
-    mbarrier_wait(&shared.query_full, (sequence - work.first_sequence) & 1);
+    mfa_acquire(&shared.query_full, (sequence - work.first_sequence) & 1);
     for (int b = part.block_begin + skip; b < part.block_end; b += 2) {
       const RingCursor<Shared::kStages> v_cursor = cursor.next();
       float scores[kScoreRegs];
       float rescale[2];
 
-      mbarrier_wait(&shared.full[cursor.stage], cursor.parity);
+      mfa_acquire(&shared.full[cursor.stage], cursor.parity);
       compute_scores(shared.query, shared.ring[cursor.stage], scores);
       wgmma_wait_group<0>(scores);
       mfa_release(&shared.empty[cursor.stage]);
@@ -175,7 +175,7 @@ __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
       const int num_valid = part.num_tokens - b * kBlockTokens;
       mfa_softmax(scores, rows, scale, kLog2WeightScale, num_valid, rescale);
 
-      mbarrier_wait(&shared.full[v_cursor.stage], v_cursor.parity);
+      mfa_acquire(&shared.full[v_cursor.stage], v_cursor.parity);
       if (num_valid < kBlockTokens) {
         zero_unused_values(shared.ring[v_cursor.stage], num_valid, consumer);
       }
@@ -195,8 +195,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_base[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_base);
   if (shared_address(shared_base) % alignof(Shared) != 0) __trap();
+  const MfaWork work = mfa_load_work(params.schedule);
   mfa_init_barriers(shared);
-  const MfaWork work = params.schedule[blockIdx.x];
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
   if (warpgroup == 0) {
@@ -217,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     setmaxnreg_inc<kConsumerRegs>();
+    griddepcontrol_wait();
     consume(shared, params, query_scale, work, warpgroup - 1);
   }
 }

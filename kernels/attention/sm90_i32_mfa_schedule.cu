@@ -150,5 +150,6 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
       work.last_split_parts = stop - i;
     }
     schedule[i] = work;
+    __threadfence();  // see mfa_load_work
   }
 }

@@ -2,6 +2,7 @@
 // Never decides who waits for what; that is the kernel's layout struct.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -45,12 +46,13 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
 }
 
 // Waits until the phase of the given parity has completed. A kernel built with
-// STEP3RT_BOUNDED_WAITS traps after that many failed polls, so that a protocol error ends the
-// launch with an error instead of hanging the device; each poll suspends for a bounded time.
+// STEP3RT_WAIT_LIMIT_NS traps after that time, so that a protocol error ends the launch with an
+// error instead of hanging the device.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-#ifdef STEP3RT_BOUNDED_WAITS
-  for (uint32_t polls = 0; !mbarrier_try_wait(barrier, parity); ++polls) {
-    if (polls > STEP3RT_BOUNDED_WAITS) __trap();
+#ifdef STEP3RT_WAIT_LIMIT_NS
+  const uint64_t start = globaltimer();
+  while (!mbarrier_try_wait(barrier, parity)) {
+    if (globaltimer() - start > STEP3RT_WAIT_LIMIT_NS) __trap();
   }
 #else
   while (!mbarrier_try_wait(barrier, parity)) {

@@ -26,6 +26,13 @@ __device__ __forceinline__ void griddepcontrol_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Nanoseconds, in coarse ticks.
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t time_ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time_ns));
+  return time_ns;
+}
+
 // ---- arithmetic ----------------------------------------------------------------------------
 
 __device__ __forceinline__ float ex2_approx(float x) {
@@ -55,7 +62,23 @@ __device__ __forceinline__ uint32_t cvt_e4m3x4(float b0, float b1, float b2, flo
 
 // ---- memory --------------------------------------------------------------------------------
 
-// Loads through L2 only: the data was written by another SM in this launch, L1 may be stale.
+// Loads through L2 only: the data may be younger than what L1 holds, as when another SM wrote it in
+// this launch, or a kernel that this one overlaps with.
+__device__ __forceinline__ int ld_global_cg(const int* address) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ int4 ld_global_cg(const int4* address) {
+  int4 v;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ float4 ld_global_cg(const float4* address) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"

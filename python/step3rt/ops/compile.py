@@ -20,12 +20,13 @@ import step3rt
 ARCHITECTURE = "sm_90a"
 """Hopper with its architecture-specific instructions (wgmma, setmaxnreg)."""
 
-_FIXED_OPTIONS = (
+FIXED_OPTIONS = (
     f"--gpu-architecture={ARCHITECTURE}",
     "-std=c++17",
     "-default-device",
     "--generate-line-info",
     "--ptxas-options=-v",
+    "--no-cache",  # a hit in NVRTC's own cache comes without the ptxas report
 )
 
 
@@ -91,13 +92,13 @@ def compile_kernel(source: Path, options: Sequence[str] = ()) -> CompiledKernel:
 
     Args:
         source: A file of `kernel_sources()`; its stem is the entry point.
-        options: Further NVRTC options, for example `-DSTEP3RT_BOUNDED_WAITS=1000000`.
+        options: Further NVRTC options, for example `-DSTEP3RT_WAIT_LIMIT_NS=1000000000`.
 
     Raises:
         CompileError: NVRTC is missing or rejects the source.
     """
     nvrtc = _load_nvrtc()
-    all_options = (*_FIXED_OPTIONS, *options)
+    all_options = (*FIXED_OPTIONS, *options)
     key = _cache_key(source, all_options, nvrtc)
     cubin_path = _cache_dir() / f"{source.stem}-{key}.cubin"
     report_path = cubin_path.with_suffix(".json")
@@ -126,7 +127,7 @@ def parse_report(name: str, log: str) -> ResourceReport:
     if used is None or frame is None:
         raise CompileError(
             f"The compiler's report has no resources for `{name}`. The entry point must be named "
-            "as its file. Rename one of them.",
+            f"as its file. Rename one of them.\n{log!r}",
             log,
         )
     return ResourceReport(

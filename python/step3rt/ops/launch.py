@@ -1,11 +1,12 @@
-"""Loads cubins and launches them on torch's current stream; the only user of CuPy.
+"""Loads cubins through CuPy and launches them on torch's current stream.
 
 Never allocates, copies or converts a tensor: launchers check their tensors here and pass pointers.
 """
 
-import contextlib
+import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -14,29 +15,105 @@ import torch
 
 from step3rt.ops.compile import compile_kernel, kernels_dir
 
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_STATIC_SHARED_LIMIT_BYTES = 48 * 1024  # more needs an opt-in per kernel
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, padding, and a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel with its fixed launch shape.
+
+    `source` is its path below kernels/; `options` go to NVRTC. `num_threads` of every CTA,
+    `shared_bytes` of dynamic shared memory. `is_dependent`: the kernel calls griddepcontrol.wait
+    before it touches what earlier kernels wrote, so it may start while the previous one drains.
+    """
+
+    source: str
+    num_threads: int
+    shared_bytes: int = 0
+    is_dependent: bool = False
+    options: tuple[str, ...] = ()
+
+    def launch(self, device: torch.device, num_ctas: int, arguments: Sequence[Any]) -> None:
+        """Launches on torch's current stream of `device`; capturable after the first launch.
+
+        Args:
+            device: A CUDA device; the one that the arguments' tensors are on.
+            num_ctas: Grid size, one-dimensional.
+            arguments: NumPy scalars and size-one arrays, passed by value in order.
+
+        Raises:
+            RuntimeError: the driver rejects the launch.
+        """
+        index = torch.cuda.current_device() if device.index is None else device.index
+        function = _load_function(self, index)
+        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config = _LaunchConfig(
+            grid=(num_ctas, 1, 1),
+            block=(self.num_threads, 1, 1),
+            shared_bytes=self.shared_bytes,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+            attributes=ctypes.pointer(attribute),
+            num_attributes=int(self.is_dependent),
+        )
+        values = [np.ascontiguousarray(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        # Not CuPy's own launch: it cannot set launch attributes.
+        status = driver().cuLaunchKernelEx(
+            ctypes.byref(config), ctypes.c_void_p(function.kernel.ptr), pointers, None
+        )
+        if status != 0:
+            raise RuntimeError(
+                f"cuLaunchKernelEx returned {status} for {self.source} with {num_ctas} CTAs of "
+                f"{self.num_threads} threads and {self.shared_bytes} bytes of shared memory. The "
+                "kernels are built for sm_90a. Run them on a Hopper GPU."
+            )
+
 
 @functools.cache
-def load_kernel(source: str, dynamic_shared_bytes: int, options: tuple[str, ...] = ()) -> Any:
-    """Compiles and loads a kernel by its path below `kernels/`, once per process.
+def _load_function(kernel: Kernel, device_index: int) -> Any:
+    compiled = compile_kernel(kernels_dir() / kernel.source, kernel.options)
+    with cupy.cuda.Device(device_index):
+        function = cupy.RawModule(path=str(compiled.cubin_path)).get_function(compiled.name)
+        if kernel.shared_bytes > _STATIC_SHARED_LIMIT_BYTES:
+            function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+        return function
 
-    Call it before CUDA graph capture: loading a module is not capturable.
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """Returns the CUDA driver's library.
+
+    Raises:
+        RuntimeError: this machine has none.
     """
-    compiled = compile_kernel(kernels_dir() / source, options)
-    kernel = cupy.RawModule(path=str(compiled.cubin_path)).get_function(compiled.name)
-    if dynamic_shared_bytes > 48 * 1024:
-        kernel.max_dynamic_shared_size_bytes = dynamic_shared_bytes
-    return kernel
-
-
-@contextlib.contextmanager
-def current_stream(device: torch.device) -> Iterator[None]:
-    """Makes torch's current stream of `device` the one that CuPy launches on."""
-    stream = torch.cuda.current_stream(device)
-    with (
-        cupy.cuda.Device(stream.device_index),
-        cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index),
-    ):
-        yield
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(
+            "The CUDA driver (libcuda.so.1) cannot be loaded. Launching kernels needs a GPU "
+            "machine. Run the torch reference on this one."
+        ) from error
 
 
 def pointer(tensor: torch.Tensor) -> np.uint64:

@@ -16,10 +16,12 @@ from step3rt.ops.tensor_map import TileView, encode_tensor_map
 
 LOG2_E = 1.4426950408889634
 
-_BF16_SOURCE = "attention/sm90_bf16_mfa_decode.cu"
-_FP8_SOURCE = "attention/sm90_fp8_mfa_decode.cu"
-_THREADS = 384
-_SHARED_BYTES = 231_424  # sizeof(Shared) of either kernel; its contract block says the same
+_BF16_KERNEL = launch.Kernel(
+    "attention/sm90_bf16_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
+)
+_FP8_KERNEL = launch.Kernel(
+    "attention/sm90_fp8_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
+)
 
 # struct MfaParams of kernels/attention/mfa_decode.cuh.
 _PARAMS_DTYPE = np.dtype(
@@ -87,7 +89,7 @@ def mfa_decode_bf16(
         ),
     )
     params = _params(q, batch, out, softmax_scale, 1.0)
-    _launch(_BF16_SOURCE, batch.schedule, (_query_map(q), kv_map, params))
+    _BF16_KERNEL.launch(q.device, batch.schedule.num_ctas, (_query_map(q), kv_map, params))
 
 
 def mfa_decode_fp8(
@@ -121,7 +123,7 @@ def mfa_decode_fp8(
         raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
     arguments = (_query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
-    _launch(_FP8_SOURCE, batch.schedule, arguments)
+    _FP8_KERNEL.launch(q.device, batch.schedule.num_ctas, arguments)
 
 
 def reference_mfa_decode(
@@ -207,9 +209,3 @@ def _params(
     params["partial_stats"] = batch.schedule.partial_stats.data_ptr()
     params["arrivals"] = batch.schedule.arrivals.data_ptr()
     return params
-
-
-def _launch(source: str, schedule: MfaSchedule, arguments: tuple[Any, ...]) -> None:
-    kernel = launch.load_kernel(source, _SHARED_BYTES)
-    with launch.current_stream(schedule.device):
-        kernel((schedule.num_ctas,), (_THREADS,), arguments, shared_mem=_SHARED_BYTES)

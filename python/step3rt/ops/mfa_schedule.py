@@ -19,7 +19,7 @@ WORK_FIELDS = 8  # of struct MfaWork in kernels/attention/mfa_work.cuh
 PADDED_HEADS = 64
 HEAD_DIM = 256
 
-_SOURCE = "attention/sm90_i32_mfa_schedule.cu"
+_KERNEL = launch.Kernel("attention/sm90_i32_mfa_schedule.cu", num_threads=MAX_SEQUENCES)
 _SEQUENCE_COST = 2
 _MIN_RANGE_COST = 6
 _MAX_PARTS_PER_SEQUENCE = 64
@@ -89,18 +89,13 @@ def mfa_schedule(seq_lens: torch.Tensor, schedule: MfaSchedule) -> None:
             f"`seq_lens` has {num_sequences} sequences, one schedule takes 1 to {MAX_SEQUENCES}. "
             "Split the batch."
         )
-    kernel = launch.load_kernel(_SOURCE, 0)
-    with launch.current_stream(schedule.device):
-        kernel(
-            (1,),
-            (MAX_SEQUENCES,),
-            (
-                launch.pointer(seq_lens),
-                np.int32(num_sequences),
-                launch.pointer(schedule.rows),
-                np.int32(schedule.num_ctas),
-            ),
-        )
+    arguments = (
+        launch.pointer(seq_lens),
+        np.int32(num_sequences),
+        launch.pointer(schedule.rows),
+        np.int32(schedule.num_ctas),
+    )
+    _KERNEL.launch(schedule.device, 1, arguments)
 
 
 def reference_mfa_schedule(seq_lens: Sequence[int], num_ctas: int) -> list[tuple[int, ...]]:

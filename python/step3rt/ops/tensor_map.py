@@ -4,13 +4,14 @@ Calls the driver's encoder alone; launches nothing and allocates no device memor
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from step3rt.ops.launch import driver
 
 TENSOR_MAP_BYTES = 128
 _ALIGNMENT = 64
@@ -48,7 +49,7 @@ def encode_tensor_map(tensor: torch.Tensor, view: TileView) -> Any:
     storage = np.zeros(TENSOR_MAP_BYTES + _ALIGNMENT, dtype=np.uint8)
     start = -storage.ctypes.data % _ALIGNMENT  # the encoder wants 64-byte alignment
     encoded = storage[start : start + TENSOR_MAP_BYTES]
-    status = _driver().cuTensorMapEncodeTiled(
+    status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(encoded.ctypes.data),
         ctypes.c_int(_DATA_TYPES[tensor.dtype]),
         ctypes.c_uint32(rank),
@@ -68,16 +69,4 @@ def encode_tensor_map(tensor: torch.Tensor, view: TileView) -> Any:
             f"{tensor.data_ptr():#x} seen as {view}. Strides and the address must be multiples of "
             "16 bytes and the box at most 256 in each dimension."
         )
-    # CuPy passes an array of size one by value, as the bytes of its item.
     return encoded.view(np.dtype((np.void, TENSOR_MAP_BYTES)))
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise RuntimeError(
-            "The CUDA driver (libcuda.so.1) cannot be loaded. Launching kernels needs a GPU "
-            "machine. Run the torch reference on this one."
-        ) from error
