@@ -24,19 +24,25 @@ constexpr int kBarrierConsumer0 = 2;
 constexpr int kBarrierConsumer1 = 3;
 
 // Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
-//   q | ring[kStages] of K, V, K, V, ... | merge[2] | stats[2][64] | barriers
+//   query or merge | ring of consumer 0 | ring of consumer 1 | stats | barriers
+// Block i of the CTA goes to consumer i % 2, as K, then V, in that consumer's own ring. Two rings, not
+// one, because a consumer has to see every phase of the barriers that it waits for: copies land out
+// of order, and a parity that is two phases behind looks like the one that is awaited.
+// The merge at the end of a sequence reuses the query's memory: the next query waits for it.
 template <int kQueryBytes_, int kBufferBytes_, int kStages_>
 struct MfaShared {
   static constexpr int kQueryBytes = kQueryBytes_;
   static constexpr int kBufferBytes = kBufferBytes_;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = kStages_;  // of each consumer
 
-  alignas(1024) uint8_t query[kQueryBytes];
-  uint8_t ring[kStages][kBufferBytes];
-  float4 merge[2][kMergeRegs / 4][kWarpgroupThreads];
-  float2 stats[2][kHeads];  // {maximum, sum} of each row, per consumer
-  uint64_t full[kStages];   // completes when a copy has landed
-  uint64_t empty[kStages];  // completes when the four warps of the reader are done
+  union alignas(1024) {
+    uint8_t query[kQueryBytes];
+    float4 merge[2][kMergeRegs / 4][kWarpgroupThreads];
+  };
+  uint8_t ring[2][kStages][kBufferBytes];
+  float2 stats[2][kHeads];     // {maximum, sum} of each row, per consumer
+  uint64_t full[2][kStages];   // completes when a copy has landed
+  uint64_t empty[2][kStages];  // completes when the four warps of the consumer are done
   uint64_t query_full;
   uint64_t query_empty;
   int is_last_arrival;
@@ -59,9 +65,9 @@ struct MfaParams {
 template <class Shared>
 __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::kStages; ++i) {
-      mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kWarpgroupThreads / kWarpThreads);
+    for (int i = 0; i < 2 * Shared::kStages; ++i) {
+      mbarrier_init(&shared.full[0][i], 1);
+      mbarrier_init(&shared.empty[0][i], kWarpgroupThreads / kWarpThreads);
     }
     mbarrier_init(&shared.query_full, 1);
     mbarrier_init(&shared.query_empty, kConsumerWarps);
@@ -81,11 +87,12 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
 // new token); everything before it is fetched while that kernel still runs.
 template <class Shared, class Load>
 __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
-                                               const MfaWork& work, Load load) {
+                                               const MfaRange& range, Load load) {
   const int lane = threadIdx.x % kWarpThreads;
   bool has_waited = false;
-  RingCursor<Shared::kStages> cursor;
-  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
+  int consumer = 0;
+  RingCursor<Shared::kStages> cursor;  // of both rings: they take turns
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
     const int* table = params.block_table +
                        static_cast<int64_t>(sequence) * params.block_table_stride;
     // Bounded by the row, not by the sequence, so that the load need not wait for the length.
@@ -93,8 +100,8 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
       const bool is_in_row = first + lane < params.block_table_stride;
       return is_in_row ? ld_global_cg(table + first + lane) : 0;
     };
-    int lane_block = load_ids(mfa_first_block(work, sequence));
-    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
+    int lane_block = load_ids(range.first_block_of(sequence));
+    const MfaPart part = mfa_part(range, params.seq_lens, sequence);
     const int last_block = (part.num_tokens - 1) / kBlockTokens;
     for (int b = part.block_begin; b < part.block_end; ++b) {
       const int chunk_index = (b - part.block_begin) % kWarpThreads;
@@ -104,15 +111,19 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
         griddepcontrol_wait();
         has_waited = true;
       }
+      RingCursor<Shared::kStages> at = cursor;
 #pragma unroll
       for (int is_v = 0; is_v < 2; ++is_v) {
         if (lane == 0) {
-          mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
-          mbarrier_arrive_expect_tx(&shared.full[cursor.stage], Shared::kBufferBytes);
-          load(block, is_v, shared.ring[cursor.stage], &shared.full[cursor.stage]);
+          uint64_t* full = &shared.full[consumer][at.stage];
+          mbarrier_wait(&shared.empty[consumer][at.stage], at.parity ^ 1);
+          mbarrier_arrive_expect_tx(full, Shared::kBufferBytes);
+          load(block, is_v, shared.ring[consumer][at.stage], full);
         }
-        cursor.advance(1);
+        at.advance();
       }
+      if (consumer == 1) cursor = at;
+      consumer ^= 1;
     }
   }
 }
@@ -120,11 +131,11 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
 // Loads the queries of each part; a warp of its own, so that waiting for the query buffer never
 // holds back the KV stream.
 template <class Shared, class Load>
-__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaWork& work, Load load) {
+__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaRange& range, Load load) {
   if (threadIdx.x % kWarpThreads != 0) return;
   griddepcontrol_wait();
   uint32_t parity = 0;
-  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
     mbarrier_wait(&shared.query_empty, parity ^ 1);
     mbarrier_arrive_expect_tx(&shared.query_full, Shared::kQueryBytes);
     load(sequence, shared.query, &shared.query_full);
@@ -132,7 +143,7 @@ __device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaWork&
   }
 }
 
-// Waits for a buffer; the lanes leave together, none may fall a phase behind.
+// Waits for a copy. The lanes leave together: none may fall a phase behind.
 __device__ __forceinline__ void mfa_acquire(uint64_t* barrier, uint32_t parity) {
   mbarrier_wait(barrier, parity);
   __syncwarp();
@@ -224,69 +235,92 @@ __device__ __forceinline__ void mfa_store_pair(const MfaTarget& target, int num_
   }
 }
 
-// Merges the accumulators of the two consumers, each of which saw every other block. Consumer w
-// keeps columns [128w, 128w + 128) and hands the others over, 64 columns a round; both hold the same
+// The two consumers saw every other block each. Consumer w keeps columns [128w, 128w + 128) of the
+// merged output and gives away its accumulators of the others, 64 columns a round. Both hold the same
 // (row, column) in the same register of the same thread, so the exchange needs no index arithmetic.
 template <int kConsumer, class Shared>
-__device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTarget& target,
-                                                    int num_heads, const MfaRows& rows,
-                                                    float output_scale,
-                                                    const float (&acc)[kOutputRegs]) {
-  constexpr int kOther = 1 - kConsumer;
-  constexpr int kKeep = kConsumer * kOutputRegs / 2;
-  constexpr int kGive = kOther * kOutputRegs / 2;
+__device__ __forceinline__ void mfa_give(Shared& shared, int round,
+                                         const float (&acc)[kOutputRegs]) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+#pragma unroll
+  for (int i = 0; i < kMergeRegs; i += 4) {
+    const int give = (1 - kConsumer) * kOutputRegs / 2 + round * kMergeRegs + i;
+    shared.merge[kConsumer][i / 4][thread] =
+        make_float4(acc[give], acc[give + 1], acc[give + 2], acc[give + 3]);
+  }
+}
+
+template <int kConsumer, class Shared>
+__device__ __forceinline__ void mfa_keep(Shared& shared, const MfaTarget& target, int num_heads,
+                                         int round, const float (&mine)[2],
+                                         const float (&theirs)[2],
+                                         const float (&acc)[kOutputRegs]) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int lane = thread % kWarpThreads;
   const int row = thread / kWarpThreads * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < kMergeRegs; i += 4) {
+    const int keep = kConsumer * kOutputRegs / 2 + round * kMergeRegs + i;
+    const float4 other = shared.merge[1 - kConsumer][i / 4][thread];
+    const int column = 2 * keep + 2 * (lane % 4);  // register 4j holds column 8j
+    mfa_store_pair(target, num_heads, row, column, acc[keep] * mine[0] + other.x * theirs[0],
+                   acc[keep + 1] * mine[0] + other.y * theirs[0]);
+    mfa_store_pair(target, num_heads, row + 8, column,
+                   acc[keep + 2] * mine[1] + other.z * theirs[1],
+                   acc[keep + 3] * mine[1] + other.w * theirs[1]);
+  }
+}
 
+template <class Shared>
+__device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTarget& target,
+                                                    int num_heads, int consumer,
+                                                    const MfaRows& rows, float output_scale,
+                                                    const float (&acc)[kOutputRegs]) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+  if (thread % 4 == 0) {
+    shared.stats[consumer][row] = make_float2(rows.maximum[0], rows.sum[0]);
+    shared.stats[consumer][row + 8] = make_float2(rows.maximum[1], rows.sum[1]);
+  }
+  bar_sync<kBarrierConsumers, kConsumerThreads>();  // nobody reads the query any more
   float mine[2];
   float theirs[2];
 #pragma unroll
-  for (int round = 0; round < kOutputRegs / 2 / kMergeRegs; ++round) {
-#pragma unroll
-    for (int i = 0; i < kMergeRegs; i += 4) {
-      const int give = kGive + round * kMergeRegs + i;
-      shared.merge[kConsumer][i / 4][thread] =
-          make_float4(acc[give], acc[give + 1], acc[give + 2], acc[give + 3]);
+  for (int r = 0; r < 2; ++r) {
+    const float2 other = shared.stats[1 - consumer][row + 8 * r];
+    const float maximum = fmaxf(rows.maximum[r], other.x);
+    mine[r] = mfa_weight(rows.maximum[r], maximum);
+    theirs[r] = mfa_weight(other.x, maximum);
+    if (target.partial_out == nullptr) {
+      const float sum = rows.sum[r] * mine[r] + other.y * theirs[r];
+      const float inverse = sum > 0.0f ? __fdividef(output_scale, sum) : 0.0f;  // no token: 0
+      mine[r] *= inverse;
+      theirs[r] *= inverse;
     }
-    if (round == 0 && lane % 4 == 0) {
-      shared.stats[kConsumer][row] = make_float2(rows.maximum[0], rows.sum[0]);
-      shared.stats[kConsumer][row + 8] = make_float2(rows.maximum[1], rows.sum[1]);
-    }
-    bar_sync<kBarrierConsumers, kConsumerThreads>();
-    if (round == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float2 other = shared.stats[kOther][row + 8 * r];
-        const float maximum = fmaxf(rows.maximum[r], other.x);
-        mine[r] = mfa_weight(rows.maximum[r], maximum);
-        theirs[r] = mfa_weight(other.x, maximum);
-        if (target.partial_out == nullptr) {
-          const float sum = rows.sum[r] * mine[r] + other.y * theirs[r];
-          const float inverse = sum > 0.0f ? output_scale / sum : 0.0f;  // no token: output 0
-          mine[r] *= inverse;
-          theirs[r] *= inverse;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kMergeRegs; i += 4) {
-      const int keep = kKeep + round * kMergeRegs + i;
-      const float4 other = shared.merge[kOther][i / 4][thread];
-      const int column = 2 * keep + 2 * (lane % 4);  // register 4j holds column 8j
-      mfa_store_pair(target, num_heads, row, column, acc[keep] * mine[0] + other.x * theirs[0],
-                     acc[keep + 1] * mine[0] + other.y * theirs[0]);
-      mfa_store_pair(target, num_heads, row + 8, column,
-                     acc[keep + 2] * mine[1] + other.z * theirs[1],
-                     acc[keep + 3] * mine[1] + other.w * theirs[1]);
-    }
-    bar_sync<kBarrierConsumers, kConsumerThreads>();
   }
+  // The branches on `consumer` let each name its registers by constants.
+#pragma unroll
+  for (int round = 0; round < kOutputRegs / 2 / kMergeRegs; ++round) {
+    if (round > 0) bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (consumer == 0) {
+      mfa_give<0>(shared, round, acc);
+    } else {
+      mfa_give<1>(shared, round, acc);
+    }
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (consumer == 0) {
+      mfa_keep<0>(shared, target, num_heads, round, mine, theirs, acc);
+    } else {
+      mfa_keep<1>(shared, target, num_heads, round, mine, theirs, acc);
+    }
+  }
+  fence_proxy_async_shared();  // the copy engine writes the next query where the merge was
+  mfa_release(&shared.query_empty);
 }
 
 // Merges all partial results of a split sequence; run by the CTA that finished last. 64 threads a
 // head, 4 columns a thread, 4 heads at a time.
-__device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaPart& part,
+__device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaSplit& split,
                                                   uint16_t* out) {
   constexpr int kThreadsPerHead = kHeadDim / 4;
   const int thread = threadIdx.x - kWarpgroupThreads;
@@ -294,15 +328,15 @@ __device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const
   for (int head = thread / kThreadsPerHead; head < params.num_heads;
        head += kConsumerThreads / kThreadsPerHead) {
     float maximum = -INFINITY;
-    for (int p = 0; p < part.split_parts; ++p) {
-      const int slot = mfa_partial_slot(part.split_cta, p);
+    for (int p = 0; p < split.num_ctas; ++p) {
+      const int slot = mfa_partial_slot(split.first_cta, p);
       maximum = fmaxf(maximum, ld_global_cg(&params.partial_stats[slot * kHeads + head]).x);
     }
     float sum = 0.0f;
     float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-    for (int p = 0; p < part.split_parts; ++p) {
-      const int slot = mfa_partial_slot(part.split_cta, p);
+    for (int p = 0; p < split.num_ctas; ++p) {
+      const int slot = mfa_partial_slot(split.first_cta, p);
       const float2 stats = ld_global_cg(&params.partial_stats[slot * kHeads + head]);
       const float4 value = ld_global_cg(reinterpret_cast<const float4*>(
           params.partial_out + (slot * kHeads + head) * kHeadDim + column));
@@ -334,17 +368,13 @@ __device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams&
   }
   uint16_t* out =
       params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
-  const int slot = 2 * blockIdx.x + (part.block_begin == 0 ? 1 : 0);
+  const int slot = 2 * blockIdx.x + (part.starts_here() ? 1 : 0);
   const MfaTarget target = {
       out, part.is_split() ? params.partial_out + slot * kHeads * kHeadDim : nullptr};
-  // The branch lets each consumer name its registers by constants.
-  if (consumer == 0) {
-    mfa_merge_and_store<0>(shared, target, params.num_heads, rows, params.output_scale, acc);
-  } else {
-    mfa_merge_and_store<1>(shared, target, params.num_heads, rows, params.output_scale, acc);
-  }
+  mfa_merge_and_store(shared, target, params.num_heads, consumer, rows, params.output_scale, acc);
   if (!part.is_split()) return;
 
+  const MfaSplit split = mfa_load_split(params.schedule, part);
   const int thread = threadIdx.x - kWarpgroupThreads;
   if (thread < kHeads) {
     const float2 a = shared.stats[0][thread];
@@ -356,14 +386,14 @@ __device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams&
   __threadfence();
   bar_sync<kBarrierConsumers, kConsumerThreads>();
   if (thread == 0) {
-    int* arrivals = &params.arrivals[part.split_cta];
-    const bool is_last = atom_add_acq_rel_gpu(arrivals, 1) == part.split_parts - 1;
+    int* arrivals = &params.arrivals[split.first_cta];
+    const bool is_last = atom_add_acq_rel_gpu(arrivals, 1) == split.num_ctas - 1;
     if (is_last) *arrivals = 0;  // everyone has arrived: ready for the next launch
     shared.is_last_arrival = is_last;
   }
   bar_sync<kBarrierConsumers, kConsumerThreads>();
   if (shared.is_last_arrival) {
     __threadfence();
-    mfa_combine_parts(params, part, out);
+    mfa_combine_parts(params, split, out);
   }
 }

@@ -16,63 +16,67 @@
 
 constexpr int kBlockTokens = 64;
 
-// One row of the schedule. [first_sequence:first_block, last_sequence:last_block); a range that
-// ends at the end of sequence r is stored as last_sequence = r + 1, last_block = 0.
-struct alignas(16) MfaWork {
+// The CTAs that share a split sequence: `num_ctas` of them from `first_cta` on.
+struct MfaSplit {
+  int first_cta;
+  int num_ctas;
+};
+
+// A range of blocks, [first_sequence:first_block, last_sequence:last_block). One that ends at the end
+// of sequence r is stored as last_sequence = r + 1, last_block = 0.
+struct MfaRange {
   int first_sequence;
   int first_block;
   int last_sequence;
   int last_block;
-  int first_split_cta;   // first CTA of first_sequence, if that began in an earlier CTA
-  int first_split_parts; // and the number of its CTAs; 1 when not split
-  int last_split_cta;    // the same for a sequence that begins here and goes on in the next CTA
-  int last_split_parts;
+
+  __device__ __forceinline__ bool contains(int sequence) const {
+    return sequence < last_sequence || (sequence == last_sequence && last_block > 0);
+  }
+
+  __device__ __forceinline__ int first_block_of(int sequence) const {
+    return sequence == first_sequence ? first_block : 0;
+  }
+};
+
+// One row of the schedule: the range of a CTA, and who shares the split sequences at its two ends.
+struct alignas(16) MfaWork {
+  MfaRange range;
+  MfaSplit from_earlier;  // of first_sequence, if that began in an earlier CTA
+  MfaSplit into_later;    // of a sequence that begins here and goes on in the next CTA
 };
 
 struct MfaPart {
   int sequence;
-  int num_tokens;   // of the whole sequence
+  int num_tokens;  // of the whole sequence
   int block_begin;
   int block_end;
-  int split_cta;    // first CTA of this sequence
-  int split_parts;  // 1: the part is the whole sequence
 
   __device__ __forceinline__ int num_blocks() const { return block_end - block_begin; }
-  __device__ __forceinline__ bool is_split() const { return split_parts > 1; }
+  __device__ __forceinline__ bool starts_here() const { return block_begin == 0; }
+  __device__ __forceinline__ bool is_split() const {
+    return !starts_here() || block_end * kBlockTokens < num_tokens;
+  }
 };
 
 // The schedule kernel fences its rows before it exits, so a decode kernel that starts at that moment
 // may read them without griddepcontrol.wait, past L1.
-__device__ __forceinline__ MfaWork mfa_load_work(const MfaWork* schedule) {
-  const int4* row = reinterpret_cast<const int4*>(schedule + blockIdx.x);
-  const int4 range = ld_global_cg(row);
-  const int4 splits = ld_global_cg(row + 1);
-  return {range.x, range.y, range.z, range.w, splits.x, splits.y, splits.z, splits.w};
+__device__ __forceinline__ MfaRange mfa_load_range(const MfaWork* schedule) {
+  const int4 row = ld_global_cg(reinterpret_cast<const int4*>(schedule + blockIdx.x));
+  return {row.x, row.y, row.z, row.w};
 }
 
-__device__ __forceinline__ int mfa_first_block(const MfaWork& work, int sequence) {
-  return sequence == work.first_sequence ? work.first_block : 0;
+__device__ __forceinline__ MfaSplit mfa_load_split(const MfaWork* schedule, const MfaPart& part) {
+  const int4 row = ld_global_cg(reinterpret_cast<const int4*>(schedule + blockIdx.x) + 1);
+  return part.starts_here() ? MfaSplit{row.z, row.w} : MfaSplit{row.x, row.y};
 }
 
-__device__ __forceinline__ bool mfa_has_part(const MfaWork& work, int sequence) {
-  return sequence < work.last_sequence ||
-         (sequence == work.last_sequence && work.last_block > 0);
-}
-
-__device__ __forceinline__ MfaPart mfa_part(const MfaWork& work, const int* seq_lens,
+__device__ __forceinline__ MfaPart mfa_part(const MfaRange& range, const int* seq_lens,
                                             int sequence) {
-  MfaPart part;
-  part.sequence = sequence;
-  part.num_tokens = ld_global_cg(seq_lens + sequence);
-  const int num_blocks = (part.num_tokens + kBlockTokens - 1) / kBlockTokens;
-  part.block_begin = mfa_first_block(work, sequence);
-  part.block_end = sequence == work.last_sequence ? work.last_block : num_blocks;
-  const bool starts_before = part.block_begin > 0;
-  const bool ends_after = part.block_end < num_blocks;
-  part.split_cta = starts_before ? work.first_split_cta : work.last_split_cta;
-  part.split_parts =
-      starts_before ? work.first_split_parts : (ends_after ? work.last_split_parts : 1);
-  return part;
+  const int num_tokens = ld_global_cg(seq_lens + sequence);
+  const int num_blocks = (num_tokens + kBlockTokens - 1) / kBlockTokens;
+  return {sequence, num_tokens, range.first_block_of(sequence),
+          sequence == range.last_sequence ? range.last_block : num_blocks};
 }
 
 // Partial results live in two slots per CTA: a sequence that continues from an earlier CTA uses

@@ -10,7 +10,7 @@
 // Tile            64 heads x 64 tokens; two consumer warpgroups take alternate blocks, each with its
 //                 own 64x256 fp32 accumulator, and merge once per sequence: no exchange in the loop
 // Threads         384: producer warpgroup (24 registers), two consumers (240); one CTA per SM
-// Shared memory   231,424 B: Q 32 KiB, ring of 5 x 32 KiB, merge 32 KiB, row statistics, barriers
+// Shared memory   231,424 B: Q or merge 32 KiB, two rings of 3 x 32 KiB, statistics, barriers
 // Roofline        HBM: 1,024 B per token. At 4.5 TB/s one block costs an SM 3,400 clocks, of which
 //                 a consumer needs about 1,900 (QK 512, softmax 500, PV 512, latencies) and two run
 // Reference       step3rt.ops.mfa_decode.reference_mfa_decode
@@ -29,7 +29,7 @@ constexpr int kRowGroupBytes = 8 * kSliceBytes;                  // 8 rows: the 
 constexpr int kScoreSteps = kHeadDim / 16;                       // wgmma K is 16
 constexpr int kValueSteps = kBlockTokens / 16;
 
-using Shared = MfaShared<kBufferBytes, kBufferBytes, 5>;
+using Shared = MfaShared<kBufferBytes, kBufferBytes, 3>;
 static_assert(sizeof(Shared) == 231424, "the launcher asks for this many bytes");
 
 // Every 32 KiB tile (Q, K, V) is four slices of [64 rows][128 B], each in the 128-byte swizzle.
@@ -87,46 +87,44 @@ __device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_vali
 }
 
 __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
-                                        const MfaWork& work, int consumer) {
+                                        const MfaRange& range, int consumer) {
   const float scale[2] = {params.softmax_scale_log2, params.softmax_scale_log2};
   RingCursor<Shared::kStages> cursor;
-  cursor.advance(2 * consumer);
   int skip = consumer;  // blocks before the next one of this consumer: they alternate
 
-  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
-    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
+    const MfaPart part = mfa_part(range, params.seq_lens, sequence);
     MfaRows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
     float acc[kOutputRegs];
 #pragma unroll
     for (int i = 0; i < kOutputRegs; ++i) acc[i] = 0.0f;
 
-    mfa_acquire(&shared.query_full, (sequence - work.first_sequence) & 1);
+    mbarrier_wait(&shared.query_full, (sequence - range.first_sequence) & 1);
+    __syncwarp();
     for (int b = part.block_begin + skip; b < part.block_end; b += 2) {
-      const RingCursor<Shared::kStages> v_cursor = cursor.next();
       float scores[kScoreRegs];
       float rescale[2];
 
-      mfa_acquire(&shared.full[cursor.stage], cursor.parity);
-      compute_scores(shared.query, shared.ring[cursor.stage], scores);
+      mfa_acquire(&shared.full[consumer][cursor.stage], cursor.parity);
+      compute_scores(shared.query, shared.ring[consumer][cursor.stage], scores);
       wgmma_wait_group<0>(scores);
-      mfa_release(&shared.empty[cursor.stage]);
+      mfa_release(&shared.empty[consumer][cursor.stage]);
+      cursor.advance();
 
       const int num_valid = part.num_tokens - b * kBlockTokens;
       mfa_softmax(scores, rows, scale, 0.0f, num_valid, rescale);
 #pragma unroll
       for (int i = 0; i < kOutputRegs; ++i) acc[i] *= rescale[i / 2 % 2];
 
-      mfa_acquire(&shared.full[v_cursor.stage], v_cursor.parity);
-      if (num_valid < kBlockTokens) {
-        zero_unused_values(shared.ring[v_cursor.stage], num_valid, consumer);
-      }
-      accumulate_values(scores, shared.ring[v_cursor.stage], acc);
+      uint8_t* values = shared.ring[consumer][cursor.stage];
+      mfa_acquire(&shared.full[consumer][cursor.stage], cursor.parity);
+      if (num_valid < kBlockTokens) zero_unused_values(values, num_valid, consumer);
+      accumulate_values(scores, values, acc);
       wgmma_wait_group<0>(acc);
-      mfa_release(&shared.empty[v_cursor.stage]);
-      cursor.advance(4);  // two blocks on
+      mfa_release(&shared.empty[consumer][cursor.stage]);
+      cursor.advance();
     }
     skip ^= part.num_blocks() & 1;
-    mfa_release(&shared.query_empty);
     mfa_finish_part(shared, params, part, consumer, rows, acc);
   }
 }
@@ -138,27 +136,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_base[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_base);
   if (shared_address(shared_base) % alignof(Shared) != 0) __trap();
-  const MfaWork work = mfa_load_work(params.schedule);
   mfa_init_barriers(shared);
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
   if (warpgroup == 0) {
     setmaxnreg_dec<kProducerRegs>();
+    const MfaRange range = mfa_load_range(params.schedule);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
     if (warp == 0) {
-      mfa_produce_kv(shared, params, work,
+      mfa_produce_kv(shared, params, range,
                      [&](int block, int is_v, uint8_t* destination, uint64_t* barrier) {
                        cp_async_bulk_tensor_4d(destination, &kv_map, barrier, 0, 0, 0,
                                                2 * block + is_v, kEvictFirst);
                      });
     } else if (warp == 1) {
-      mfa_produce_query(shared, work, [&](int sequence, uint8_t* destination, uint64_t* barrier) {
+      mfa_produce_query(shared, range, [&](int sequence, uint8_t* destination, uint64_t* barrier) {
         cp_async_bulk_tensor_4d(destination, &query_map, barrier, 0, 0, 0, sequence);
       });
     }
   } else {
     setmaxnreg_inc<kConsumerRegs>();
     griddepcontrol_wait();
-    consume(shared, params, work, warpgroup - 1);
+    consume(shared, params, mfa_load_range(params.schedule), warpgroup - 1);
   }
 }

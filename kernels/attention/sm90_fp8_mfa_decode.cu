@@ -11,7 +11,7 @@
 // Tile            64 heads x 64 tokens; two consumer warpgroups take alternate blocks, each with its
 //                 own 64x256 fp32 accumulator, and merge once per sequence
 // Threads         384: producer warpgroup (24 registers), two consumers (240); one CTA per SM
-// Shared memory   231,424 B: Q 16 KiB, ring of 11 x 16 KiB, merge 32 KiB, row statistics, barriers
+// Shared memory   231,424 B: Q or merge 32 KiB, two rings of 6 x 16 KiB, statistics, barriers
 // Roofline        HBM: 512 B per token. At 4.5 TB/s one block costs an SM 1,700 clocks, of which a
 //                 consumer needs about 1,300 (QK 256, softmax 500, PV 256, latencies) and two run
 // Accuracy        The FP8 tensor core keeps about 14 bits of its accumulator and truncates: a sum over
@@ -41,7 +41,7 @@ constexpr int kQuarters = kHeadDim / kQuarterDims;
 constexpr float kLog2WeightScale = 8.0f;
 
 static_assert(kBlockTokens == kFp8BlockTokens && kHeadDim == kFp8HeadDim, "block layout");
-using Shared = MfaShared<kHeads * kHeadDim, kFp8HalfBlockBytes, 11>;
+using Shared = MfaShared<kHeads * kHeadDim, kFp8HalfBlockBytes, 6>;
 static_assert(sizeof(Shared) == 231424, "the launcher asks for this many bytes");
 
 __device__ __forceinline__ void compute_scores(const uint8_t* query, const uint8_t* keys,
@@ -139,16 +139,15 @@ __device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_vali
 }
 
 __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
-                                        const float* query_scale, const MfaWork& work,
+                                        const float* query_scale, const MfaRange& range,
                                         int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
   RingCursor<Shared::kStages> cursor;
-  cursor.advance(2 * consumer);
   int skip = consumer;  // blocks before the next one of this consumer: they alternate
 
-  for (int sequence = work.first_sequence; mfa_has_part(work, sequence); ++sequence) {
-    const MfaPart part = mfa_part(work, params.seq_lens, sequence);
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
+    const MfaPart part = mfa_part(range, params.seq_lens, sequence);
     float scale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -161,30 +160,29 @@ __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
 #pragma unroll
     for (int i = 0; i < kOutputRegs; ++i) acc[i] = 0.0f;
 
-    mfa_acquire(&shared.query_full, (sequence - work.first_sequence) & 1);
+    mbarrier_wait(&shared.query_full, (sequence - range.first_sequence) & 1);
+    __syncwarp();
     for (int b = part.block_begin + skip; b < part.block_end; b += 2) {
-      const RingCursor<Shared::kStages> v_cursor = cursor.next();
       float scores[kScoreRegs];
       float rescale[2];
 
-      mfa_acquire(&shared.full[cursor.stage], cursor.parity);
-      compute_scores(shared.query, shared.ring[cursor.stage], scores);
+      mfa_acquire(&shared.full[consumer][cursor.stage], cursor.parity);
+      compute_scores(shared.query, shared.ring[consumer][cursor.stage], scores);
       wgmma_wait_group<0>(scores);
-      mfa_release(&shared.empty[cursor.stage]);
+      mfa_release(&shared.empty[consumer][cursor.stage]);
+      cursor.advance();
 
       const int num_valid = part.num_tokens - b * kBlockTokens;
       mfa_softmax(scores, rows, scale, kLog2WeightScale, num_valid, rescale);
 
-      mfa_acquire(&shared.full[v_cursor.stage], v_cursor.parity);
-      if (num_valid < kBlockTokens) {
-        zero_unused_values(shared.ring[v_cursor.stage], num_valid, consumer);
-      }
-      accumulate_values(scores, rescale, shared.ring[v_cursor.stage], acc);
-      mfa_release(&shared.empty[v_cursor.stage]);
-      cursor.advance(4);  // two blocks on
+      uint8_t* values = shared.ring[consumer][cursor.stage];
+      mfa_acquire(&shared.full[consumer][cursor.stage], cursor.parity);
+      if (num_valid < kBlockTokens) zero_unused_values(values, num_valid, consumer);
+      accumulate_values(scores, rescale, values, acc);
+      mfa_release(&shared.empty[consumer][cursor.stage]);
+      cursor.advance();
     }
     skip ^= part.num_blocks() & 1;
-    mfa_release(&shared.query_empty);
     mfa_finish_part(shared, params, part, consumer, rows, acc);
   }
 }
@@ -195,15 +193,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_base[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_base);
   if (shared_address(shared_base) % alignof(Shared) != 0) __trap();
-  const MfaWork work = mfa_load_work(params.schedule);
   mfa_init_barriers(shared);
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
   if (warpgroup == 0) {
     setmaxnreg_dec<kProducerRegs>();
+    const MfaRange range = mfa_load_range(params.schedule);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
     if (warp == 0) {
-      mfa_produce_kv(shared, params, work,
+      mfa_produce_kv(shared, params, range,
                      [&](int block, int is_v, uint8_t* destination, uint64_t* barrier) {
                        const uint8_t* source = kv_cache +
                                                static_cast<int64_t>(block) * kFp8BlockBytes +
@@ -211,13 +209,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                        cp_async_bulk(destination, source, kFp8HalfBlockBytes, barrier, kEvictFirst);
                      });
     } else if (warp == 1) {
-      mfa_produce_query(shared, work, [&](int sequence, uint8_t* destination, uint64_t* barrier) {
+      mfa_produce_query(shared, range, [&](int sequence, uint8_t* destination, uint64_t* barrier) {
         cp_async_bulk_tensor_4d(destination, &query_map, barrier, 0, 0, 0, sequence);
       });
     }
   } else {
     setmaxnreg_inc<kConsumerRegs>();
     griddepcontrol_wait();
-    consume(shared, params, query_scale, work, warpgroup - 1);
+    consume(shared, params, query_scale, mfa_load_range(params.schedule), warpgroup - 1);
   }
 }

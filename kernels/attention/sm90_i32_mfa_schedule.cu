@@ -134,22 +134,20 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
   if (i < num_ctas) {
     const Boundary first = boundaries[i];
     const Boundary last = boundaries[i + 1];
-    MfaWork work = {first.sequence, first.block, last.sequence, last.block, i, 1, i, 1};
-    if (first.block > 0) {  // began in an earlier CTA: walk both ways to its ends
+    MfaWork work = {{first.sequence, first.block, last.sequence, last.block}, {i, 1}, {i, 1}};
+    if (first.block > 0) {  // walk both ways to the ends of the sequence
       int begin = i;
       while (boundaries[begin].sequence == first.sequence && boundaries[begin].block > 0) --begin;
       int stop = i + 1;
       while (boundaries[stop].sequence == first.sequence && boundaries[stop].block > 0) ++stop;
-      work.first_split_cta = begin;
-      work.first_split_parts = stop - begin;
+      work.from_earlier = {begin, stop - begin};
     }
     if (last.block > 0) {
       int stop = i + 1;
       while (boundaries[stop].sequence == last.sequence && boundaries[stop].block > 0) ++stop;
-      work.last_split_cta = i;
-      work.last_split_parts = stop - i;
+      work.into_later = {i, stop - i};
     }
     schedule[i] = work;
-    __threadfence();  // see mfa_load_work
+    __threadfence();  // see mfa_load_range
   }
 }

@@ -72,18 +72,10 @@ struct RingCursor {
   int stage = 0;
   uint32_t parity = 0;
 
-  // Requires count <= kStages: one step wraps at most once.
-  __device__ __forceinline__ void advance(int count) {
-    stage += count;
-    if (stage >= kStages) {
-      stage -= kStages;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
       parity ^= 1;
     }
-  }
-
-  __device__ __forceinline__ RingCursor next() const {
-    RingCursor cursor = *this;
-    cursor.advance(1);
-    return cursor;
   }
 };

@@ -26,6 +26,7 @@ BATCHES = {
     "all rows empty": [0, 0],
     "longest sequence": [65536],
     "long beside short": [1, 65536, 1, 64, 4096, 8191],
+    "long and cold in cache": [4096] * 128,
     "many short sequences per cta": [1 + 7 * i % 130 for i in range(900)],
     "one per cta": [1000 + 7 * i for i in range(132)],
     "full batch": [1 + 37 * i % 900 for i in range(1024)],
