@@ -1,10 +1,9 @@
-import pytest
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("cupy", reason="the module's launcher imports CuPy")
-
-from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, reference_mfa_schedule  # noqa: E402
+from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, reference_mfa_schedule
 
 LENGTHS = st.lists(st.integers(0, 65536), min_size=1, max_size=300)
 
@@ -38,7 +37,7 @@ def test_every_block_of_every_sequence_is_visited_once_in_order(
     for sequence, ranges in visited.items():
         assert ranges[0][0] == 0
         assert ranges[-1][1] == blocks_of(seq_lens[sequence])
-        for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, end), (begin, _) in pairwise(ranges):
             assert end == begin
         assert len(ranges) == 1 or all(begin < end for begin, end in ranges)
 
@@ -66,9 +65,7 @@ def test_all_ctas_of_a_split_sequence_agree_on_who_they_are(
 @given(LENGTHS, st.integers(1, 256))
 def test_no_cta_gets_much_more_than_its_share(seq_lens: list[int], num_ctas: int) -> None:
     rows = reference_mfa_schedule(seq_lens, num_ctas)
-    loads = [
-        sum(end - begin + 2 for _, begin, end in parts_of(row, seq_lens)) for row in rows
-    ]
+    loads = [sum(end - begin + 2 for _, begin, end in parts_of(row, seq_lens)) for row in rows]
     total = sum(blocks_of(length) + 2 for length in seq_lens)
     longest = max(blocks_of(length) for length in seq_lens) + 2
     share = max(total / num_ctas, longest / 64, 6)

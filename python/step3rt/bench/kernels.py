@@ -10,7 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,28 +72,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("No GPU of compute capability 9.0 found. The kernels are for Hopper.\n")
         return 1
     rows = []
-    for kv_format in ("bf16", "fp8"):
-        if options.only not in f"mfa_decode_{kv_format}":
-            continue
-        shapes = [(f"{count}x{length}", [length] * count) for count, length in ATTENTION_SHAPES]
-        shapes.append(("256x8192 varlen", _varied_lengths(256, 8192)))
-        for name, seq_lens in shapes:
-            bench = _AttentionBench(kv_format, seq_lens, options.ctas)
-            row = bench.row(name)
-            if kv_format == "bf16" and not options.no_peers and "varlen" not in name:
-                row.peers = bench.peers()
-            rows.append(row)
-            if not options.json:
-                sys.stdout.write(_format(row))
-                sys.stdout.flush()
-            del bench
-            torch.cuda.empty_cache()
+    for row in _measure(options):
+        rows.append(row)
+        if not options.json:
+            sys.stdout.write(_format(row))
+            sys.stdout.flush()
     document = json.dumps(_document(rows, argv), indent=1)
     if options.out is not None:
         options.out.write_text(document + "\n")
     if options.json:
         sys.stdout.write(document + "\n")
     return 0
+
+
+def _measure(options: argparse.Namespace) -> Iterator[Row]:
+    shapes = [(f"{count}x{length}", [length] * count) for count, length in ATTENTION_SHAPES]
+    shapes.append(("256x8192 varlen", _varied_lengths(256, 8192)))
+    for kv_format in ("bf16", "fp8"):
+        if options.only in f"mfa_decode_{kv_format}":
+            for name, seq_lens in shapes:
+                bench = _AttentionBench(kv_format, seq_lens, options.ctas)
+                row = bench.row(name)
+                if kv_format == "bf16" and not options.no_peers and len(set(seq_lens)) == 1:
+                    row.peers = bench.peers()
+                yield row
+                del bench
+                torch.cuda.empty_cache()
 
 
 def measure_us(launches: Sequence[Launch]) -> float:
@@ -109,14 +113,14 @@ def measure_us(launches: Sequence[Launch]) -> float:
         graph.replay()
     times_us = []
     for _ in range(NUM_REPLAYS):
-        start = torch.cuda.Event(enable_timing=True)
-        stop = torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
         times_us.append(start.elapsed_time(stop) * 1e3 / len(launches))
-    return statistics.median(times_us)
+    return float(statistics.median(times_us))
 
 
 class _AttentionBench:

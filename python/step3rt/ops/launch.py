@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cupy
 import numpy as np
 import torch
 
@@ -92,6 +91,8 @@ class Kernel:
 
 @functools.cache
 def _load_function(kernel: Kernel, device_index: int) -> Any:
+    import cupy  # here alone: the torch references of this package work without it
+
     compiled = compile_kernel(kernels_dir() / kernel.source, kernel.options)
     with cupy.cuda.Device(device_index):
         function = cupy.RawModule(path=str(compiled.cubin_path)).get_function(compiled.name)

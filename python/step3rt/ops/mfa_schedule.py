@@ -6,6 +6,7 @@ stays valid whatever the lengths.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def reference_mfa_schedule(seq_lens: Sequence[int], num_ctas: int) -> list[tuple
     even = [index * total // num_used for index in range(num_used)]
     even += [total] * (num_ctas + 1 - num_used)
     nearest = [_nearest(starts, cut) for cut in even]
-    loads = [after - before for before, after in zip(nearest, nearest[1:], strict=False)]
+    loads = [after - before for before, after in pairwise(nearest)]
     if all(load * num_used * 5 <= total * 6 for load in loads):
         cuts = nearest
     else:

@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 # Values of the driver's enums CUtensorMapDataType, ...Swizzle, ...L2promotion.
 _DATA_TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.bfloat16: 9}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
-_L2_PROMOTION_256B = 3
+_L2_PROMOTION_128B = 2  # 256 bytes cost BF16 decode 8 % of its bandwidth: docs/kernels.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def encode_tensor_map(tensor: torch.Tensor, view: TileView) -> Any:
         (ctypes.c_uint32 * rank)(*([1] * rank)),
         ctypes.c_int(0),  # interleave: none
         ctypes.c_int(_SWIZZLES[view.swizzle_bytes]),
-        ctypes.c_int(_L2_PROMOTION_256B),
+        ctypes.c_int(_L2_PROMOTION_128B),
         ctypes.c_int(0),  # elements out of bounds: zero
     )
     if status != 0:
