@@ -1,11 +1,12 @@
-// Byte layout of one FP8 KV block: 64 tokens of K and V as e4m3, 32 KiB, in the cache exactly as wgmma
-// reads it from shared memory, so that one contiguous copy fills a buffer. Owns the layout alone.
+// Byte layout of one FP8 KV block: 64 tokens of K and V as e4m3, 32 KiB, in the cache exactly as
+// wgmma reads it from shared memory, so that one contiguous copy fills a buffer. Owns the layout
+// alone.
 //
-//   K, bytes [0, 16384):      [2 dim halves][64 tokens][128 B]; in a token's 128 B, the 16-byte chunk c
-//                             lies at chunk c ^ (token % 8)                        (128-byte swizzle)
-//   V, bytes [16384, 32768):  transposed, [256 dims][64 B]; in a dim's 64 B, the 16-byte chunk c lies
-//                             at chunk c ^ (dim / 2 % 4)                            (64-byte swizzle)
-//                             and the tokens are permuted inside each group of 32:
+//   K, bytes [0, 16384):      [2 dim halves][64 tokens][128 B]; in a token's 128 B, the 16-byte
+//                             chunk c lies at chunk c ^ (token % 8): 128-byte swizzle
+//   V, bytes [16384, 32768):  transposed, [256 dims][64 B]; in a dim's 64 B, the 16-byte chunk c
+//                             lies at chunk c ^ (dim / 2 % 4): 64-byte swizzle; and the tokens are
+//                             permuted inside each group of 32:
 //
 //   token in group   0 1 | 8 9 | 2 3 | 10 11 | 4 5 | 12 13 | 6 7 | 14 15 | 16 17 | 24 25 | ...
 //   position         0 1 | 2 3 | 4 5 |  6  7 | 8 9 | 10 11 | ...

@@ -9,25 +9,25 @@
 #include "common/tma.cuh"
 #include "common/types.cuh"
 
-constexpr int kHeads = 64;     // rows of one wgmma; fewer query heads are padded by the TMA unit
+constexpr int kHeads = 64;  // rows of one wgmma; fewer query heads are padded by the TMA unit
 constexpr int kHeadDim = 256;
 constexpr int kThreads = 3 * kWarpgroupThreads;  // producer, consumer 0, consumer 1
 constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
 constexpr int kConsumerWarps = kConsumerThreads / kWarpThreads;
-constexpr int kOutputRegs = kHeads * kHeadDim / kWarpgroupThreads;  // 128 per thread
+constexpr int kOutputRegs = kHeads * kHeadDim / kWarpgroupThreads;     // 128 per thread
 constexpr int kScoreRegs = kHeads * kBlockTokens / kWarpgroupThreads;  // 32 per thread
-constexpr int kProducerRegs = 24;   // 24 * 128 + 240 * 256 = 64,512 of 65,536 registers
+constexpr int kProducerRegs = 24;  // 24 * 128 + 240 * 256 = 64,512 of 65,536 registers
 constexpr int kConsumerRegs = 240;
-constexpr int kMergeRegs = 32;      // accumulators exchanged per warpgroup and round
+constexpr int kMergeRegs = 32;  // accumulators exchanged per warpgroup and round
 constexpr int kBarrierConsumers = 1;
 constexpr int kBarrierConsumer0 = 2;
 constexpr int kBarrierConsumer1 = 3;
 
 // Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
 //   query or merge | ring of consumer 0 | ring of consumer 1 | stats | barriers
-// Block i of the CTA goes to consumer i % 2, as K, then V, in that consumer's own ring. Two rings, not
-// one, because a consumer has to see every phase of the barriers that it waits for: copies land out
-// of order, and a parity that is two phases behind looks like the one that is awaited.
+// Block i of the CTA goes to consumer i % 2, as K, then V, in that consumer's own ring. Two rings,
+// not one, because a consumer has to see every phase of the barriers that it waits for: copies land
+// out of order, and a parity that is two phases behind looks like the one that is awaited.
 // The merge at the end of a sequence reuses the query's memory: the next query waits for it.
 template <int kQueryBytes_, int kBufferBytes_, int kStages_>
 struct MfaShared {
@@ -49,9 +49,9 @@ struct MfaShared {
 };
 
 struct MfaParams {
-  const MfaWork* schedule;   // [num_ctas]
-  const int* seq_lens;       // i32[S]
-  const int* block_table;    // i32[S, block_table_stride]
+  const MfaWork* schedule;  // [num_ctas]
+  const int* seq_lens;      // i32[S]
+  const int* block_table;   // i32[S, block_table_stride]
   int block_table_stride;
   int num_heads;             // <= 64
   float softmax_scale_log2;  // softmax scale (and K scale) times log2(e)
@@ -79,12 +79,12 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
 // ---- producer ------------------------------------------------------------------------------
 
 // Streams K and V of every block of every part through the ring. Runs ahead into the next sequence
-// while the consumers still finish this one, so that the memory stream has no gap between sequences.
+// while the consumers still finish this one, so that the memory stream has no gap in between.
 // `load(block, is_v, destination, barrier)` issues the copy of one buffer.
 //
 // Only lane 0 waits and copies: lanes that poll a barrier on their own may fall a phase behind.
-// Of all KV blocks, the previous kernel of the stream may write only the last one of a sequence (the
-// new token); everything before it is fetched while that kernel still runs.
+// Of all KV blocks, the previous kernel of the stream may write only the last one of a sequence
+// (the new token); everything before it is fetched while that kernel still runs.
 template <class Shared, class Load>
 __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
                                                const MfaRange& range, Load load) {
@@ -93,8 +93,8 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
   int consumer = 0;
   RingCursor<Shared::kStages> cursor;  // of both rings: they take turns
   for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
-    const int* table = params.block_table +
-                       static_cast<int64_t>(sequence) * params.block_table_stride;
+    const int* table =
+        params.block_table + static_cast<int64_t>(sequence) * params.block_table_stride;
     // Bounded by the row, not by the sequence, so that the load need not wait for the length.
     const auto load_ids = [&](int first) {
       const bool is_in_row = first + lane < params.block_table_stride;
@@ -131,7 +131,8 @@ __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& 
 // Loads the queries of each part; a warp of its own, so that waiting for the query buffer never
 // holds back the KV stream.
 template <class Shared, class Load>
-__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaRange& range, Load load) {
+__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaRange& range,
+                                                  Load load) {
   if (threadIdx.x % kWarpThreads != 0) return;
   griddepcontrol_wait();
   uint32_t parity = 0;
@@ -236,8 +237,9 @@ __device__ __forceinline__ void mfa_store_pair(const MfaTarget& target, int num_
 }
 
 // The two consumers saw every other block each. Consumer w keeps columns [128w, 128w + 128) of the
-// merged output and gives away its accumulators of the others, 64 columns a round. Both hold the same
-// (row, column) in the same register of the same thread, so the exchange needs no index arithmetic.
+// merged output and gives away its accumulators of the others, 64 columns a round. Both hold the
+// same (row, column) in the same register of the same thread, so the exchange needs no index
+// arithmetic.
 template <int kConsumer, class Shared>
 __device__ __forceinline__ void mfa_give(Shared& shared, int round,
                                          const float (&acc)[kOutputRegs]) {
@@ -348,9 +350,8 @@ __device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const
       acc.w = fmaf(value.w, weight, acc.w);
     }
     const float inverse = params.output_scale / sum;
-    *reinterpret_cast<uint2*>(out + head * kHeadDim + column) =
-        make_uint2(cvt_bf16x2(acc.x * inverse, acc.y * inverse),
-                   cvt_bf16x2(acc.z * inverse, acc.w * inverse));
+    *reinterpret_cast<uint2*>(out + head * kHeadDim + column) = make_uint2(
+        cvt_bf16x2(acc.x * inverse, acc.y * inverse), cvt_bf16x2(acc.z * inverse, acc.w * inverse));
   }
 }
 
@@ -366,8 +367,7 @@ __device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams&
     rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 1);
     rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 2);
   }
-  uint16_t* out =
-      params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
+  uint16_t* out = params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
   const int slot = 2 * blockIdx.x + (part.starts_here() ? 1 : 0);
   const MfaTarget target = {
       out, part.is_split() ? params.partial_out + slot * kHeads * kHeadDim : nullptr};
@@ -380,8 +380,8 @@ __device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams&
     const float2 a = shared.stats[0][thread];
     const float2 b = shared.stats[1][thread];
     const float maximum = fmaxf(a.x, b.x);
-    params.partial_stats[slot * kHeads + thread] = make_float2(
-        maximum, a.y * mfa_weight(a.x, maximum) + b.y * mfa_weight(b.x, maximum));
+    params.partial_stats[slot * kHeads + thread] =
+        make_float2(maximum, a.y * mfa_weight(a.x, maximum) + b.y * mfa_weight(b.x, maximum));
   }
   __threadfence();
   bar_sync<kBarrierConsumers, kConsumerThreads>();

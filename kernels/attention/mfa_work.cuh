@@ -22,8 +22,8 @@ struct MfaSplit {
   int num_ctas;
 };
 
-// A range of blocks, [first_sequence:first_block, last_sequence:last_block). One that ends at the end
-// of sequence r is stored as last_sequence = r + 1, last_block = 0.
+// A range of blocks, [first_sequence:first_block, last_sequence:last_block). One that ends at the
+// end of sequence r is stored as last_sequence = r + 1, last_block = 0.
 struct MfaRange {
   int first_sequence;
   int first_block;
@@ -59,8 +59,8 @@ struct MfaPart {
   }
 };
 
-// The schedule kernel fences its rows before it exits, so a decode kernel that starts at that moment
-// may read them without griddepcontrol.wait, past L1.
+// The schedule kernel fences its rows before it exits, so a decode kernel that starts at that
+// moment may read them without griddepcontrol.wait, past L1.
 __device__ __forceinline__ MfaRange mfa_load_range(const MfaWork* schedule) {
   const int4 row = ld_global_cg(reinterpret_cast<const int4*>(schedule + blockIdx.x));
   return {row.x, row.y, row.z, row.w};

@@ -8,15 +8,15 @@
 //   schedule     i32[num_ctas, 8]           from sm90_i32_mfa_schedule, same seq_lens
 //   out          bf16[S, N, 256]            softmax(q k^T * scale) v
 //
-// Tile            64 heads x 64 tokens; two consumer warpgroups take alternate blocks, each with its
-//                 own 64x256 fp32 accumulator, and merge once per sequence
+// Tile            64 heads x 64 tokens; two consumer warpgroups take alternate blocks, each with
+//                 its own 64x256 fp32 accumulator, and merge once per sequence
 // Threads         384: producer warpgroup (24 registers), two consumers (240); one CTA per SM
 // Shared memory   231,424 B: Q or merge 32 KiB, two rings of 6 x 16 KiB, statistics, barriers
-// Roofline        HBM: 512 B per token. At 4.5 TB/s one block costs an SM 1,700 clocks, of which a
-//                 consumer needs about 1,300 (QK 256, softmax 500, PV 256, latencies) and two run
-// Accuracy        The FP8 tensor core keeps about 14 bits of its accumulator and truncates: a sum over
-//                 a long sequence would drift by 3 % at 32K tokens. So P V of one block (2 steps) goes
-//                 into its own accumulator and is added to the running output in fp32
+// Roofline        HBM: 512 B per token. At 4.5 TB/s an SM gets a block every 0.95 us; the two
+//                 consumers together need 0.7 us for one (measured with the cache in L2)
+// Accuracy        The FP8 tensor core keeps about 14 bits of its accumulator and truncates: a sum
+//                 over a long sequence would drift by 3 % at 32K tokens. So P V of one block (2
+//                 steps) goes into its own accumulator and is added to the running output in fp32
 // Reference       step3rt.ops.mfa_decode.reference_mfa_decode on the dequantised cache
 // Slots past the end of a sequence may hold anything, NaN too: scores are masked, V bytes zeroed.
 
@@ -24,15 +24,15 @@
 #include "attention/mfa_decode.cuh"
 #include "common/wgmma.cuh"
 
-constexpr int kKeySliceBytes = 128;                              // half the head dim
+constexpr int kKeySliceBytes = 128;  // half the head dim
 constexpr int kKeySliceTileBytes = kBlockTokens * kKeySliceBytes;
 constexpr int kKeyRowGroupBytes = 8 * kKeySliceBytes;
-constexpr int kValueRowBytes = kBlockTokens;                     // V is transposed: a row is a dim
+constexpr int kValueRowBytes = kBlockTokens;  // V is transposed: a row is a dim
 constexpr int kValueRowGroupBytes = 8 * kValueRowBytes;
-constexpr int kStepBytes = 32;                                   // wgmma K is 32
+constexpr int kStepBytes = 32;  // wgmma K is 32
 constexpr int kScoreSteps = kHeadDim / kStepBytes;
 constexpr int kValueSteps = kBlockTokens / kStepBytes;
-constexpr int kQuarterDims = 64;                                 // output columns of one product
+constexpr int kQuarterDims = 64;  // output columns of one product
 constexpr int kQuarterRegs = kHeads * kQuarterDims / kWarpgroupThreads;
 constexpr int kQuarters = kHeadDim / kQuarterDims;
 
@@ -48,8 +48,7 @@ __device__ __forceinline__ void compute_scores(const uint8_t* query, const uint8
                                                float (&scores)[kScoreRegs]) {
   const uint64_t q =
       matrix_descriptor(shared_address(query), 16, kKeyRowGroupBytes, Swizzle::k128B);
-  const uint64_t k =
-      matrix_descriptor(shared_address(keys), 16, kKeyRowGroupBytes, Swizzle::k128B);
+  const uint64_t k = matrix_descriptor(shared_address(keys), 16, kKeyRowGroupBytes, Swizzle::k128B);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kScoreSteps; ++step) {
@@ -61,8 +60,9 @@ __device__ __forceinline__ void compute_scores(const uint8_t* query, const uint8
 }
 
 // product = weights * V[:, 64 * quarter ...], of one block.
-__device__ __forceinline__ void multiply_quarter(const uint32_t (&a)[kValueSteps][4], uint64_t values,
-                                                 int quarter, float (&product)[kQuarterRegs]) {
+__device__ __forceinline__ void multiply_quarter(const uint32_t (&a)[kValueSteps][4],
+                                                 uint64_t values, int quarter,
+                                                 float (&product)[kQuarterRegs]) {
   const uint64_t v = advance_descriptor(values, quarter * kQuarterDims * kValueRowBytes);
   wgmma_fence();
 #pragma unroll
@@ -74,8 +74,7 @@ __device__ __forceinline__ void multiply_quarter(const uint32_t (&a)[kValueSteps
 
 template <int kQuarter>
 __device__ __forceinline__ void fold_quarter(const float (&product)[kQuarterRegs],
-                                             const float (&rescale)[2],
-                                             float (&acc)[kOutputRegs]) {
+                                             const float (&rescale)[2], float (&acc)[kOutputRegs]) {
 #pragma unroll
   for (int i = 0; i < kQuarterRegs; ++i) {
     float& out = acc[kQuarter * kQuarterRegs + i];
@@ -85,8 +84,7 @@ __device__ __forceinline__ void fold_quarter(const float (&product)[kQuarterRegs
 
 // acc = acc * rescale + weights * V, a quarter of the columns at a time, two in flight.
 __device__ __forceinline__ void accumulate_values(const float (&weights)[kScoreRegs],
-                                                  const float (&rescale)[2],
-                                                  const uint8_t* values,
+                                                  const float (&rescale)[2], const uint8_t* values,
                                                   float (&acc)[kOutputRegs]) {
   uint32_t a[kValueSteps][4];
 #pragma unroll
@@ -126,10 +124,9 @@ __device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_vali
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int token = fp8_value_word_token(chunk, w);  // of byte 0; then + 1, + 8, + 9
-        const uint32_t keep = (token < num_valid ? 0x000000ffu : 0u) |
-                              (token + 1 < num_valid ? 0x0000ff00u : 0u) |
-                              (token + 8 < num_valid ? 0x00ff0000u : 0u) |
-                              (token + 9 < num_valid ? 0xff000000u : 0u);
+        const uint32_t keep =
+            (token < num_valid ? 0x000000ffu : 0u) | (token + 1 < num_valid ? 0x0000ff00u : 0u) |
+            (token + 8 < num_valid ? 0x00ff0000u : 0u) | (token + 9 < num_valid ? 0xff000000u : 0u);
         words[w] &= keep;
       }
     }
@@ -201,13 +198,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const MfaRange range = mfa_load_range(params.schedule);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
     if (warp == 0) {
-      mfa_produce_kv(shared, params, range,
-                     [&](int block, int is_v, uint8_t* destination, uint64_t* barrier) {
-                       const uint8_t* source = kv_cache +
-                                               static_cast<int64_t>(block) * kFp8BlockBytes +
-                                               is_v * kFp8HalfBlockBytes;
-                       cp_async_bulk(destination, source, kFp8HalfBlockBytes, barrier, kEvictFirst);
-                     });
+      mfa_produce_kv(
+          shared, params, range, [&](int block, int is_v, uint8_t* destination, uint64_t* barrier) {
+            const uint8_t* source =
+                kv_cache + static_cast<int64_t>(block) * kFp8BlockBytes + is_v * kFp8HalfBlockBytes;
+            cp_async_bulk(destination, source, kFp8HalfBlockBytes, barrier, kEvictFirst);
+          });
     } else if (warp == 1) {
       mfa_produce_query(shared, range, [&](int sequence, uint8_t* destination, uint64_t* barrier) {
         cp_async_bulk_tensor_4d(destination, &query_map, barrier, 0, 0, 0, sequence);

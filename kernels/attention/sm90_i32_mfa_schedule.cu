@@ -9,17 +9,17 @@
 // Roofline        latency: one load, one scan, one binary search, one store: about 3 us
 // Reference       step3rt.ops.mfa_schedule.reference_mfa_schedule, equal integer for integer
 //
-// A sequence costs its blocks plus kSequenceCost (query load, merge, store), all in blocks. Decode is
-// bound by HBM, which stays busy while some SMs idle, but a split costs 64 KiB written and read per
-// part. So cuts snap to the nearest sequence boundary when that leaves no CTA above 1.2 times the
-// mean; otherwise only within a tenth of the mean, which balances better and splits more.
+// A sequence costs its blocks plus kSequenceCost (query load, merge, store), all in blocks. Decode
+// is bound by HBM, which stays busy while some SMs idle, but a split costs 64 KiB written and read
+// per part. So cuts snap to the nearest sequence boundary when that leaves no CTA above 1.2 times
+// the mean; otherwise only within a tenth of the mean, which balances better and splits more.
 
 #include "attention/mfa_work.cuh"
 
 constexpr int kMaxSequences = 1024;
 constexpr int kMaxCtas = 256;
 constexpr int kSequenceCost = 2;
-constexpr int kMinRangeCost = 6;        // below, one more CTA costs more than it saves
+constexpr int kMinRangeCost = 6;          // below, one more CTA costs more than it saves
 constexpr int kMaxPartsPerSequence = 64;  // bounds the work of the CTA that combines them
 constexpr int kWarps = kMaxSequences / kWarpThreads;
 
@@ -67,11 +67,10 @@ __device__ __forceinline__ int find_sequence(const int* starts, int num_sequence
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
-    sm90_i32_mfa_schedule(const int* seq_lens, int num_sequences, MfaWork* schedule,
-                          int num_ctas) {
+    sm90_i32_mfa_schedule(const int* seq_lens, int num_sequences, MfaWork* schedule, int num_ctas) {
   __shared__ int starts[kMaxSequences + 1];  // cost units before each sequence
   __shared__ int warp_sums[kWarps];
-  __shared__ int cuts[kMaxCtas + 1];         // cost units before each CTA
+  __shared__ int cuts[kMaxCtas + 1];  // cost units before each CTA
   __shared__ Boundary boundaries[kMaxCtas + 1];
   __shared__ int max_cost;
   static_assert(kWarps == kWarpThreads, "one warp scans the warp sums");
@@ -116,8 +115,7 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
 
   if (i <= num_ctas) {
     const int distance = nearest > even ? nearest - even : even - nearest;
-    const bool snaps =
-        snap_all || static_cast<int64_t>(distance) * num_used * 10 <= total;
+    const bool snaps = snap_all || static_cast<int64_t>(distance) * num_used * 10 <= total;
     const int cut = snaps ? nearest : even;
     Boundary boundary = {num_sequences, 0};
     if (cut < total) {

@@ -97,7 +97,7 @@ __device__ __forceinline__ float2 ld_global_cg(const float2* address) {
   return v;
 }
 
-// Adds one and returns the old value; releases this thread's view of memory and acquires the others'.
+// Adds and returns the old value; releases this thread's writes and acquires those of the others.
 __device__ __forceinline__ int atom_add_acq_rel_gpu(int* address, int value) {
   int old;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"

@@ -29,16 +29,14 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d(void* destination, const
                                                         int w, uint64_t l2_policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
-          shared_address(destination)),
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(destination)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(l2_policy)
       : "memory");
 }
 
 // `bytes` contiguous bytes; both addresses and the count are multiples of 16.
-__device__ __forceinline__ void cp_async_bulk(void* destination, const void* source,
-                                              uint32_t bytes, uint64_t* barrier,
-                                              uint64_t l2_policy) {
+__device__ __forceinline__ void cp_async_bulk(void* destination, const void* source, uint32_t bytes,
+                                              uint64_t* barrier, uint64_t l2_policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(destination)),

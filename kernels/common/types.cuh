@@ -10,7 +10,8 @@ using int64_t = long long;
 
 #define INFINITY __int_as_float(0x7f800000)
 
-static_assert(sizeof(uint64_t) == 8 && sizeof(void*) == 8, "the kernels assume a 64-bit device ABI");
+static_assert(sizeof(uint64_t) == 8 && sizeof(void*) == 8,
+              "the kernels assume a 64-bit device ABI");
 
 // CUtensorMap, encoded by the host. Only the TMA unit reads it.
 struct alignas(64) TensorMap {

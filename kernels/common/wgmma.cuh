@@ -16,8 +16,8 @@ enum class Swizzle : uint64_t { k128B = 1, k64B = 2 };
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading,
                                                       uint32_t stride, Swizzle swizzle) {
   return static_cast<uint64_t>((address & 0x3ffffu) >> 4) |
-         (static_cast<uint64_t>(leading >> 4) << 16) |
-         (static_cast<uint64_t>(stride >> 4) << 32) | (static_cast<uint64_t>(swizzle) << 62);
+         (static_cast<uint64_t>(leading >> 4) << 16) | (static_cast<uint64_t>(stride >> 4) << 32) |
+         (static_cast<uint64_t>(swizzle) << 62);
 }
 
 // The same matrix `bytes` further: the address field is the lowest and never carries out.
@@ -50,13 +50,13 @@ __device__ __forceinline__ void wgmma_wait_group(float (&d)[kCount]) {
 #define STEP3RT_ACC16(d, i) \
   STEP3RT_ACC4(d, i), STEP3RT_ACC4(d, i + 4), STEP3RT_ACC4(d, i + 8), STEP3RT_ACC4(d, i + 12)
 #define STEP3RT_ACC32(d) STEP3RT_ACC16(d, 0), STEP3RT_ACC16(d, 16)
-#define STEP3RT_ACC128(d)                                                              \
+#define STEP3RT_ACC128(d)                                                                \
   STEP3RT_ACC16(d, 0), STEP3RT_ACC16(d, 16), STEP3RT_ACC16(d, 32), STEP3RT_ACC16(d, 48), \
       STEP3RT_ACC16(d, 64), STEP3RT_ACC16(d, 80), STEP3RT_ACC16(d, 96), STEP3RT_ACC16(d, 112)
 
 // d[64,64] (+)= A[64,16] B[64,16]^T, bf16, both K-major in shared memory.
-__device__ __forceinline__ void wgmma_m64n64k16_bf16_ss(float (&d)[32], uint64_t a_descriptor, uint64_t b_descriptor,
-                                                        bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n64k16_bf16_ss(float (&d)[32], uint64_t a_descriptor,
+                                                        uint64_t b_descriptor, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.b32 p, %34, 0;\n"
@@ -69,8 +69,8 @@ __device__ __forceinline__ void wgmma_m64n64k16_bf16_ss(float (&d)[32], uint64_t
 }
 
 // d[64,256] (+)= A[64,16] B[16,256], bf16, A in registers, B MN-major in shared memory.
-__device__ __forceinline__ void wgmma_m64n256k16_bf16_rs(float (&d)[128], const uint32_t (&a)[4], uint64_t b_descriptor,
-                                                         bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n256k16_bf16_rs(float (&d)[128], const uint32_t (&a)[4],
+                                                         uint64_t b_descriptor, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.b32 p, %133, 0;\n"
@@ -82,7 +82,8 @@ __device__ __forceinline__ void wgmma_m64n256k16_bf16_rs(float (&d)[128], const 
       " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
       " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"
       " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,"
-      " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+      "%127}, "
       "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"
       : STEP3RT_ACC128(d)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor),
@@ -90,8 +91,8 @@ __device__ __forceinline__ void wgmma_m64n256k16_bf16_rs(float (&d)[128], const 
 }
 
 // d[64,64] (+)= A[64,32] B[64,32]^T, e4m3, both K-major in shared memory.
-__device__ __forceinline__ void wgmma_m64n64k32_e4m3_ss(float (&d)[32], uint64_t a_descriptor, uint64_t b_descriptor,
-                                                        bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n64k32_e4m3_ss(float (&d)[32], uint64_t a_descriptor,
+                                                        uint64_t b_descriptor, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.b32 p, %34, 0;\n"
@@ -104,8 +105,8 @@ __device__ __forceinline__ void wgmma_m64n64k32_e4m3_ss(float (&d)[32], uint64_t
 }
 
 // d[64,64] (+)= A[64,32] B[64,32]^T, e4m3, A in registers, B K-major in shared memory.
-__device__ __forceinline__ void wgmma_m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b_descriptor,
-                                                        bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4],
+                                                        uint64_t b_descriptor, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.b32 p, %37, 0;\n"
