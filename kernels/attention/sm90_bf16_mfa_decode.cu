@@ -157,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   } else {
     setmaxnreg_inc<kConsumerRegs>();
     griddepcontrol_wait();
+    griddepcontrol_launch_dependents();  // after the wait: then the grid before is done, too
     consume(shared, params, mfa_load_range(params.schedule), warpgroup - 1);
   }
 }
