@@ -320,9 +320,9 @@ __device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTar
   mfa_release(&shared.query_empty);
 }
 
-// Merges all partial results of a split sequence; run by the CTA that finished last. A thread owns 4
-// columns of every fourth head: all loads of one partial result are in flight together, since their
-// latency, not their 64 KiB, is what costs here.
+// Merges all partial results of a split sequence; run by the CTA that finished last. A thread owns
+// 4 columns of every fourth head: all loads of one partial result are in flight together, since
+// their latency, not their 64 KiB, is what costs here.
 __device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaSplit& split,
                                                   uint16_t* out) {
   constexpr int kThreadsPerHead = kHeadDim / 4;

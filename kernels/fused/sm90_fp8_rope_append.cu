@@ -10,8 +10,8 @@
 // Tile            one token a CTA, one head a warp at a time
 // Threads         256
 // Shared memory   none
-// Roofline        HBM and L2: 33 KiB read, 17 KiB written per token at 64 heads. V is transposed in the
-//                 cache: 256 single-byte stores, one sector each, 8 KiB of traffic per token
+// Roofline        HBM and L2: 33 KiB read, 17 KiB written per token at 64 heads. V is transposed in
+//                 the cache: 256 single-byte stores, one sector each, 8 KiB of traffic per token
 // Reference       step3rt.ops.rope_append.reference_rope
 
 #include "attention/fp8_kv_block.cuh"
