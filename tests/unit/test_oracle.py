@@ -1,0 +1,495 @@
+"""Shows that the float64 oracle is Step-3, and that it can tell Step-3 from near misses."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fixtures.checkpoint import Checkpoint, CheckpointSpec, make_weights, weight_shapes
+from tests.oracle import step3_numpy
+from tests.oracle.config import OracleConfig, parse_moe_layers
+from tests.oracle.step3_numpy import Step3Oracle, choose_experts, rms_norm, rotate
+from tests.oracle.tensor_file import E4M3_VALUES, Array, decode_bf16, dequantise
+
+TOKEN_IDS = np.random.default_rng(5).integers(0, 256, 24).tolist()
+
+
+def with_weights(oracle: Step3Oracle, changes: dict[str, Array]) -> Step3Oracle:
+    assert changes.keys() <= oracle.weights.keys()
+    return dataclasses.replace(oracle, weights={**oracle.weights, **changes})
+
+
+def map_weights(oracle: Step3Oracle, change: Callable[[Array], Array], *ends: str) -> Step3Oracle:
+    changes = {name: change(w) for name, w in oracle.weights.items() if name.endswith(ends)}
+    assert changes
+    return with_weights(oracle, changes)
+
+
+def relative_difference(actual: Array, expected: Array) -> float:
+    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+
+
+# --- Worked examples ---
+
+
+def one_layer_config(**changes: object) -> OracleConfig:
+    config = OracleConfig(
+        vocab_size=3,
+        hidden_size=2,
+        num_layers=1,
+        num_heads=1,
+        head_dim=2,
+        query_rank=2,
+        num_experts=3,
+        top_k=2,
+        moe_layers=frozenset(),
+        norm_expert_weight=False,
+        rope_theta=500_000.0,
+        rms_norm_eps=0.0,
+        max_position=16,
+        eos_token_ids=frozenset(),
+        weight_block_size=None,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def one_layer_weights(**layer: list[object]) -> dict[str, Array]:
+    weights = {
+        "model.embed_tokens.weight": [[1, 1], [1, -1], [9, 9]],
+        "model.norm.weight": [1, 1],
+        "lm_head.weight": [[1, 0], [0, 1], [1, 1]],
+        "model.layers.0.input_layernorm.weight": [1, 2],
+        "model.layers.0.self_attn.q_proj.weight": [[1, 1], [1, -1]],
+        "model.layers.0.self_attn.inter_norm.weight": [math.sqrt(5), 2 * math.sqrt(5)],
+        "model.layers.0.self_attn.wq.weight": [[0.1, 0], [0, 0.1]],
+        "model.layers.0.self_attn.k_proj.weight": [[1, 0], [0, 1]],
+        "model.layers.0.self_attn.v_proj.weight": [[0, 1], [1, 0]],
+        "model.layers.0.self_attn.o_proj.weight": [[1, 0], [0, 2]],
+        "model.layers.0.post_attention_layernorm.weight": [1, 1],
+    }
+    weights |= {f"model.layers.0.{key.replace('__', '.')}.weight": w for key, w in layer.items()}
+    return {name: np.array(weight, dtype=np.float64) for name, weight in weights.items()}
+
+
+def silu(x: float) -> float:
+    return x / (1 + math.exp(-x))
+
+
+def normalised(x: list[float]) -> list[float]:
+    rms = math.sqrt((x[0] ** 2 + x[1] ** 2) / 2)
+    return [x[0] / rms, x[1] / rms]
+
+
+def test_one_dense_layer_equals_the_calculation_by_hand() -> None:
+    oracle = Step3Oracle(
+        one_layer_config(),
+        one_layer_weights(
+            mlp__gate_proj=[[2, 0]], mlp__up_proj=[[0, 3]], mlp__down_proj=[[1], [-1]]
+        ),
+    )
+    # Embeddings (1, 1) and (1, -1) have rms 1, so h = (1, 2), (1, -2) after the norm weights.
+    # k = h; v = h swapped = (2, 1), (-2, 1); latent = (3, -1), (-1, 3) with rms sqrt(5), so that
+    # inter_norm gives (3, -2), (-1, 6) and wq a tenth of it. Position 1 is turned by 1 radian:
+    # its score against itself is that of the unturned vectors, against position 0 it is
+    # (-0.1 cos 1 - 0.6 sin 1) * 1 + (0.6 cos 1 - 0.1 sin 1) * 2; both over sqrt(2).
+    score_0 = (1.1 * math.cos(1) - 0.8 * math.sin(1)) / math.sqrt(2)
+    score_1 = (-0.1 * 1 + 0.6 * -2) / math.sqrt(2)
+    p0 = 1 / (1 + math.exp(score_1 - score_0))
+
+    after_attention = [[1 + 2.0, 1 + 2.0], [1 + 2 * p0 - 2 * (1 - p0), -1 + 2.0]]
+    expected = []
+    for x in after_attention:
+        h = normalised(x)
+        y = silu(2 * h[0]) * 3 * h[1]
+        final = normalised([x[0] + y, x[1] - y])
+        expected.append([final[0], final[1], final[0] + final[1]])
+
+    np.testing.assert_allclose(oracle.logits([0, 1]), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("norm_expert_weight", "expert_weights"),
+    [(False, (4 / 7, 2 / 7)), (True, (2 / 3, 1 / 3))],
+)
+def test_one_moe_layer_equals_the_calculation_by_hand(
+    norm_expert_weight: bool, expert_weights: tuple[float, float]
+) -> None:
+    oracle = Step3Oracle(
+        one_layer_config(moe_layers=frozenset([0]), norm_expert_weight=norm_expert_weight),
+        one_layer_weights(
+            # Router logits of h = (1, 1): 0, ln 4, ln 2. Probabilities: 1/7, 4/7, 2/7.
+            moe__gate=[[0, 0], [math.log(4), 0], [0, math.log(2)]],
+            moe__gate_proj=[[[1, 0]], [[2, 0]], [[3, 0]]],
+            moe__up_proj=[[[0, 1]], [[0, 1]], [[0, 2]]],
+            moe__down_proj=[[[1], [0]], [[1], [0]], [[0], [1]]],
+            share_expert__gate_proj=[[4, 0]],
+            share_expert__up_proj=[[0, 1]],
+            share_expert__down_proj=[[1], [1]],
+        ),
+    )
+    first, second = expert_weights
+    shared = silu(4)
+    # The attention of one token is v = (2, 1), so x = (1, 1) + (2, 2) and h = (1, 1).
+    x = [3 + first * silu(2) + shared, 3 + second * silu(3) * 2 + shared]
+    final = normalised(x)
+
+    forward = oracle.forward([0])
+
+    np.testing.assert_allclose(
+        forward.logits, [[final[0], final[1], final[0] + final[1]]], rtol=1e-14
+    )
+    np.testing.assert_allclose(forward.router_gap, [math.log(2)], rtol=1e-14)
+
+
+# --- Properties of the architecture ---
+
+
+def test_logits_do_not_depend_on_later_tokens(tiny_oracle: Step3Oracle) -> None:
+    before = tiny_oracle.logits(TOKEN_IDS)
+    changed = [*TOKEN_IDS[:10], (TOKEN_IDS[10] + 1) % 256, *TOKEN_IDS[11:]]
+    after = tiny_oracle.logits(changed)
+
+    assert relative_difference(after[:10], before[:10]) < 1e-13
+    moved = np.max(np.abs(after - before), axis=-1)
+    assert np.all(moved[10:] > 1e-3)
+
+
+def test_logits_of_a_prefix_are_the_prefix_of_the_logits(tiny_oracle: Step3Oracle) -> None:
+    whole = tiny_oracle.logits(TOKEN_IDS)
+    for length in (1, 2, 13):
+        assert relative_difference(tiny_oracle.logits(TOKEN_IDS[:length]), whole[:length]) < 1e-13
+
+
+def test_only_relative_positions_matter(tiny_oracle: Step3Oracle) -> None:
+    at_0 = tiny_oracle.logits(TOKEN_IDS)
+    # The angles are float32 values, exact to about 1e-7 of a turn at these positions.
+    at_1 = tiny_oracle.forward(TOKEN_IDS, first_position=1).logits
+    at_40 = tiny_oracle.forward(TOKEN_IDS, first_position=40).logits
+    assert relative_difference(at_1, at_0) < 1e-6
+    assert relative_difference(at_40, at_0) < 1e-6
+
+
+@given(
+    st.integers(1, 64),
+    st.integers(0, 2000),
+    st.integers(0, 2000),
+    st.integers(0, 2000),
+    st.integers(0, 2**32 - 1),
+)
+def test_rope_scores_depend_on_the_distance_alone(
+    half: int, q_position: int, k_position: int, shift: int, seed: int
+) -> None:
+    q, k = np.random.default_rng(seed).standard_normal((2, 2 * half))
+
+    def score(q_at: int, k_at: int) -> float:
+        turned_q, turned_k = (
+            rotate(x, np.array(at), 500_000.0) for x, at in ((q, q_at), (k, k_at))
+        )
+        return float(turned_q @ turned_k)
+
+    here, there = score(q_position, k_position), score(q_position + shift, k_position + shift)
+    # Each of the four angles is a float32 below 4096 radians, so it is off by 2.4e-4 at most.
+    assert abs(here - there) <= 2e-3 * np.linalg.norm(q) * np.linalg.norm(k)
+
+
+def test_rope_turns_dim_j_with_dim_j_plus_half() -> None:
+    # Head dim 4, theta 100: frequencies 1 and 0.1. At position 2, dims 0 and 2 turn by 2 radians,
+    # dims 1 and 3 by 0.2.
+    turned = rotate(np.array([1.0, 10.0, 0.0, 0.0]), np.array(2), 100.0)
+    expected = [math.cos(2), 10 * math.cos(0.2), math.sin(2), 10 * math.sin(0.2)]
+    np.testing.assert_allclose(turned, expected, rtol=1e-7)
+
+    unturned = rotate(np.array([1.0, 2.0, 3.0, 4.0]), np.array(0), 100.0)
+    np.testing.assert_array_equal(unturned, [1, 2, 3, 4])
+
+
+def test_one_token_attends_to_its_value_alone(tiny_oracle: Step3Oracle) -> None:
+    queries_and_keys = ("self_attn.q_proj.weight", "self_attn.wq.weight", "self_attn.k_proj.weight")
+    other = map_weights(tiny_oracle, lambda w: w[::-1], *queries_and_keys)
+
+    assert relative_difference(other.logits([7]), tiny_oracle.logits([7])) < 1e-13
+    assert relative_difference(other.logits([7, 8]), tiny_oracle.logits([7, 8])) > 1e-3
+
+
+def test_permuted_heads_give_the_same_logits(tiny_oracle: Step3Oracle) -> None:
+    heads = np.random.default_rng(0).permutation(tiny_oracle.config.num_heads)
+    dims = np.arange(128).reshape(4, 32)[heads].ravel()
+    wq_only = map_weights(tiny_oracle, lambda w: w[dims], "self_attn.wq.weight")
+    both = map_weights(wq_only, lambda w: w[:, dims], "self_attn.o_proj.weight")
+
+    expected = tiny_oracle.logits(TOKEN_IDS)
+    assert relative_difference(both.logits(TOKEN_IDS), expected) < 1e-12
+    assert relative_difference(wq_only.logits(TOKEN_IDS), expected) > 1e-3
+
+
+def test_permuted_experts_give_the_same_logits(tiny_oracle: Step3Oracle) -> None:
+    order = np.array([3, 1, 7, 0, 2, 6, 5, 4])
+    stacks = tuple(f"moe.{name}_proj.weight" for name in ("gate", "up", "down"))
+    router_only = map_weights(tiny_oracle, lambda w: w[order], "moe.gate.weight")
+    both = map_weights(router_only, lambda w: w[order], *stacks)
+
+    expected = tiny_oracle.logits(TOKEN_IDS)
+    assert relative_difference(both.logits(TOKEN_IDS), expected) < 1e-12
+    assert relative_difference(router_only.logits(TOKEN_IDS), expected) > 1e-3
+
+
+def test_inter_norm_removes_the_scale_of_q_proj(tiny_oracle: Step3Oracle) -> None:
+    without_eps = dataclasses.replace(
+        tiny_oracle, config=dataclasses.replace(tiny_oracle.config, rms_norm_eps=0.0)
+    )
+    scaled = map_weights(without_eps, lambda w: 3 * w, "self_attn.q_proj.weight")
+    assert relative_difference(scaled.logits(TOKEN_IDS), without_eps.logits(TOKEN_IDS)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("doubled", "halved"),
+    [
+        ("self_attn.v_proj.weight", "self_attn.o_proj.weight"),
+        ("self_attn.wq.weight", "self_attn.k_proj.weight"),
+        ("up_proj.weight", "down_proj.weight"),
+    ],
+)
+def test_a_factor_moves_freely_between_linear_partners(
+    tiny_oracle: Step3Oracle, doubled: str, halved: str
+) -> None:
+    moved = map_weights(tiny_oracle, lambda w: 2 * w, doubled)
+    moved = map_weights(moved, lambda w: w / 2, halved)
+    assert relative_difference(moved.logits(TOKEN_IDS), tiny_oracle.logits(TOKEN_IDS)) < 1e-13
+
+
+def test_rms_norm_adds_eps_inside_the_root() -> None:
+    x = np.array([[3e-3, 4e-3]])  # mean square 1.25e-5
+    expected = x / math.sqrt(1.25e-5 + 1e-5) * [1.0, 2.0]
+    np.testing.assert_allclose(rms_norm(x, np.array([1.0, 2.0]), 1e-5), expected, rtol=1e-15)
+
+
+def test_equal_experts_are_chosen_by_lower_id() -> None:
+    topk_ids, topk_weights = choose_experts(np.zeros((1, 4)), top_k=2, norm_expert_weight=False)
+    np.testing.assert_array_equal(topk_ids, [[0, 1]])
+    np.testing.assert_array_equal(topk_weights, [[0.25, 0.25]])
+
+
+# --- Near misses: each is a mistake that a real implementation could make ---
+
+
+def weight_mutants(oracle: Step3Oracle) -> dict[str, Step3Oracle]:
+    def swapped(first: str, second: str) -> Step3Oracle:
+        changes = {}
+        for name in oracle.weights:
+            if name.endswith(first):
+                partner = name.removesuffix(first) + second
+                changes |= {name: oracle.weights[partner], partner: oracle.weights[name]}
+        return with_weights(oracle, changes)
+
+    def configured(**changes: object) -> Step3Oracle:
+        return dataclasses.replace(oracle, config=dataclasses.replace(oracle.config, **changes))
+
+    norms = ("norm.weight", "layernorm.weight")
+    return {
+        "renormalised top-k": configured(norm_expert_weight=True),
+        "one expert fewer": configured(top_k=1),
+        "rope theta of llama": configured(rope_theta=10_000.0),
+        "k and v swapped": swapped("k_proj.weight", "v_proj.weight"),
+        "mlp gate and up swapped": swapped("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "expert gate and up swapped": swapped("moe.gate_proj.weight", "moe.up_proj.weight"),
+        "shared gate and up swapped": swapped(
+            "share_expert.gate_proj.weight", "share_expert.up_proj.weight"
+        ),
+        "norms before attention and mlp swapped": swapped(
+            "input_layernorm.weight", "post_attention_layernorm.weight"
+        ),
+        "inter_norm weight ignored": map_weights(oracle, np.ones_like, "inter_norm.weight"),
+        "norm weight plus one": map_weights(oracle, lambda w: 1 + w, *norms),
+        "last norm weight ignored": map_weights(oracle, np.ones_like, "model.norm.weight"),
+        "shared expert left out": map_weights(oracle, np.zeros_like, "share_expert.up_proj.weight"),
+        "routed experts scaled by 2": map_weights(oracle, lambda w: 2 * w, "moe.down_proj.weight"),
+        "head tied to the embedding": with_weights(
+            oracle, {"lm_head.weight": oracle.weights["model.embed_tokens.weight"]}
+        ),
+        "embedding scaled": map_weights(
+            oracle, lambda w: math.sqrt(128) * w, "embed_tokens.weight"
+        ),
+        "attention scores not scaled": map_weights(
+            oracle, lambda w: math.sqrt(32) * w, "self_attn.wq.weight"
+        ),
+    }
+
+
+def interleaved_rope(x: Array, positions: np.ndarray, theta: float) -> Array:
+    order = np.concatenate([np.arange(0, x.shape[-1], 2), np.arange(1, x.shape[-1], 2)])
+    turned = np.empty_like(x)
+    turned[..., order] = rotate(x[..., order], positions, theta)
+    return turned
+
+
+def rope_turning_backwards_for_keys(x: Array, positions: np.ndarray, theta: float) -> Array:
+    return rotate(x, -positions if x.ndim == 2 else positions, theta)
+
+
+def rope_of_half_the_dims(x: Array, positions: np.ndarray, theta: float) -> Array:
+    half = x.shape[-1] // 2
+    return np.concatenate([rotate(x[..., :half], positions, theta), x[..., half:]], axis=-1)
+
+
+def sigmoid_router(
+    router_logits: Array, top_k: int, norm_expert_weight: bool
+) -> tuple[np.ndarray, Array]:
+    topk_ids, _ = choose_experts(router_logits, top_k, norm_expert_weight)
+    return topk_ids, 1 / (1 + np.exp(-np.take_along_axis(router_logits, topk_ids, axis=-1)))
+
+
+def no_inter_norm(x: Array, weight: Array, eps: float) -> Array:
+    return x * weight if x.shape[-1] == 64 else rms_norm(x, weight, eps)
+
+
+def norm_without_mean(x: Array, weight: Array, eps: float) -> Array:
+    return rms_norm(x - np.mean(x, axis=-1, keepdims=True), weight, eps)
+
+
+def gelu_in_place_of_silu(h: Array, *, gate: Array, up: Array, down: Array) -> Array:
+    gated = h @ gate.T
+    gelu = gated / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gated + 0.044715 * gated**3)))
+    return (gelu * (h @ up.T)) @ down.T
+
+
+FUNCTION_MUTANTS = {
+    "interleaved rope": ("rotate", interleaved_rope),
+    "keys turned the other way": ("rotate", rope_turning_backwards_for_keys),
+    "rope of half the dims": ("rotate", rope_of_half_the_dims),
+    "no rope": ("rotate", lambda x, positions, theta: x),
+    "sigmoid router": ("choose_experts", sigmoid_router),
+    "no inter_norm": ("rms_norm", no_inter_norm),
+    "layer norm in place of rms norm": ("rms_norm", norm_without_mean),
+    "gelu in place of silu": ("swiglu", gelu_in_place_of_silu),
+}
+MEASURABLE = 1e-2  # of the largest logit: 10,000 times what float32 implementations are allowed
+
+
+def test_wrong_weights_and_settings_change_the_logits(tiny_oracle: Step3Oracle) -> None:
+    expected = tiny_oracle.logits(TOKEN_IDS)
+    differences = {
+        name: relative_difference(mutant.logits(TOKEN_IDS), expected)
+        for name, mutant in weight_mutants(tiny_oracle).items()
+    }
+    assert {name: d for name, d in differences.items() if d < MEASURABLE} == {}
+
+
+@pytest.mark.parametrize("mutant", FUNCTION_MUTANTS)
+def test_wrong_operations_change_the_logits(
+    tiny_oracle: Step3Oracle, monkeypatch: pytest.MonkeyPatch, mutant: str
+) -> None:
+    expected = tiny_oracle.logits(TOKEN_IDS)
+    function_name, replacement = FUNCTION_MUTANTS[mutant]
+    monkeypatch.setattr(step3_numpy, function_name, replacement)
+    assert relative_difference(tiny_oracle.logits(TOKEN_IDS), expected) > MEASURABLE
+
+
+def test_every_tensor_changes_the_logits(tiny_oracle: Step3Oracle) -> None:
+    expected = tiny_oracle.logits(TOKEN_IDS)
+    redrawn = make_weights(CheckpointSpec(seed=1))
+    differences = {
+        name: relative_difference(
+            with_weights(tiny_oracle, {name: redrawn[name].astype(np.float64)}).logits(TOKEN_IDS),
+            expected,
+        )
+        for name in tiny_oracle.weights
+    }
+    assert differences.keys() == weight_shapes(CheckpointSpec()).keys()
+    assert {name: d for name, d in differences.items() if d < MEASURABLE} == {}
+
+
+# --- Greedy decoding ---
+
+
+def test_greedy_tokens_are_the_best_of_the_teacher_forced_logits(tiny_oracle: Step3Oracle) -> None:
+    prompt = TOKEN_IDS[:5]
+    greedy = tiny_oracle.generate_greedy(prompt, max_tokens=6)
+
+    logits = tiny_oracle.logits([*prompt, *greedy.token_ids])
+    probabilities = np.exp(logits) / np.sum(np.exp(logits), axis=-1, keepdims=True)
+    assert greedy.finish_reason == "length"
+    assert greedy.token_ids == np.argmax(logits, axis=-1)[4:10].tolist()
+    np.testing.assert_allclose(np.exp(greedy.logprobs), probabilities[4:10], rtol=1e-11)
+    expected_prompt = [probabilities[t, prompt[t + 1]] for t in range(4)]
+    np.testing.assert_allclose(np.exp(greedy.prompt_logprobs), expected_prompt, rtol=1e-11)
+    best_two = np.sort(logits[4:10], axis=-1)[:, -2:]
+    np.testing.assert_allclose(greedy.margins, best_two[:, 1] - best_two[:, 0], rtol=1e-9)
+
+
+def test_greedy_ends_with_the_stop_token(tiny_oracle: Step3Oracle) -> None:
+    free = tiny_oracle.generate_greedy(TOKEN_IDS[:5], max_tokens=6)
+    stop = free.token_ids[3]
+    stopped = tiny_oracle.generate_greedy(TOKEN_IDS[:5], max_tokens=6, stop_token_ids={stop})
+
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+@pytest.mark.parametrize("token_ids", [[], [-1], [0, 256]])
+def test_ids_outside_the_vocabulary_are_refused(
+    tiny_oracle: Step3Oracle, token_ids: list[int]
+) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.255"):
+        tiny_oracle.logits(token_ids)
+
+
+# --- Number formats and config ---
+
+
+def test_e4m3_bytes_have_the_values_of_the_standard() -> None:
+    known = {
+        0x00: 0.0,
+        0x01: 2.0**-9,
+        0x07: 7 * 2.0**-9,
+        0x08: 2.0**-6,
+        0x38: 1.0,
+        0x3C: 1.5,
+        0x7E: 448.0,
+        0xB8: -1.0,
+        0xFE: -448.0,
+    }
+    assert {byte: E4M3_VALUES[byte] for byte in known} == known
+    assert np.flatnonzero(np.isnan(E4M3_VALUES)).tolist() == [0x7F, 0xFF]
+    assert np.all(np.diff(E4M3_VALUES[:0x7F]) > 0)
+
+
+def test_bf16_is_the_upper_half_of_float32() -> None:
+    bits = np.array([0x3F80, 0xC049, 0x0001], dtype=np.uint16)
+    np.testing.assert_array_equal(decode_bf16(bits), [1.0, -3.140625, 2.0**-133])
+
+
+def test_dequantise_gives_each_block_its_scale() -> None:
+    scales = np.array([[[1.0, 10.0], [100.0, 1000.0]]])
+    expected = [[[1, 1, 1, 10], [1, 1, 1, 10], [100, 100, 100, 1000]]]
+    np.testing.assert_array_equal(dequantise(np.ones((1, 3, 4)), scales, (2, 3)), expected)
+    with pytest.raises(ValueError, match="scale shape"):
+        dequantise(np.ones((1, 3, 4)), scales, (1, 3))
+
+
+def test_fp8_weights_are_dequantised_to_within_one_step(tiny_fp8_checkpoint: Checkpoint) -> None:
+    oracle = Step3Oracle.load(tiny_fp8_checkpoint.directory)
+    assert oracle.config.weight_block_size == (32, 32)
+    exact = make_weights(tiny_fp8_checkpoint.spec)
+    for name, weight in oracle.weights.items():
+        # One step of e4m3 is at most 1/16 of the value, or 2^-10 of the block's largest.
+        tolerance = np.abs(exact[name]) / 16 + np.max(np.abs(exact[name])) / 448 / 512
+        assert np.all(np.abs(weight - exact[name]) <= tolerance), name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("4,5", {4, 5}),
+        (" 4, 5 ", {4, 5}),
+        ("", set()),
+        ([1, 3], {1, 3}),
+        ((1, 3), {1, 3}),
+        (None, {1, 2, 3, 4, 5}),
+    ],
+)
+def test_moe_layers_are_read_from_every_spelling(value: object, expected: set[int]) -> None:
+    assert parse_moe_layers(value, num_layers=6) == expected
