@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fixtures.checkpoint import Checkpoint, make_weights
+from tests.oracle import step3_numpy
 from tests.oracle.config import OracleConfig, parse_moe_layers
 from tests.oracle.near_misses import map_weights, relative_difference
-from tests.oracle.step3_numpy import Step3Oracle, choose_experts, rms_norm, rotate
+from tests.oracle.step3_numpy import Step3Oracle, choice_gap, choose_experts, rms_norm, rotate
 from tests.oracle.tensor_file import E4M3_VALUES, Array, decode_bf16, dequantise
 
 TOKEN_IDS = np.random.default_rng(5).integers(0, 256, 24).tolist()
@@ -121,13 +122,8 @@ def test_one_moe_layer_equals_the_calculation_by_hand(
     # The attention of one token is v = (2, 1), so x = (1, 1) + (2, 2) and h = (1, 1).
     x = [3 + first * silu(2) + shared, 3 + second * silu(3) * 2 + shared]
     final = normalised(x)
-
-    forward = oracle.forward([0])
-
-    np.testing.assert_allclose(
-        forward.logits, [[final[0], final[1], final[0] + final[1]]], rtol=1e-14
-    )
-    np.testing.assert_allclose(forward.router_gap, [math.log(2)], rtol=1e-14)
+    expected = [[final[0], final[1], final[0] + final[1]]]
+    np.testing.assert_allclose(oracle.logits([0]), expected, rtol=1e-14)
 
 
 # --- Properties of the architecture ---
@@ -156,6 +152,7 @@ def test_only_relative_positions_matter(tiny_oracle: Step3Oracle) -> None:
     at_40 = tiny_oracle.forward(TOKEN_IDS, first_position=40).logits
     assert relative_difference(at_1, at_0) < 1e-6
     assert relative_difference(at_40, at_0) < 1e-6
+    assert not np.array_equal(at_40, at_0)  # the shift did reach the angles
 
 
 @given(
@@ -256,6 +253,20 @@ def test_equal_experts_are_chosen_by_lower_id() -> None:
     topk_ids, topk_weights = choose_experts(np.zeros((1, 4)), top_k=2, norm_expert_weight=False)
     np.testing.assert_array_equal(topk_ids, [[0, 1]])
     np.testing.assert_array_equal(topk_weights, [[0.25, 0.25]])
+
+
+def test_choice_gap_is_between_the_last_chosen_and_the_first_rejected() -> None:
+    router_logits = np.array([[5.0, 1.0, 3.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(choice_gap(router_logits, top_k=2), [2.0, 0.0])
+    np.testing.assert_array_equal(choice_gap(router_logits, top_k=4), [np.inf, np.inf])
+
+
+def test_router_gap_is_the_smallest_of_the_moe_layers(
+    tiny_oracle: Step3Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = iter([np.array([1.0, 4.0]), np.array([2.0, 3.0])])
+    monkeypatch.setattr(step3_numpy, "choice_gap", lambda router_logits, top_k: next(gaps))
+    np.testing.assert_array_equal(tiny_oracle.forward([3, 4]).router_gap, [1.0, 3.0])
 
 
 # --- Greedy decoding ---
