@@ -256,7 +256,7 @@ def test_equal_experts_are_chosen_by_lower_id() -> None:
 
 
 def test_choice_gap_is_between_the_last_chosen_and_the_first_rejected() -> None:
-    router_logits = np.array([[5.0, 1.0, 3.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    router_logits = np.array([[9.0, 1.0, 3.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(choice_gap(router_logits, top_k=2), [2.0, 0.0])
     np.testing.assert_array_equal(choice_gap(router_logits, top_k=4), [np.inf, np.inf])
 
