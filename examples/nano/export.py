@@ -101,7 +101,7 @@ def write_checkpoint(
         "bos_token_id": loaded.token_to_id(BOS),
         "eos_token_id": loaded.token_to_id(EOS),
         "do_sample": True,
-        "temperature": 0.8,
+        "temperature": 0.7,
         "top_p": 0.95,
     }
     (out / "config.json").write_text(json.dumps(config_json(config, loaded), indent=2) + "\n")

@@ -45,10 +45,7 @@ def train(documents: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[
-            *(AddedToken(token, special=True, normalized=False) for token in SPECIAL),
-            *(AddedToken(token, special=False, normalized=False) for token in VISIBLE),
-        ],
+        special_tokens=[AddedToken(t, normalized=False) for t in (*SPECIAL, *VISIBLE)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -58,8 +55,12 @@ def train(documents: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
         pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
+    # The trainer marks every token that it is given as special, and decoding would drop it.
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False) + "\n")
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -72,4 +73,4 @@ def train(documents: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     (out / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     )
-    return tokenizer
+    return Tokenizer.from_file(str(out / "tokenizer.json"))
