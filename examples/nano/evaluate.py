@@ -1,6 +1,6 @@
 """Measures held-out perplexity of the shipped checkpoint and, given the corpus, of the baselines.
 
-Never trains. Takes about a minute of one CPU core, and needs the checkpoint and this directory:
+Never trains. Takes a minute of one CPU core, and needs the checkpoint and this directory:
 
     python examples/nano/evaluate.py
 """
