@@ -83,3 +83,106 @@ impl Need {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block_pool::BlockPool;
+    use crate::ids::{Epoch, SequenceId, StepId};
+    use crate::instance::Place;
+    use crate::sequence_table::SequenceTable;
+
+    fn config() -> SchedulerConfig {
+        SchedulerConfig {
+            num_lanes: 2,
+            block_size_tokens: 4,
+            max_model_len: 64,
+            max_tokens_per_micro_batch: 8,
+            max_sequences_per_lane: 2,
+            max_waiting_requests: 8,
+            recovery_timeout_ms: 1_000,
+        }
+    }
+
+    fn cluster(pools: &[u32]) -> Cluster {
+        let instances = (0..).map(InstanceId).zip(pools).map(|(id, &num_blocks)| {
+            let pool = BlockPool::new(num_blocks);
+            (id, Instance::new(id, Epoch(1), pool, 2))
+        });
+        Cluster {
+            instances: instances.collect(),
+            has_all_experts: true,
+        }
+    }
+
+    fn need(now: u64) -> Need {
+        Need { now, at_most: 8 }
+    }
+
+    /// Gives places to newcomers that need so many blocks each; says which.
+    fn place_all(cluster: &mut Cluster, needs: &[u64]) -> Vec<Option<(u32, u8)>> {
+        let mut table = SequenceTable::default();
+        let mut arrival = 0;
+        let place_one = |&now: &u64| {
+            let (instance, lane) = cluster.choose(need(now), &config())?;
+            let mut sequence = Sequence::for_tests(&[1], &[]);
+            sequence.rank.arrival = arrival;
+            let place = Place {
+                id: SequenceId(arrival),
+                lane,
+                num_blocks: now,
+            };
+            arrival += 1;
+            let slot = table.insert(Sequence::for_tests(&[1], &[]));
+            instance.join(slot, &mut sequence, place);
+            Some((instance.id.0, lane.0))
+        };
+        needs.iter().map(place_one).collect()
+    }
+
+    #[test]
+    fn equal_newcomers_spread_over_instances_and_then_lanes() {
+        let mut cluster = cluster(&[20, 20]);
+        let places = place_all(&mut cluster, &[1; 5]).into_iter().flatten();
+        let places: Vec<_> = places.collect();
+        assert_eq!(places, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0)]);
+    }
+
+    #[test]
+    fn a_heavy_sequence_outweighs_many_light_ones() {
+        let mut cluster = cluster(&[20, 20]);
+        let places = place_all(&mut cluster, &[6, 1, 1, 1]).into_iter().flatten();
+        let places: Vec<_> = places.collect();
+        assert_eq!(places, [(0, 0), (1, 0), (1, 1), (1, 0)]);
+    }
+
+    #[test]
+    fn nobody_is_placed_where_it_could_not_finish() {
+        let mut cluster = cluster(&[7, 9]);
+        let places = place_all(&mut cluster, &[1, 1, 7, 8]);
+        assert_eq!(places, [Some((1, 0)), Some((1, 1)), Some((1, 0)), None]);
+        assert!(cluster.can_ever_hold(Need { now: 1, at_most: 9 }));
+        assert!(!cluster.can_ever_hold(Need {
+            now: 1,
+            at_most: 10
+        }));
+    }
+
+    #[test]
+    fn answers_of_another_incarnation_or_lane_find_no_instance() {
+        let mut cluster = cluster(&[8]);
+        let key = StepKey {
+            instance: InstanceId(0),
+            epoch: Epoch(1),
+            lane: LaneId(1),
+            step: StepId(0),
+        };
+        assert!(cluster.incarnation(key).is_some());
+        let epoch = Epoch(2);
+        assert!(cluster.incarnation(StepKey { epoch, ..key }).is_none());
+        let lane = LaneId(2);
+        assert!(cluster.incarnation(StepKey { lane, ..key }).is_none());
+        let instance = InstanceId(1);
+        assert!(cluster.incarnation(StepKey { instance, ..key }).is_none());
+    }
+}

@@ -86,3 +86,56 @@ impl Lane {
         *self.failing_since.get_or_insert(now)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sequence::Sequence;
+    use crate::sequence_table::SequenceTable;
+
+    fn rank(priority: i32, arrival: u64) -> Rank {
+        Rank { priority, arrival }
+    }
+
+    #[test]
+    fn the_running_set_is_in_the_order_of_rank_whatever_the_order_of_joins() {
+        let mut table = SequenceTable::default();
+        let mut lane = Lane::default();
+        for rank in [rank(0, 2), rank(1, 0), rank(-1, 3), rank(0, 1)] {
+            lane.insert(rank, table.insert(Sequence::for_tests(&[1], &[])), 2);
+        }
+        lane.remove(rank(0, 2), 2);
+        let ranks: Vec<Rank> = lane.running.iter().map(|&(rank, _)| rank).collect();
+        assert_eq!(ranks, [rank(-1, 3), rank(0, 1), rank(1, 0)]);
+        assert_eq!(lane.num_demanded_blocks, 6);
+    }
+
+    #[test]
+    fn only_the_step_in_flight_can_end_and_only_once() {
+        let mut lane = Lane::default();
+        let step = lane.next_step();
+        lane.in_flight = Some(InFlight {
+            step,
+            chunks: Vec::new(),
+        });
+        assert!(!lane.is_ready(TimeNs(0)));
+        assert!(lane.take_step(StepId(1)).is_none());
+        assert!(lane.take_step(step).is_some());
+        assert!(lane.take_step(step).is_none());
+        assert!(lane.is_ready(TimeNs(0)));
+        assert_eq!(lane.next_step(), StepId(1));
+    }
+
+    #[test]
+    fn retries_after_the_first_wait_and_a_success_forgets_the_failures() {
+        let mut lane = Lane::default();
+        assert_eq!(lane.note_failure(TimeNs(5)), TimeNs(5));
+        assert!(lane.is_ready(TimeNs(5)));
+        assert_eq!(lane.note_failure(TimeNs(7)), TimeNs(5));
+        assert_eq!(lane.retry_at(), Some(TimeNs(7).plus_ms(STEP_RETRY_MS)));
+        assert!(!lane.is_ready(TimeNs(8)));
+        assert!(lane.is_ready(TimeNs(7).plus_ms(STEP_RETRY_MS)));
+        lane.note_success();
+        assert_eq!(lane.note_failure(TimeNs(9)), TimeNs(9));
+    }
+}

@@ -215,3 +215,156 @@ impl Sequence {
 pub(crate) fn num_tokens<T>(items: &[T]) -> u32 {
     u32::try_from(items.len()).expect("admission bounds every sequence by max_model_len")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Sequence {
+        /// Waits; greedy, without stop ids, up to 100 tokens.
+        pub(crate) fn for_tests(prompt: &[u32], generated: &[u32]) -> Self {
+            let tokens = |ids: &[u32]| ids.iter().copied().map(TokenId).collect::<Vec<_>>();
+            Self {
+                request: RequestId(0),
+                index: 0,
+                rank: Rank {
+                    priority: 0,
+                    arrival: 0,
+                },
+                prompt: tokens(prompt).into(),
+                generated: tokens(generated),
+                sampling: SamplingState {
+                    temperature: 0.0,
+                    top_k: 0,
+                    top_p: 1.0,
+                    min_p: 0.0,
+                    seed: 0,
+                    top_logprobs: None,
+                    prompt_logprobs: Some(0),
+                    min_tokens: 0,
+                    stop_tokens: Vec::new(),
+                },
+                max_known_tokens: 100,
+                submitted: TimeNs(0),
+                planned: None,
+                first_token: None,
+                num_prompt_logprobs_sent: 0,
+                stay: None,
+            }
+        }
+
+        fn moved_in(mut self) -> Self {
+            self.stay = Some(Stay {
+                id: SequenceId(1),
+                instance: InstanceId(0),
+                lane: LaneId(0),
+                is_told: true,
+                num_computed_tokens: 0,
+                blocks: Vec::new(),
+                num_demanded_blocks: 1,
+                is_in_flight: true,
+                after_step: AfterStep::Stays,
+                num_prompt_logprobs: 0,
+            });
+            self
+        }
+    }
+
+    fn output(token: Option<u32>, logprobs: &[u32]) -> SequenceOutput {
+        let logprob = |&token: &u32| TokenLogprob {
+            token: TokenId(token),
+            logprob: -1.0,
+            top: Vec::new(),
+        };
+        SequenceOutput {
+            sequence: SequenceId(1),
+            token: token.map(TokenId),
+            logprob: None,
+            prompt_logprobs: logprobs.iter().map(logprob).collect(),
+            is_corrupt: false,
+        }
+    }
+
+    fn asked(num_new_tokens: u32, samples: bool) -> Asked {
+        Asked {
+            sequence: SequenceId(1),
+            num_new_tokens,
+            samples,
+        }
+    }
+
+    #[test]
+    fn a_sampled_token_is_known_and_not_yet_computed() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        let mut events = Vec::new();
+        let taken = (asked(3, true), Some(output(Some(9), &[])));
+        assert_eq!(sequence.accept(TimeNs(4), taken, &mut events), Ok(None));
+        assert_eq!(sequence.num_known_tokens(), 4);
+        assert_eq!(
+            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
+            Some(3)
+        );
+        assert_eq!(sequence.first_token, Some(TimeNs(4)));
+        assert_eq!(events.len(), 1);
+    }
+
+    #[test]
+    fn nothing_is_taken_from_an_answer_that_does_not_fit() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        let mut corrupt = output(Some(9), &[5]);
+        corrupt.is_corrupt = true;
+        let wrong = [
+            (asked(3, true), None),
+            (asked(3, true), Some(output(None, &[5]))),
+            (asked(2, false), Some(output(Some(9), &[5]))),
+            (asked(3, true), Some(corrupt)),
+        ];
+        let mut events = Vec::new();
+        for taken in wrong {
+            assert!(sequence.accept(TimeNs(4), taken, &mut events).is_err());
+        }
+        assert_eq!(sequence.num_known_tokens(), 3);
+        assert_eq!(
+            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
+            Some(0)
+        );
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn prompt_logprobs_that_come_again_are_sent_once() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[]).moved_in();
+        let mut events = Vec::new();
+        let taken = (asked(3, false), Some(output(None, &[2, 3])));
+        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
+        let mut sequence = sequence.moved_in(); // it lost its place and got another
+        for logprobs in [&[2][..], &[3, 4], &[5]] {
+            let taken = (asked(1, false), Some(output(None, logprobs)));
+            assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), Ok(None));
+        }
+        let sent: Vec<(u32, Vec<u32>)> = events
+            .into_iter()
+            .map(|(_, event)| match event {
+                RequestEvent::PromptLogprobs { offset, logprobs } => {
+                    (offset, logprobs.iter().map(|l| l.token.0).collect())
+                }
+                other => panic!("unexpected {other:?}"),
+            })
+            .collect();
+        assert_eq!(sent, [(0, vec![2, 3]), (2, vec![4]), (3, vec![5])]);
+    }
+
+    #[test]
+    fn the_last_token_decides_whether_a_sequence_is_finished() {
+        let mut sequence = Sequence::for_tests(&[1, 2], &[7]);
+        sequence.sampling.stop_tokens = vec![TokenId(7)];
+        let stop = Some(FinishReason::StopToken(TokenId(7)));
+        assert_eq!(sequence.finish_reason(), stop);
+        sequence.sampling.min_tokens = 1;
+        assert_eq!(sequence.finish_reason(), None);
+        sequence.max_known_tokens = 3;
+        assert_eq!(sequence.finish_reason(), Some(FinishReason::Length));
+        sequence.generated.clear();
+        assert_eq!(sequence.finish_reason(), None);
+    }
+}

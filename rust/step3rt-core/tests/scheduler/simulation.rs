@@ -1,8 +1,12 @@
 //! Any history of requests, cancels, losses and failures keeps every promise.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
-use step3rt_core::ids::{Epoch, RequestId, TokenId};
-use step3rt_core::request::Request;
+use proptest::test_runner::TestRunner;
+use step3rt_core::ids::{Epoch, RequestId, TimeNs, TokenId};
+use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
 
 use crate::world::{World, config, request};
@@ -91,7 +95,7 @@ impl Shape {
         request.sampling.prompt_logprobs = self.prompt_logprobs;
         request.sampling.min_tokens = self.min_tokens;
         request.sampling.stop_tokens = (0..self.num_stop_tokens).map(TokenId).collect();
-        let deadline = |ms| step3rt_core::ids::TimeNs(0).plus_ms(now_ms + ms);
+        let deadline = |ms| TimeNs(0).plus_ms(now_ms + ms);
         request.deadline = self.deadline_ms.map(deadline);
         request
     }
@@ -163,31 +167,84 @@ fn apply(world: &mut World, op: &Op, num_requests: &mut u64) {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+/// What the histories have led to, so that a test of nothing is found out.
+#[derive(Default)]
+struct Reached {
+    num_finished: usize,
+    num_stop_tokens: usize,
+    failures: BTreeMap<String, usize>,
+    /// At least so many joins were not the first of their sequence.
+    num_comebacks: usize,
+}
 
-    #[test]
-    fn any_history_keeps_streams_gap_free_and_blocks_conserved(
-        pools in prop::collection::vec(8_u32..24, 0..3),
-        ops in prop::collection::vec(op(), 1..150),
-    ) {
-        let mut world = World::new(config(), &pools);
-        let mut num_requests = 0;
-        for op in &ops {
-            apply(&mut world, op, &mut num_requests);
-            world.clients.check_contents(world.config.max_model_len);
+impl Reached {
+    fn note(&mut self, world: &World) {
+        let started = world.clients.streams.values().filter(|s| s.is_started);
+        let first_joins: usize = started.map(|stream| stream.tokens.len()).sum();
+        self.num_comebacks += world.num_joins.saturating_sub(first_joins);
+        for stream in world.clients.streams.values() {
+            let reasons = stream.finished.iter().flatten().map(|(reason, _)| reason);
+            for reason in reasons {
+                self.num_finished += 1;
+                let is_stop = matches!(reason, FinishReason::StopToken(_));
+                self.num_stop_tokens += usize::from(is_stop);
+            }
+            if let Some(error) = &stream.error {
+                *self
+                    .failures
+                    .entry(format!("{:?}", error.kind))
+                    .or_default() += 1;
+            }
         }
-        // Faults stop: everything that still lives must end.
-        world.handle(Event::ExpertsComplete(true));
-        world.ready(9, 16);
-        while !world.in_flight.is_empty() {
-            world.answer(0);
-        }
-        world.run();
-        world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
-        world.run();
-        world.check_done();
     }
+}
+
+fn check_history(pools: &[u32], ops: &[Op]) -> World {
+    let mut world = World::new(config(), pools);
+    let mut num_requests = 0;
+    for op in ops {
+        apply(&mut world, op, &mut num_requests);
+        world.clients.check_contents(world.config.max_model_len);
+    }
+    // Faults stop: everything that still lives must end.
+    world.handle(Event::ExpertsComplete(true));
+    world.ready(9, 16);
+    world.run();
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.run();
+    world.check_done();
+    world
+}
+
+#[test]
+fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
+    let reached = RefCell::new(Reached::default());
+    let pools = prop::collection::vec(8_u32..24, 0..3);
+    let ops = prop::collection::vec(op(), 1..150);
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: 400,
+        source_file: Some(file!()),
+        ..ProptestConfig::default()
+    });
+    let result = runner.run(&(pools, ops), |(pools, ops)| {
+        reached.borrow_mut().note(&check_history(&pools, &ops));
+        Ok(())
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    let reached = reached.into_inner();
+    assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
+    assert!(reached.num_comebacks > 1_000, "too few lost their places");
+    let kinds: Vec<&str> = reached.failures.keys().map(String::as_str).collect();
+    let all = [
+        "Cancelled",
+        "DeadlineExceeded",
+        "EngineNotReady",
+        "Internal",
+        "NodeLost",
+        "PromptTooLong",
+        "QueueFull",
+    ];
+    assert_eq!(kinds, all);
 }
 
 #[test]

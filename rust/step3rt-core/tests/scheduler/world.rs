@@ -19,6 +19,7 @@ pub(crate) struct World {
     pub(crate) instances: BTreeMap<InstanceId, Instance>,
     /// Plans that arrived and are not answered, oldest first.
     pub(crate) in_flight: Vec<StepPlan>,
+    pub(crate) num_joins: usize,
     next_epoch: u64,
 }
 
@@ -70,6 +71,7 @@ impl World {
             clients: Clients::default(),
             instances: BTreeMap::new(),
             in_flight: Vec::new(),
+            num_joins: 0,
             next_epoch: 1,
         }
     }
@@ -130,6 +132,7 @@ impl World {
             let instance = instance.expect("plans go to present instances");
             assert_eq!(instance.epoch, key.epoch);
             instance.receive(plan);
+            self.num_joins += plan.joined.len();
             self.in_flight.push(plan.clone());
         }
         plans
