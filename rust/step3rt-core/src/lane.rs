@@ -3,8 +3,9 @@
 //! It never touches sequences or blocks: [`Instance`](crate::instance::Instance) does.
 
 use crate::ids::{SequenceId, StepId, TimeNs};
-use crate::sequence::{Asked, Rank};
+use crate::sequence::Rank;
 use crate::sequence_table::Slot;
+use crate::stay::{Asked, Stay};
 
 /// How long a lane whose steps keep failing waits before the next try: short against a
 /// recovery, long against a round trip, so that a broken peer is not hammered.
@@ -18,6 +19,8 @@ pub(crate) struct Lane {
     pub(crate) left: Vec<SequenceId>,
     /// Blocks that all known tokens of the running set need.
     pub(crate) num_demanded_blocks: u64,
+    /// Those of them that are not granted yet.
+    pub(crate) num_promised_blocks: u64,
     pub(crate) in_flight: Option<InFlight>,
     num_steps: u64,
     /// Since when no step succeeded, if the last one failed.
@@ -34,17 +37,19 @@ pub(crate) struct InFlight {
 }
 
 impl Lane {
-    pub(crate) fn insert(&mut self, rank: Rank, slot: Slot, num_demanded_blocks: u64) {
+    pub(crate) fn insert(&mut self, rank: Rank, slot: Slot, stay: &Stay) {
         let at = self.running.partition_point(|&(other, _)| other < rank);
         self.running.insert(at, (rank, slot));
-        self.num_demanded_blocks += num_demanded_blocks;
+        self.num_demanded_blocks += stay.num_demanded_blocks;
+        self.num_promised_blocks += stay.num_promised_blocks();
     }
 
-    pub(crate) fn remove(&mut self, rank: Rank, num_demanded_blocks: u64) {
+    pub(crate) fn remove(&mut self, rank: Rank, stay: &Stay) {
         let at = self.running.binary_search_by_key(&rank, |&(rank, _)| rank);
         self.running
             .remove(at.expect("the sequence runs on this lane"));
-        self.num_demanded_blocks -= num_demanded_blocks;
+        self.num_demanded_blocks -= stay.num_demanded_blocks;
+        self.num_promised_blocks -= stay.num_promised_blocks();
     }
 
     /// Whether a step may be planned at `now`.
@@ -102,12 +107,13 @@ mod tests {
         let mut table = SequenceTable::default();
         let mut lane = Lane::default();
         for rank in [rank(0, 2), rank(1, 0), rank(-1, 3), rank(0, 1)] {
-            lane.insert(rank, table.insert(Sequence::for_tests(&[1], &[])), 2);
+            let slot = table.insert(Sequence::for_tests(&[1], &[]));
+            lane.insert(rank, slot, &Stay::for_tests(2));
         }
-        lane.remove(rank(0, 2), 2);
+        lane.remove(rank(0, 2), &Stay::for_tests(2));
         let ranks: Vec<Rank> = lane.running.iter().map(|&(rank, _)| rank).collect();
         assert_eq!(ranks, [rank(-1, 3), rank(0, 1), rank(1, 0)]);
-        assert_eq!(lane.num_demanded_blocks, 6);
+        assert_eq!((lane.num_demanded_blocks, lane.num_promised_blocks), (6, 6));
     }
 
     #[test]

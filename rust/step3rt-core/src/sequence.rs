@@ -8,11 +8,13 @@
 //!   |-- computed: K and V are in the cache --|-- to compute --|
 //! ```
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::Failure;
-use crate::ids::{BlockId, InstanceId, LaneId, RequestId, SequenceId, TimeNs, TokenId};
+use crate::ids::{RequestId, SequenceId, TimeNs, TokenId};
 use crate::request::{FinishReason, RequestEvent, Usage};
+use crate::stay::{AfterStep, Asked, Stay};
 use crate::step::{SamplingState, SequenceJoin, SequenceOutput, TokenLogprob};
 
 /// Who goes first. Less is served earlier and loses its place later: lower priority numbers
@@ -46,44 +48,6 @@ pub(crate) struct Sequence {
     pub(crate) stay: Option<Stay>,
 }
 
-/// What a sequence has while it has a place.
-#[derive(Debug)]
-pub(crate) struct Stay {
-    pub(crate) id: SequenceId,
-    pub(crate) instance: InstanceId,
-    pub(crate) lane: LaneId,
-    /// Whether the instance has been told of it (a plan has it in `joined`).
-    pub(crate) is_told: bool,
-    pub(crate) num_computed_tokens: u32,
-    /// In table order.
-    pub(crate) blocks: Vec<BlockId>,
-    /// Blocks that all known tokens need: what the lane counts for it, granted or not.
-    pub(crate) num_demanded_blocks: u64,
-    pub(crate) is_in_flight: bool,
-    pub(crate) after_step: AfterStep,
-    pub(crate) num_prompt_logprobs: u32,
-}
-
-/// What happens when the step in flight ends; a step that runs cannot be recalled, so blocks that
-/// it writes stay owned until then.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AfterStep {
-    /// It goes on.
-    Stays,
-    /// It lost its place to others and waits for a new one.
-    Waits,
-    /// Nobody wants it any more.
-    Ends,
-}
-
-/// What a plan asked of a sequence.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked {
-    pub(crate) sequence: SequenceId,
-    pub(crate) num_new_tokens: u32,
-    pub(crate) samples: bool,
-}
-
 impl Sequence {
     pub(crate) fn num_prompt_tokens(&self) -> u32 {
         num_tokens(&self.prompt)
@@ -95,6 +59,33 @@ impl Sequence {
 
     pub(crate) fn num_known_tokens(&self) -> u32 {
         self.num_prompt_tokens() + self.num_generated_tokens()
+    }
+
+    /// The tokens of its block `index`, which is full.
+    pub(crate) fn full_block(&self, index: usize, block_size_tokens: u32) -> Cow<'_, [TokenId]> {
+        let start = index * block_size_tokens as usize;
+        let end = start + block_size_tokens as usize;
+        let num_prompt = self.prompt.len();
+        if end <= num_prompt {
+            return Cow::Borrowed(&self.prompt[start..end]);
+        }
+        let prompt = &self.prompt[start.min(num_prompt)..];
+        let generated = &self.generated[start.saturating_sub(num_prompt)..end - num_prompt];
+        Cow::Owned([prompt, generated].concat())
+    }
+
+    /// The blocks that it may find in a cache instead of computing them. The last known token is
+    /// always computed, since something must be sampled from; and so is a prompt whose logprobs
+    /// are asked for.
+    pub(crate) fn reusable_blocks(
+        &self,
+        block_size_tokens: u32,
+    ) -> impl Iterator<Item = Cow<'_, [TokenId]>> {
+        let num_blocks = match self.sampling.prompt_logprobs {
+            Some(_) => 0,
+            None => (self.num_known_tokens() - 1) / block_size_tokens,
+        };
+        (0..num_blocks as usize).map(move |index| self.full_block(index, block_size_tokens))
     }
 
     /// Whether anybody still wants its tokens.
@@ -254,18 +245,7 @@ mod tests {
         }
 
         fn moved_in(mut self) -> Self {
-            self.stay = Some(Stay {
-                id: SequenceId(1),
-                instance: InstanceId(0),
-                lane: LaneId(0),
-                is_told: true,
-                num_computed_tokens: 0,
-                blocks: Vec::new(),
-                num_demanded_blocks: 1,
-                is_in_flight: true,
-                after_step: AfterStep::Stays,
-                num_prompt_logprobs: 0,
-            });
+            self.stay = Some(Stay::for_tests(1));
             self
         }
     }
@@ -291,6 +271,26 @@ mod tests {
             num_new_tokens,
             samples,
         }
+    }
+
+    #[test]
+    fn blocks_run_across_the_prompts_end() {
+        let sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[6, 7, 8, 9]);
+        let ids = |index| -> Vec<u32> {
+            let block = sequence.full_block(index, 2);
+            block.iter().map(|token| token.0).collect()
+        };
+        assert_eq!([ids(0), ids(2), ids(3)], [[1, 2], [5, 6], [7, 8]]);
+    }
+
+    #[test]
+    fn the_last_token_and_prompts_with_logprobs_are_always_computed() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4], &[]);
+        assert_eq!(sequence.reusable_blocks(2).count(), 0);
+        sequence.sampling.prompt_logprobs = None;
+        assert_eq!(sequence.reusable_blocks(2).count(), 1);
+        sequence.generated.push(TokenId(5));
+        assert_eq!(sequence.reusable_blocks(2).count(), 2);
     }
 
     #[test]

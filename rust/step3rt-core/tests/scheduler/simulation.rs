@@ -33,6 +33,8 @@ enum Op {
 #[derive(Clone, Debug)]
 struct Shape {
     num_prompt_tokens: u32,
+    /// The prompt's tokens before this index are those of all other requests.
+    num_common_tokens: usize,
     num_resumed: usize,
     max_tokens: u32,
     n: u32,
@@ -45,7 +47,10 @@ struct Shape {
 
 fn shape() -> impl Strategy<Value = Op> {
     let sizes = (1_u32..50, 1_u32..30, 1_u32..4, -1..2_i32);
-    let resumed = prop_oneof![3 => Just(0_usize), 1 => 1_usize..12];
+    let resumed = (
+        prop_oneof![3 => Just(0_usize), 1 => 1_usize..12],
+        0_usize..40,
+    );
     let options = (
         prop::option::weighted(0.2, 0_u64..400),
         prop::option::weighted(0.3, Just(0_u32)),
@@ -54,9 +59,11 @@ fn shape() -> impl Strategy<Value = Op> {
     );
     (sizes, resumed, options).prop_map(|(sizes, resumed, options)| {
         let (num_prompt_tokens, max_tokens, n, priority) = sizes;
+        let (resumed, num_common_tokens) = resumed;
         let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens) = options;
         Op::Submit(Box::new(Shape {
             num_prompt_tokens,
+            num_common_tokens,
             num_resumed: if n == 1 { resumed } else { 0 },
             max_tokens,
             n,
@@ -90,6 +97,11 @@ fn op() -> impl Strategy<Value = Op> {
 impl Shape {
     fn request(&self, id: u64, now_ms: u64) -> Request {
         let mut request = request(id, self.num_prompt_tokens, self.max_tokens);
+        for (index, token) in request.prompt.iter_mut().enumerate() {
+            if index < self.num_common_tokens {
+                *token = TokenId(1);
+            }
+        }
         request.n = self.n;
         request.priority = self.priority;
         request.sampling.prompt_logprobs = self.prompt_logprobs;
@@ -175,6 +187,7 @@ struct Reached {
     failures: BTreeMap<String, usize>,
     /// At least so many joins were not the first of their sequence.
     num_comebacks: usize,
+    num_shared: usize,
 }
 
 impl Reached {
@@ -182,6 +195,7 @@ impl Reached {
         let started = world.clients.streams.values().filter(|s| s.is_started);
         let first_joins: usize = started.map(|stream| stream.tokens.len()).sum();
         self.num_comebacks += world.num_joins.saturating_sub(first_joins);
+        self.num_shared += world.num_shared_joins;
         for stream in world.clients.streams.values() {
             let reasons = stream.finished.iter().flatten().map(|(reason, _)| reason);
             for reason in reasons {
@@ -234,6 +248,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     let reached = reached.into_inner();
     assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
     assert!(reached.num_comebacks > 1_000, "too few lost their places");
+    assert!(reached.num_shared > 1_000, "too few shared a beginning");
     let kinds: Vec<&str> = reached.failures.keys().map(String::as_str).collect();
     let all = [
         "Cancelled",
