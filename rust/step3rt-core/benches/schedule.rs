@@ -24,6 +24,8 @@ const NUM_LANES: u8 = 3;
 const NUM_PROMPT_TOKENS: u32 = 64;
 /// Sequences live this many steps on average, so that 1 % end in each.
 const MEAN_LIFE_STEPS: u32 = 100;
+/// A sequence ends with at most four; the rest of the pool holds cached beginnings.
+const BLOCKS_PER_SEQUENCE: u32 = 5;
 /// The configuration whose cost is the headline.
 const NUM_SEQUENCES: u32 = 6_144;
 
@@ -54,7 +56,7 @@ impl Bench {
             let ready = Event::AttentionReady {
                 instance: InstanceId(id),
                 epoch: Epoch(1),
-                num_kv_blocks: num_sequences * 8,
+                num_kv_blocks: per_lane * u32::from(NUM_LANES) * BLOCKS_PER_SEQUENCE,
             };
             scheduler.handle(now, ready);
         }
@@ -153,7 +155,7 @@ fn answer(plan: &StepPlan) -> StepOutput {
     }
 }
 
-/// The value below which `share` of the sorted `times` lie.
+/// The value below which `per_mille` of the sorted `times` lie.
 fn quantile(times: &[f64], per_mille: usize) -> f64 {
     times[(times.len() - 1) * per_mille / 1_000]
 }

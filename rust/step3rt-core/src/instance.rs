@@ -146,23 +146,30 @@ impl Instance {
     /// Takes note of what `sequence` has computed and learned: full blocks can be shared from now
     /// on, and a longer sequence needs more of them.
     pub(crate) fn note_progress(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
-        let num_known_tokens = sequence.num_known_tokens();
-        let mut stay = sequence.stay.take().expect("only who stays progresses");
-        let num_full = (stay.num_computed_tokens / block_size_tokens) as usize;
-        while stay.num_published_blocks < num_full {
-            let index = stay.num_published_blocks;
-            let tokens = sequence.full_block(index, block_size_tokens);
-            stay.node = self.pool.publish(stay.node, &tokens, stay.blocks[index]);
-            stay.num_published_blocks += 1;
-        }
-        let num_blocks = num_blocks(num_known_tokens, block_size_tokens);
+        self.publish_full_blocks(sequence, block_size_tokens);
+        let num_blocks = num_blocks(sequence.num_known_tokens(), block_size_tokens);
+        let stay = sequence.stay.as_mut().expect("only who stays progresses");
         if stay.after_step == AfterStep::Stays && num_blocks > stay.num_demanded_blocks {
             let lane = &mut self.lanes[usize::from(stay.lane.0)];
             lane.num_demanded_blocks += num_blocks - stay.num_demanded_blocks;
             lane.num_promised_blocks += num_blocks - stay.num_demanded_blocks;
             stay.num_demanded_blocks = num_blocks;
         }
-        sequence.stay = Some(stay);
+    }
+
+    fn publish_full_blocks(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+        let stay = sequence.stay.as_ref().expect("only who stays progresses");
+        let num_full = (stay.num_computed_tokens / block_size_tokens) as usize;
+        let (published, mut node) = (stay.num_published_blocks, stay.node);
+        if published == num_full {
+            return; // most steps fill no block
+        }
+        for index in published..num_full {
+            let tokens = sequence.full_block(index, block_size_tokens);
+            node = self.pool.publish(node, &tokens, stay.blocks[index]);
+        }
+        let stay = sequence.stay.as_mut().expect("only who stays progresses");
+        (stay.num_published_blocks, stay.node) = (num_full, node);
     }
 
     /// The sequence that must leave next for the others to be able to grow: the youngest of the
