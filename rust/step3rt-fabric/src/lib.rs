@@ -14,7 +14,9 @@
 //!   push s+1                   ── A2F ──▶    ...                        (frees A's receive slot)
 //! ```
 //!
-//! Reading order: [`contract`], [`frame`], `endpoint`, then one fabric.
+//! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric.
 
+pub mod address;
 pub mod contract;
+pub mod endpoint;
 pub mod frame;
