@@ -20,3 +20,8 @@ pub mod address;
 pub mod contract;
 pub mod endpoint;
 pub mod frame;
+
+mod doorbell;
+mod lane;
+mod memory;
+mod region;
