@@ -13,7 +13,7 @@ use crate::contract::Doorbell;
 use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing};
 
 /// Longest busy wait. A futex wake-up costs about 20 µs, so spinning longer saves nothing.
-pub const MAX_SPIN_US: u32 = 50;
+const MAX_SPIN_US: u32 = 50;
 
 /// Shortest busy wait that is worth trying before the budget falls to nothing.
 const MIN_SPIN_US: u32 = 2;
@@ -97,7 +97,7 @@ impl FutexDoorbell {
             }
             // Every outcome is handled by looking again: rung, interrupted, timed out. A timeout too
             // long for the kernel is a year, which is as good.
-            let left = left.min(Duration::from_secs(31_536_000));
+            let left = left.min(Duration::from_hours(24 * 365));
             let left = futex::Timespec {
                 tv_sec: i64::try_from(left.as_secs()).expect("a year of seconds fits"),
                 tv_nsec: left.subsec_nanos().into(),

@@ -2,18 +2,27 @@
 //!
 //! It never blocks for a peer except in [`Endpoint::connect`], and never looks into a payload.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 use thiserror::Error;
 
-use crate::address::{DataAddress, FabricChoice, PeerAddress};
+use crate::address::{DataAddress, FabricChoice, FabricKind, PeerAddress, boot_id, candidates};
+use crate::connect::Attempt;
+pub use crate::connect::ConnectError;
 use crate::contract::{
-    Doorbell, DownReason, Geometry, GeometryError, Link, LinkIdentity, PushError, Side, SlotMemory,
+    Doorbell, DownReason, Geometry, GeometryError, Link, LinkEvent, LinkIdentity, PushError, Side,
+    SlotMemory,
 };
 use crate::frame::{Frame, FrameHeader};
+use crate::handshake::{Introduction, RefusalCode};
+use crate::hub::{Accepted, Hub};
+use crate::shm;
+use crate::watcher::{Listeners, Watcher};
 
 /// What an endpoint is and where it listens.
 #[derive(Clone, Debug)]
@@ -103,81 +112,317 @@ pub enum BindError {
     /// Sizes that no link can have.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
-}
-
-/// Why a peer could not be linked. Nothing of the attempt is left.
-#[derive(Debug, Error)]
-pub enum ConnectError {
-    /// Only the initiator connects, so that two ends never connect to each other at once.
-    #[error("a responder does not connect: its peers do. Call this on the attention instance")]
-    WrongSide,
+    /// The TCP address is taken, or not of this host.
+    #[error("cannot listen on {address}: {error}. Choose another `listen_tcp`, or port 0")]
+    Tcp {
+        /// As configured.
+        address: SocketAddr,
+        /// Of the operating system.
+        error: io::Error,
+    },
+    /// The TCP address is a wildcard, which no peer can connect to.
+    #[error(
+        "peers cannot connect to {0}. Set `advertise_host` to a name that they know this host by"
+    )]
+    NoHost(SocketAddr),
+    /// The Unix socket cannot be made.
+    #[error("cannot listen for shared memory: {0}")]
+    Shm(io::Error),
+    /// No descriptors, memory or threads.
+    #[error("cannot make the endpoint: {0}")]
+    System(#[from] io::Error),
 }
 
 /// All links of one process. Owned by one thread, which may change.
 pub struct Endpoint {
     config: EndpointConfig,
+    boot_id: String,
+    addresses: Vec<DataAddress>,
+    links: Vec<Entry>,
+    /// Events of this end's own doing, for the next poll.
+    notices: Vec<FabricEvent>,
+    /// Kept so that a poll does not allocate.
+    scratch: Vec<LinkEvent>,
+    hub: Arc<Hub>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+struct Entry {
+    peer: LinkIdentity,
+    link: Box<dyn Link>,
 }
 
 impl Endpoint {
     /// Binds the listeners and starts the watcher thread.
-    pub fn bind(_config: EndpointConfig) -> Result<Self, BindError> {
-        unimplemented!()
+    pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
+        config.geometry.validate()?;
+        let introduction = Introduction {
+            identity: config.identity,
+            side: config.side,
+            geometry: config.geometry,
+        };
+        let (listeners, addresses) = listen(&config)?;
+        let hub = Arc::new(Hub::new(introduction, config.settings)?);
+        let watcher = Watcher::new(Arc::clone(&hub), listeners);
+        let watcher = std::thread::Builder::new()
+            .name("fabric-watch".to_owned())
+            .spawn(move || watcher.run())?;
+        Ok(Self {
+            // Unknown only where /proc is not mounted; then no host is the same host.
+            boot_id: boot_id().unwrap_or_default(),
+            config,
+            addresses,
+            links: Vec::new(),
+            notices: Vec::new(),
+            scratch: Vec::new(),
+            hub,
+            watcher: Some(watcher),
+        })
     }
 
     /// Where peers reach this endpoint, to be published as they are.
     pub fn addresses(&self) -> &[DataAddress] {
-        unimplemented!()
+        &self.addresses
     }
 
     /// What rings whenever [`Endpoint::poll`] has something new. May be waited on, and rung, by any
     /// thread, also after the endpoint is gone.
     pub fn doorbell(&self) -> Arc<dyn Doorbell> {
-        unimplemented!()
+        Arc::clone(&self.hub.bell) as Arc<dyn Doorbell>
     }
 
     /// Links to a peer; blocks for at most the handshake timeout per fabric tried. An existing link
     /// to that instance is replaced (its end is reported by [`Endpoint::poll`]).
-    pub fn connect(&mut self, _peer: &PeerAddress) -> Result<LinkSummary, ConnectError> {
-        unimplemented!()
+    pub fn connect(&mut self, peer: &PeerAddress) -> Result<LinkSummary, ConnectError> {
+        if self.config.side == Side::Responder {
+            return Err(ConnectError::WrongSide);
+        }
+        let instance = peer.identity.instance;
+        self.admit(peer.identity)?;
+        match self.attempt(peer) {
+            Ok((link, reason)) => {
+                let (peer, fabric) = (link.peer(), link.fabric());
+                self.insert(link);
+                tracing::info!(%instance, epoch = %peer.epoch, fabric, reason, "linked");
+                Ok(LinkSummary {
+                    peer,
+                    fabric,
+                    reason,
+                })
+            }
+            Err(error) => {
+                self.hub.dismiss(instance);
+                Err(error)
+            }
+        }
     }
 
-    /// Adopts a link made elsewhere, such as one end of a simulated pair.
-    pub fn adopt(&mut self, _link: Box<dyn Link>) {
-        unimplemented!()
+    fn admit(&self, peer: LinkIdentity) -> Result<(), ConnectError> {
+        self.hub.admit(peer).map_err(|code| match code {
+            RefusalCode::Stale(_) => ConnectError::Stale(peer),
+            // An admission fails for no other reason.
+            _ => ConnectError::Full {
+                instance: peer.instance,
+                max_peers: self.config.settings.max_peers,
+            },
+        })
+    }
+
+    /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
+    fn attempt(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
+        let mut candidates = candidates(self.config.fabric, &self.boot_id, peer).into_iter();
+        let mut next = candidates.next();
+        let mut unreachable: Option<ConnectError> = None;
+        while let Some((fabric, choice)) = next {
+            next = candidates.next();
+            match (Attempt {
+                hub: &self.hub,
+                peer,
+                fabric,
+                choice,
+            })
+            .run()
+            {
+                Ok(link) => {
+                    let reason = match unreachable {
+                        Some(error) => format!("{choice}: {error}"),
+                        None => choice.to_string(),
+                    };
+                    return Ok((link, reason));
+                }
+                Err(error @ ConnectError::Unreachable { .. }) if next.is_some() => {
+                    unreachable = Some(error);
+                }
+                // That the last resort is not even offered says less than why the first failed.
+                Err(ConnectError::NotOffered { .. }) if unreachable.is_some() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(unreachable.expect("there is a candidate, and the last one returns its error"))
+    }
+
+    /// Adopts a link made elsewhere, such as one end of a simulated pair, and reports it as up.
+    pub fn adopt(&mut self, link: Box<dyn Link>) -> Result<(), ConnectError> {
+        self.admit(link.peer())?;
+        self.insert_and_report(link, "adopted".to_owned());
+        self.hub.bell.ring();
+        Ok(())
     }
 
     /// Appends what has happened since the last call. Never blocks.
-    pub fn poll(&mut self, _out: &mut Vec<FabricEvent>) {
-        unimplemented!()
+    pub fn poll(&mut self, out: &mut Vec<FabricEvent>) {
+        for Accepted { link, reason } in self.hub.take_accepted() {
+            self.insert_and_report(link, reason);
+        }
+        out.append(&mut self.notices);
+        let mut at = 0;
+        while at < self.links.len() {
+            let Entry { peer, link, .. } = &mut self.links[at];
+            let peer = *peer;
+            link.poll(&mut self.scratch);
+            let mut is_down = false;
+            for event in self.scratch.drain(..) {
+                out.push(match event {
+                    LinkEvent::Arrived(header) => {
+                        FabricEvent::Arrived { peer: peer.instance, header }
+                    }
+                    LinkEvent::Down(reason) => {
+                        is_down = true;
+                        tracing::info!(instance = %peer.instance, epoch = %peer.epoch, %reason, "link down");
+                        FabricEvent::LinkDown { peer, reason }
+                    }
+                });
+            }
+            if is_down {
+                self.remove(at);
+            } else {
+                at += 1;
+            }
+        }
     }
 
     /// See [`Link::send_slot`]; `None` also when the peer is not linked.
-    pub fn send_slot(&self, _peer: InstanceId, _lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
-        unimplemented!()
+    pub fn send_slot(&self, peer: InstanceId, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
+        self.links[self.position(peer)?].link.send_slot(lane)
     }
 
     /// See [`Link::receive_slot`]; `None` also when the peer is not linked.
-    pub fn receive_slot(&self, _peer: InstanceId, _lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
-        unimplemented!()
+    pub fn receive_slot(&self, peer: InstanceId, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
+        self.links[self.position(peer)?].link.receive_slot(lane)
     }
 
     /// See [`Link::push`].
-    pub fn push(
-        &mut self,
-        _peer: InstanceId,
-        _lane: LaneId,
-        _frame: Frame,
-    ) -> Result<(), PushError> {
-        unimplemented!()
+    pub fn push(&mut self, peer: InstanceId, lane: LaneId, frame: Frame) -> Result<(), PushError> {
+        let at = self.position(peer).ok_or(PushError::NotLinked(peer))?;
+        self.links[at].link.push(lane, frame)
     }
 
     /// Closes the link to a peer; the next poll reports it down. Nothing if there is none.
-    pub fn disconnect(&mut self, _peer: InstanceId) {
-        unimplemented!()
+    pub fn disconnect(&mut self, peer: InstanceId) {
+        if let Some(at) = self.position(peer) {
+            self.end(at, DownReason::Closed);
+        }
     }
 
     /// What it was bound with.
     pub fn config(&self) -> &EndpointConfig {
         &self.config
+    }
+
+    /// A process has few peers, and their ids are contiguous in memory: no map is faster.
+    fn position(&self, peer: InstanceId) -> Option<usize> {
+        self.links
+            .iter()
+            .position(|entry| entry.peer.instance == peer)
+    }
+
+    fn insert_and_report(&mut self, link: Box<dyn Link>, reason: String) {
+        let (peer, fabric) = (link.peer(), link.fabric());
+        self.insert(link);
+        tracing::info!(instance = %peer.instance, epoch = %peer.epoch, fabric, reason, "linked");
+        self.notices.push(FabricEvent::LinkUp(LinkSummary {
+            peer,
+            fabric,
+            reason,
+        }));
+    }
+
+    /// Adds a link, in place of an earlier one to the same instance.
+    fn insert(&mut self, link: Box<dyn Link>) {
+        let peer = link.peer();
+        if let Some(at) = self.position(peer.instance) {
+            self.end(at, DownReason::Replaced(peer.epoch));
+        }
+        self.links.push(Entry { peer, link });
+    }
+
+    /// Ends a link from this side.
+    fn end(&mut self, at: usize, reason: DownReason) {
+        let peer = self.remove(at);
+        self.notices.push(FabricEvent::LinkDown { peer, reason });
+        self.hub.bell.ring();
+    }
+
+    fn remove(&mut self, at: usize) -> LinkIdentity {
+        let Entry { peer, .. } = self.links.swap_remove(at);
+        self.hub.dismiss(peer.instance);
+        peer
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.hub.stop();
+        if self
+            .watcher
+            .take()
+            .is_some_and(|watcher| watcher.join().is_err())
+        {
+            tracing::error!("the fabric's watcher panicked");
+        }
+    }
+}
+
+fn listen(config: &EndpointConfig) -> Result<(Listeners, Vec<DataAddress>), BindError> {
+    let mut listeners = Listeners {
+        shm: None,
+        tcp: None,
+    };
+    let mut addresses = Vec::new();
+    let mut publish = |fabric: FabricKind, address| {
+        addresses.push(DataAddress {
+            fabric: fabric.as_str().to_owned(),
+            address,
+        });
+    };
+    if config.listen_shm {
+        let (socket, address) = shm::listen().map_err(BindError::Shm)?;
+        listeners.shm = Some(socket);
+        publish(FabricKind::Shm, address);
+    }
+    if let Some(address) = config.listen_tcp {
+        let bound = TcpListener::bind(address)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .and_then(|listener| Ok((listener.local_addr()?, listener)));
+        let (bound, listener) = bound.map_err(|error| BindError::Tcp { address, error })?;
+        listeners.tcp = Some(listener);
+        publish(
+            FabricKind::Tcp,
+            advertised(config.advertise_host.as_deref(), bound)?,
+        );
+    }
+    Ok((listeners, addresses))
+}
+
+/// The address that peers are told, as `host:port`.
+fn advertised(host: Option<&str>, bound: SocketAddr) -> Result<String, BindError> {
+    match host {
+        None if bound.ip().is_unspecified() => Err(BindError::NoHost(bound)),
+        None => Ok(bound.to_string()),
+        // A bare IPv6 address.
+        Some(host) if host.contains(':') && !host.starts_with('[') => {
+            Ok(format!("[{host}]:{}", bound.port()))
+        }
+        Some(host) => Ok(format!("{host}:{}", bound.port())),
     }
 }

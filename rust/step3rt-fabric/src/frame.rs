@@ -154,6 +154,9 @@ pub enum ProtocolError {
         /// Bytes announced.
         expected: usize,
     },
+    /// The peer answered a frame before it could have had all of it.
+    #[error("a frame was answered before all of it was sent")]
+    EarlyReply,
     /// The payload was damaged.
     #[error("payload checksum is {found:#010x}, its bytes give {computed:#010x}")]
     PayloadChecksum {
@@ -306,16 +309,22 @@ mod tests {
 
     #[test]
     fn the_layout_on_the_wire_does_not_change() {
-        let bytes = header().encode();
-        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(
-            hex,
-            "53334652010001020300000000000000090000000000000\
-             00b0000000000000000000e000000000080000000070000\
-             003c000000000000000000000"
-                .to_owned()
-                + &hex[119..]
-        );
+        let expected: [&[u8]; 13] = [
+            b"S3FR",
+            &[1, 0],
+            &[1],
+            &[2],
+            &[3, 0, 0, 0, 0, 0, 0, 0],
+            &[9, 0, 0, 0, 0, 0, 0, 0],
+            &[11, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 14, 0, 0, 0, 0, 0],
+            &[128, 0, 0, 0],
+            &[7, 0, 0, 0],
+            &[60, 0],
+            &[0; 10],
+            &crc32fast::hash(&header().encode()[..CRC_AT]).to_le_bytes(),
+        ];
+        assert_eq!(header().encode().as_slice(), expected.concat());
     }
 
     #[test]

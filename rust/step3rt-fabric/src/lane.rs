@@ -1,11 +1,12 @@
-//! The alternation of one lane, and the checks that every arriving frame must pass.
+//! The alternation of each lane, and the checks that every frame must pass, whatever carries it.
 //!
-//! Pure state; it never touches memory or sockets, so that all fabrics refuse the same things.
+//! It never moves a payload and never waits.
 
 use step3rt_core::ids::LaneId;
 
 use crate::contract::{Geometry, LinkIdentity, PushError, Side};
 use crate::frame::{Direction, Frame, FrameHeader, ProtocolError};
+use crate::region::Region;
 
 /// How far a lane has come. The initiator's pushes and the responder's replies have the same
 /// sequence numbers, from 1.
@@ -68,46 +69,6 @@ pub(crate) struct LinkTerms {
 }
 
 impl LinkTerms {
-    /// Checks a push before anything is touched.
-    pub(crate) fn check_push(
-        &self,
-        lane: LaneId,
-        frame: &Frame,
-        lanes: &[Alternation],
-    ) -> Result<(), PushError> {
-        let Some(alternation) = lanes.get(usize::from(lane.0)) else {
-            return Err(PushError::NoSuchLane {
-                lane,
-                num_lanes: self.geometry.num_lanes,
-            });
-        };
-        let slot_bytes = self.geometry.slot_bytes(self.side.sends());
-        if frame.payload_bytes > slot_bytes {
-            return Err(PushError::TooLarge {
-                payload_bytes: frame.payload_bytes,
-                slot_bytes,
-            });
-        }
-        if alternation.has_credit() {
-            Ok(())
-        } else {
-            Err(PushError::NoCredit(lane))
-        }
-    }
-
-    /// The header of a push.
-    pub(crate) fn header(&self, lane: LaneId, sequence: u64, frame: Frame) -> FrameHeader {
-        FrameHeader {
-            source: self.local.instance,
-            epoch: self.local.epoch,
-            direction: self.side.sends(),
-            lane,
-            sequence,
-            frame,
-            payload_checksum: None,
-        }
-    }
-
     /// Checks an arrived header in the order from "not for us" to "not now".
     pub(crate) fn check_arrival(
         &self,
@@ -138,5 +99,131 @@ impl LinkTerms {
             });
         }
         alternation.check_arrival(header.lane, header.sequence)
+    }
+}
+
+/// All lanes of one link at one end: their state and the slots of both directions.
+pub(crate) struct Lanes {
+    pub(crate) terms: LinkTerms,
+    pub(crate) outgoing: Region,
+    pub(crate) incoming: Region,
+    alternations: Vec<Alternation>,
+}
+
+impl Lanes {
+    pub(crate) fn new(terms: LinkTerms, outgoing: Region, incoming: Region) -> Self {
+        let alternations = vec![Alternation::new(terms.side); terms.geometry.num_lanes.into()];
+        Self {
+            terms,
+            outgoing,
+            incoming,
+            alternations,
+        }
+    }
+
+    /// Checks a push, counts it and writes its header into the send slot's head, and returns its
+    /// sequence number. What is left to the fabric is to bring it to the peer.
+    pub(crate) fn begin_push(&mut self, lane: LaneId, frame: Frame) -> Result<u64, PushError> {
+        let num_lanes = self.terms.geometry.num_lanes;
+        let Some(alternation) = self.alternations.get_mut(usize::from(lane.0)) else {
+            return Err(PushError::NoSuchLane { lane, num_lanes });
+        };
+        let (payload_bytes, slot_bytes) = (frame.payload_bytes, self.outgoing.slot_bytes());
+        if payload_bytes > slot_bytes {
+            return Err(PushError::TooLarge {
+                payload_bytes,
+                slot_bytes,
+            });
+        }
+        if !alternation.has_credit() {
+            return Err(PushError::NoCredit(lane));
+        }
+        alternation.pushed += 1;
+        let checksum = || self.outgoing.payload_checksum(lane, payload_bytes);
+        let header = FrameHeader {
+            source: self.terms.local.instance,
+            epoch: self.terms.local.epoch,
+            direction: self.terms.side.sends(),
+            lane,
+            sequence: alternation.pushed,
+            frame,
+            payload_checksum: self.terms.payload_checksum.then(checksum),
+        };
+        self.outgoing.write_header(lane, &header.encode());
+        Ok(alternation.pushed)
+    }
+
+    /// Takes the frame that was published to this end on a lane since the last call, if any.
+    pub(crate) fn take(&mut self, lane: LaneId) -> Result<Option<FrameHeader>, ProtocolError> {
+        let published = self.incoming.published(lane);
+        let alternation = &mut self.alternations[usize::from(lane.0)];
+        if published == alternation.received {
+            return Ok(None);
+        }
+        let header = FrameHeader::decode(&self.incoming.read_header(lane))?;
+        if header.lane != lane {
+            return Err(ProtocolError::Lane {
+                found: header.lane,
+                expected: lane,
+            });
+        }
+        if header.sequence != published {
+            let (found, expected) = (header.sequence, published);
+            return Err(ProtocolError::Sequence {
+                lane,
+                found,
+                expected,
+            });
+        }
+        self.terms.check_arrival(&header, alternation)?;
+        self.incoming.verify_payload(&header)?;
+        alternation.received += 1;
+        Ok(Some(header))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credit_alternates_between_the_ends() {
+        let mut attention = Alternation::new(Side::Initiator);
+        let mut ffn = Alternation::new(Side::Responder);
+        for sequence in 1..4 {
+            assert!(attention.has_credit() && !ffn.has_credit());
+            attention.pushed = sequence;
+            assert!(!attention.has_credit());
+            assert_eq!(ffn.check_arrival(LaneId(0), sequence), Ok(()));
+            ffn.received = sequence;
+            assert!(ffn.has_credit());
+            ffn.pushed = sequence;
+            assert!(!ffn.has_credit());
+            assert_eq!(attention.check_arrival(LaneId(0), sequence), Ok(()));
+            attention.received = sequence;
+        }
+    }
+
+    #[test]
+    fn an_arrival_out_of_turn_has_no_credit() {
+        let lane = LaneId(1);
+        let unasked = Alternation::new(Side::Initiator).check_arrival(lane, 1);
+        assert_eq!(unasked, Err(ProtocolError::NoCredit { lane, found: 1 }));
+        let unanswered = Alternation {
+            side: Side::Responder,
+            pushed: 4,
+            received: 5,
+        };
+        let early = unanswered.check_arrival(lane, 6);
+        assert_eq!(early, Err(ProtocolError::NoCredit { lane, found: 6 }));
+        let repeated = unanswered.check_arrival(lane, 5);
+        assert_eq!(
+            repeated,
+            Err(ProtocolError::Sequence {
+                lane,
+                found: 5,
+                expected: 6
+            })
+        );
     }
 }

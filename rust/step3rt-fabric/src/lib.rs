@@ -21,7 +21,18 @@ pub mod contract;
 pub mod endpoint;
 pub mod frame;
 
+mod accept;
+mod connect;
 mod doorbell;
+mod handshake;
+mod hub;
 mod lane;
 mod memory;
 mod region;
+mod shm;
+mod state;
+mod tcp;
+mod watcher;
+
+pub use handshake::{HandshakeError, Refusal};
+pub use memory::MapError;

@@ -35,10 +35,6 @@ struct Layout {
 }
 
 impl Layout {
-    fn flag_at(self, lane: LaneId) -> usize {
-        usize::from(lane.0) * FLAG_STRIDE_BYTES
-    }
-
     fn header_at(self, lane: LaneId) -> usize {
         let stride = HEADER_BYTES + self.slot_bytes.next_multiple_of(SLOT_ALIGN_BYTES);
         usize::from(self.num_lanes) * FLAG_STRIDE_BYTES + usize::from(lane.0) * stride
@@ -112,11 +108,6 @@ impl Region {
         self.layout.slot_bytes
     }
 
-    /// Number of slots.
-    pub(crate) fn num_lanes(&self) -> u8 {
-        self.layout.num_lanes
-    }
-
     /// Every lane.
     pub(crate) fn lanes(&self) -> impl Iterator<Item = LaneId> + use<> {
         (0..self.layout.num_lanes).map(LaneId)
@@ -160,13 +151,12 @@ impl Region {
     /// Makes header and payload visible to the consumer, as frame `sequence` of the lane.
     pub(crate) fn publish(&self, lane: LaneId, sequence: u64) {
         self.mapping
-            .store_u64(self.layout.flag_at(lane), sequence, Ordering::Release);
+            .store_u64(flag_at(lane), sequence, Ordering::Release);
     }
 
     /// The sequence number last published on the lane.
     pub(crate) fn published(&self, lane: LaneId) -> u64 {
-        self.mapping
-            .load_u64(self.layout.flag_at(lane), Ordering::Acquire)
+        self.mapping.load_u64(flag_at(lane), Ordering::Acquire)
     }
 
     /// CRC-32 of the first `payload_bytes` bytes of a slot.
@@ -205,6 +195,10 @@ impl Region {
             self.mapping.store_u64(to + offset, word, Ordering::Relaxed);
         }
     }
+}
+
+fn flag_at(lane: LaneId) -> usize {
+    usize::from(lane.0) * FLAG_STRIDE_BYTES
 }
 
 fn layout(geometry: &Geometry, direction: Direction) -> Layout {
