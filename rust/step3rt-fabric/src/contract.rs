@@ -114,6 +114,11 @@ pub trait SlotMemory: Send + Sync {
     fn as_ptr(&self) -> *mut u8;
     /// Capacity.
     fn len(&self) -> usize;
+    /// Copies `bytes` to the start of the slot, for small payloads and tests: tensors are written
+    /// where they lie. Panics when they do not fit, and on a receive slot that is the peer's memory.
+    fn write(&self, bytes: &[u8]);
+    /// Copies the start of the slot to `bytes`. Panics when it has fewer.
+    fn read(&self, bytes: &mut [u8]);
     /// Whether the slot has no capacity.
     fn is_empty(&self) -> bool {
         self.len() == 0

@@ -101,7 +101,7 @@ impl Hub {
 
     /// The state of a new link.
     pub(crate) fn new_state(&self) -> Arc<LinkState> {
-        Arc::new(LinkState::new(Arc::clone(&self.bell)))
+        Arc::new(LinkState::new(Arc::clone(&self.bell) as Arc<dyn Doorbell>))
     }
 
     /// Counts a link to a peer, if there may be one. Whoever drops the link calls

@@ -20,6 +20,7 @@ pub mod address;
 pub mod contract;
 pub mod endpoint;
 pub mod frame;
+pub mod sim;
 
 mod accept;
 mod connect;

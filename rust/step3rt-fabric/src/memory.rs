@@ -27,6 +27,9 @@ use crate::contract::SlotMemory;
 /// `mmap` rounds up itself.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
+/// Slot bytes are copied and summed by words: atomics, because another process may write them.
+pub(crate) const WORD_BYTES: usize = size_of::<u64>();
+
 /// What the other process may do with a memfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sharing {
@@ -252,7 +255,8 @@ pub(crate) struct SlotBytes {
 }
 
 impl SlotBytes {
-    /// Panics when `range` is not within the mapping or does not start at a multiple of 64.
+    /// Panics when `range` is not within the mapping or does not start at a multiple of 64. What
+    /// follows it up to the next multiple of 8 must be nobody's.
     pub(crate) fn new(mapping: Arc<Mapping>, range: Range<usize>) -> Self {
         mapping.at(range.start, range.len(), 64);
         Self { mapping, range }
@@ -266,6 +270,43 @@ impl SlotMemory for SlotBytes {
 
     fn len(&self) -> usize {
         self.range.len()
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        assert!(
+            bytes.len() <= self.len(),
+            "{} bytes for a slot of {}",
+            bytes.len(),
+            self.len()
+        );
+        for (i, chunk) in bytes.chunks(WORD_BYTES).enumerate() {
+            let offset = self.range.start + i * WORD_BYTES;
+            // Slots are padded to whole words; bytes after the last chunk keep their value.
+            let mut word = self
+                .mapping
+                .load_u64(offset, Ordering::Relaxed)
+                .to_ne_bytes();
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.mapping
+                .store_u64(offset, u64::from_ne_bytes(word), Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self, bytes: &mut [u8]) {
+        assert!(
+            bytes.len() <= self.len(),
+            "{} bytes of a slot of {}",
+            bytes.len(),
+            self.len()
+        );
+        for (i, chunk) in bytes.chunks_mut(WORD_BYTES).enumerate() {
+            let offset = self.range.start + i * WORD_BYTES;
+            let word = self
+                .mapping
+                .load_u64(offset, Ordering::Relaxed)
+                .to_ne_bytes();
+            chunk.copy_from_slice(&word[..chunk.len()]);
+        }
     }
 }
 

@@ -20,12 +20,11 @@ use step3rt_core::ids::LaneId;
 
 use crate::contract::{Geometry, SlotMemory};
 use crate::frame::{Direction, FrameHeader, HEADER_BYTES, ProtocolError};
-use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing, SlotBytes};
+use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing, SlotBytes, WORD_BYTES};
 
 /// Two cache lines, because x86 fetches them in pairs and some ARM lines are that long.
 const FLAG_STRIDE_BYTES: usize = 128;
 const SLOT_ALIGN_BYTES: usize = 64;
-const WORD_BYTES: usize = 8;
 
 /// Where things lie; a pure function of the geometry, so that both ends agree.
 #[derive(Clone, Copy, Debug)]

@@ -3,18 +3,17 @@
 use std::sync::{Arc, OnceLock};
 
 use crate::contract::{Doorbell, DownReason, LinkEvent};
-use crate::doorbell::FutexDoorbell;
 use crate::lane::Lanes;
 
 /// Up until the first failure; that one is kept.
 pub(crate) struct LinkState {
     down: OnceLock<DownReason>,
-    /// This process's own doorbell.
-    bell: Arc<FutexDoorbell>,
+    /// The owner's doorbell.
+    bell: Arc<dyn Doorbell>,
 }
 
 impl LinkState {
-    pub(crate) fn new(bell: Arc<FutexDoorbell>) -> Self {
+    pub(crate) fn new(bell: Arc<dyn Doorbell>) -> Self {
         Self {
             down: OnceLock::new(),
             bell,
