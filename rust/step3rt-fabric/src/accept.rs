@@ -155,10 +155,11 @@ impl Admitted {
     ) -> Result<Option<Accepted>, AcceptError> {
         let Self { peer, choice } = self;
         match link {
-            Ok(link) => Ok(Some(Accepted {
-                link,
-                reason: choice.to_string(),
-            })),
+            Ok(link) => {
+                hub.confirm(peer);
+                let reason = choice.to_string();
+                Ok(Some(Accepted { link, reason }))
+            }
             Err(error) => {
                 hub.dismiss(peer.instance);
                 Err(error.into())

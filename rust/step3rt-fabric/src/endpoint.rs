@@ -350,6 +350,7 @@ impl Endpoint {
     /// Adds a link, in place of an earlier one to the same instance.
     fn insert(&mut self, link: Box<dyn Link>) {
         let peer = link.peer();
+        self.hub.confirm(peer);
         if let Some(at) = self.position(peer.instance) {
             self.end(at, DownReason::Replaced(peer.epoch));
         }

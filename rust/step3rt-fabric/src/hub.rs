@@ -104,8 +104,8 @@ impl Hub {
         Arc::new(LinkState::new(Arc::clone(&self.bell) as Arc<dyn Doorbell>))
     }
 
-    /// Counts a link to a peer, if there may be one. Whoever drops the link calls
-    /// [`Hub::dismiss`].
+    /// Counts a link to a peer, if there may be one. When it exists, [`Hub::confirm`] follows; when
+    /// it is dropped or fails to come into being, [`Hub::dismiss`].
     pub(crate) fn admit(&self, peer: LinkIdentity) -> Result<(), RefusalCode> {
         let mut registry = lock(&self.registry);
         let known = registry.epochs.get(&peer.instance).copied();
@@ -117,8 +117,12 @@ impl Hub {
             return Err(RefusalCode::Full);
         }
         *registry.num_links.entry(peer.instance).or_default() += 1;
-        registry.remember(peer);
         Ok(())
+    }
+
+    /// Remembers the epoch of a peer that was linked: earlier ones are refused from now on.
+    pub(crate) fn confirm(&self, peer: LinkIdentity) {
+        lock(&self.registry).remember(peer);
     }
 
     /// Counts a link less.
@@ -252,10 +256,19 @@ mod tests {
     fn an_older_epoch_is_refused_also_after_its_successor_has_left() {
         let hub = hub(4);
         hub.admit(identity(1, 5)).unwrap();
+        hub.confirm(identity(1, 5));
         hub.dismiss(InstanceId(1));
         assert_eq!(hub.admit(identity(1, 4)), Err(RefusalCode::Stale(Epoch(5))));
         assert!(hub.admit(identity(1, 5)).is_ok());
         assert!(hub.admit(identity(1, 6)).is_ok());
+    }
+
+    #[test]
+    fn an_epoch_that_was_never_linked_is_not_remembered() {
+        let hub = hub(4);
+        hub.admit(identity(1, 9)).unwrap();
+        hub.dismiss(InstanceId(1));
+        assert!(hub.admit(identity(1, 5)).is_ok());
     }
 
     #[test]
@@ -276,6 +289,7 @@ mod tests {
         let last = u32::try_from(MAX_REMEMBERED_EPOCHS + 10).unwrap();
         for instance in 1..=last {
             hub.admit(identity(instance, instance.into())).unwrap();
+            hub.confirm(identity(instance, instance.into()));
             hub.dismiss(InstanceId(instance));
         }
         let registry = lock(&hub.registry);

@@ -263,9 +263,7 @@ impl Link for SimLink {
     }
 
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {
-        if self.state.down().is_none() {
-            self.deliver();
-        }
+        self.deliver();
         self.state
             .poll_lanes(&mut self.lanes, &mut self.is_down_reported, out);
     }
