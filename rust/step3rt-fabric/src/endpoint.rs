@@ -97,7 +97,8 @@ pub enum FabricEvent {
         /// What it says.
         header: FrameHeader,
     },
-    /// A link is over and forgotten; slots that the caller still holds stay mapped.
+    /// A link is over. It is forgotten at the next poll, so that what arrived with this event can
+    /// still be read; slots that the caller holds stay mapped as long as it holds them.
     LinkDown {
         /// Who was at the other end, with the epoch of the link that ended.
         peer: LinkIdentity,
@@ -150,6 +151,8 @@ pub struct Endpoint {
 struct Entry {
     peer: LinkIdentity,
     link: Box<dyn Link>,
+    /// Its end was reported; the next poll forgets it.
+    is_over: bool,
 }
 
 impl Endpoint {
@@ -271,33 +274,35 @@ impl Endpoint {
 
     /// Appends what has happened since the last call. Never blocks.
     pub fn poll(&mut self, out: &mut Vec<FabricEvent>) {
+        while let Some(at) = self.links.iter().position(|entry| entry.is_over) {
+            self.remove(at);
+        }
         for Accepted { link, reason } in self.hub.take_accepted() {
             self.insert_and_report(link, reason);
         }
         out.append(&mut self.notices);
-        let mut at = 0;
-        while at < self.links.len() {
-            let Entry { peer, link, .. } = &mut self.links[at];
-            let peer = *peer;
+        for Entry {
+            peer,
+            link,
+            is_over,
+        } in &mut self.links
+        {
             link.poll(&mut self.scratch);
-            let mut is_down = false;
-            for event in self.scratch.drain(..) {
-                out.push(match event {
-                    LinkEvent::Arrived(header) => {
-                        FabricEvent::Arrived { peer: peer.instance, header }
+            out.extend(self.scratch.drain(..).map(|event| match event {
+                LinkEvent::Arrived(header) => FabricEvent::Arrived {
+                    peer: peer.instance,
+                    header,
+                },
+                LinkEvent::Down(reason) => {
+                    *is_over = true;
+                    let (instance, epoch) = (peer.instance, peer.epoch);
+                    tracing::info!(%instance, %epoch, %reason, "link down");
+                    FabricEvent::LinkDown {
+                        peer: *peer,
+                        reason,
                     }
-                    LinkEvent::Down(reason) => {
-                        is_down = true;
-                        tracing::info!(instance = %peer.instance, epoch = %peer.epoch, %reason, "link down");
-                        FabricEvent::LinkDown { peer, reason }
-                    }
-                });
-            }
-            if is_down {
-                self.remove(at);
-            } else {
-                at += 1;
-            }
+                }
+            }));
         }
     }
 
@@ -354,20 +359,26 @@ impl Endpoint {
         if let Some(at) = self.position(peer.instance) {
             self.end(at, DownReason::Replaced(peer.epoch));
         }
-        self.links.push(Entry { peer, link });
+        self.links.push(Entry {
+            peer,
+            link,
+            is_over: false,
+        });
     }
 
     /// Ends a link from this side.
     fn end(&mut self, at: usize, reason: DownReason) {
-        let peer = self.remove(at);
-        self.notices.push(FabricEvent::LinkDown { peer, reason });
-        self.hub.bell.ring();
+        let Entry { peer, is_over, .. } = self.remove(at);
+        if !is_over {
+            self.notices.push(FabricEvent::LinkDown { peer, reason });
+            self.hub.bell.ring();
+        }
     }
 
-    fn remove(&mut self, at: usize) -> LinkIdentity {
-        let Entry { peer, .. } = self.links.swap_remove(at);
-        self.hub.dismiss(peer.instance);
-        peer
+    fn remove(&mut self, at: usize) -> Entry {
+        let entry = self.links.swap_remove(at);
+        self.hub.dismiss(entry.peer.instance);
+        entry
     }
 }
 

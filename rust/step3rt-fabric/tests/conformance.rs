@@ -159,6 +159,9 @@ on_every_fabric! {
             ffn.expect_arrival();
         }
         assert_eq!(ffn.expect_down(), (identity(1, 1), DownReason::PeerClosed));
+        let refused = ffn.endpoint.push(ATTENTION, LANE, frame(0, 1));
+        assert_eq!(refused, Err(PushError::Down(DownReason::PeerClosed)));
+        ffn.expect_nothing();
         // The memory of a link that is gone stays as it was for whoever holds it.
         for slot in slots {
             let mut bytes = vec![0; slot.len()];
@@ -167,7 +170,7 @@ on_every_fabric! {
         }
         let refused = ffn.endpoint.push(ATTENTION, LANE, frame(0, 1));
         assert_eq!(refused, Err(PushError::NotLinked(ATTENTION)));
-        ffn.expect_nothing();
+        assert!(ffn.endpoint.receive_slot(ATTENTION, LANE).is_none());
     }
 
     fn a_link_that_one_end_disconnects_ends_at_both(fabric: Fabric) {

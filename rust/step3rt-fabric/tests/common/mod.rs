@@ -41,7 +41,7 @@ pub(crate) fn geometry(num_lanes: u8, slot_bytes: usize) -> Geometry {
     }
 }
 
-pub(crate) fn identity(instance: u32, epoch: u64) -> LinkIdentity {
+pub(crate) const fn identity(instance: u32, epoch: u64) -> LinkIdentity {
     LinkIdentity {
         instance: InstanceId(instance),
         epoch: Epoch(epoch),
