@@ -13,10 +13,11 @@ use thiserror::Error;
 
 use crate::address::ChoiceReason;
 use crate::contract::{Link, LinkIdentity};
-use crate::handshake::{HandshakeError, Kind, MESSAGE_BYTES, Message, RefusalCode};
+use crate::handshake::{Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::hub::{Accepted, Hub, Watch};
 use crate::lane::LinkTerms;
 use crate::memory::MapError;
+use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::tcp::{self, TcpLink, TcpSlots};

@@ -9,9 +9,10 @@ use thiserror::Error;
 
 use crate::address::{ChoiceReason, FabricKind, PeerAddress, UnknownFabric};
 use crate::contract::{Link, LinkIdentity};
-use crate::handshake::{HandshakeError, Kind, MESSAGE_BYTES, Message, Refusal};
+use crate::handshake::{Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
 use crate::memory::MapError;
+use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::tcp::{self, TcpLink, TcpSlots};

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
+use crate::config::LinkSettings;
 use crate::contract::{Doorbell, Link, LinkIdentity};
 use crate::doorbell::FutexDoorbell;
-use crate::endpoint::LinkSettings;
 use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
 use crate::state::LinkState;

@@ -23,17 +23,22 @@ pub mod frame;
 pub mod sim;
 
 mod accept;
+mod config;
 mod connect;
 mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
 mod memory;
+mod refusal;
 mod region;
 mod shm;
 mod state;
 mod tcp;
 mod watcher;
 
-pub use handshake::{HandshakeError, Refusal};
+#[cfg(test)]
+mod hostile;
+
 pub use memory::MapError;
+pub use refusal::{HandshakeError, Refusal};
