@@ -20,7 +20,7 @@ const FFN: LinkIdentity = identity(2, 1);
 const LANE: LaneId = LaneId(0);
 
 /// More than the kernel buffers of both ends of a TCP connection hold.
-const SLOT_BYTES: usize = 28 << 20;
+const SLOT_BYTES: usize = 16 << 20;
 
 /// A step that the child's FFN answers; others it only receives.
 const ANSWER_ME: u64 = 1;
