@@ -25,6 +25,7 @@ pub mod sim;
 mod accept;
 mod config;
 mod connect;
+mod credentials;
 mod doorbell;
 mod handshake;
 mod hub;
