@@ -6,7 +6,9 @@
 //! Each end makes the memory that it writes and seals it so that the peer can only read it: a peer
 //! can corrupt what it sends, and nothing else. The socket's address is in the abstract namespace:
 //! it vanishes with its process, also after `kill -9`, while a path would stay behind. What a path
-//! has and an abstract address has not is permissions, so both ends check the other's user.
+//! has and an abstract address has not is permissions, so both ends check the other's user. Between
+//! network namespaces (most containers) it is out of reach, and `auto` takes TCP. Needs Linux 5.1,
+//! for the seal against later writers.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
