@@ -4,8 +4,11 @@
 //! This crate never opens a socket and never decides anything about a request beyond whether its
 //! numbers are acceptable.
 //!
-//! Reading order: [`v1`] (from `proto/`), [`status`], [`step`].
+//! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`].
 
+pub mod generate;
+pub mod refusal;
+pub mod sampling;
 pub mod status;
 pub mod step;
 
@@ -36,3 +39,7 @@ pub const MAX_RECEIVED_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
 
 /// Most bytes of one message that a server sends: the default limit of gRPC clients.
 pub const MAX_SENT_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
+
+/// Most bytes of one message between coordinator and instances. A plan carries all tokens of the
+/// sequences that join: 256 sequences of 65536 tokens of 3 bytes each are 48 MiB.
+pub const MAX_CONTROL_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
