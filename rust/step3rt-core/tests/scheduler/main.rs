@@ -1,0 +1,12 @@
+//! The scheduler as the drive loop sees it, against instances that keep KV memory.
+
+mod admission;
+mod batching;
+mod clients;
+mod endings;
+mod failures;
+mod instance;
+mod preemption;
+mod simulation;
+mod trace;
+mod world;
