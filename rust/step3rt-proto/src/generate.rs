@@ -127,12 +127,12 @@ pub fn check(
     if let Some(max_tokens) = asked.stopping.max_tokens {
         let num_resumed = resumed.len();
         violations.check(
-            num_resumed == 0 || num_resumed < max_tokens as usize,
+            num_resumed <= max_tokens as usize,
             "stopping.max_tokens",
             || {
                 format!(
-                    "{max_tokens} tokens are wanted and resume_token_ids has {num_resumed} \
-                     already, so nothing is left to generate. Raise it."
+                    "{max_tokens} tokens are wanted, fewer than the {num_resumed} of \
+                     resume_token_ids, which count towards it. Repeat the first request's value."
                 )
             },
         );
@@ -189,14 +189,14 @@ impl GenerateParams {
                 "the prompt has no tokens, and generation needs at least one. Send a prompt.",
             ));
         }
+        // The prompt leaves room for a token; resumed tokens may fill it, and then only the
+        // stream's end is missing.
         let num_known = prompt.len().saturating_add(self.resumed.len());
-        let num_left = u32::try_from(num_known)
+        let most = u32::try_from(prompt.len())
             .ok()
-            .and_then(|num_known| max_model_len.checked_sub(num_known))
-            .filter(|num_left| *num_left > 0)
+            .and_then(|num_prompt| max_model_len.checked_sub(num_prompt))
+            .filter(|most| *most > 0 && num_known <= max_model_len as usize)
             .ok_or_else(|| prompt_too_long("prompt", num_known, limits))?;
-        let num_resumed = u32::try_from(self.resumed.len()).unwrap_or(u32::MAX);
-        let most = num_left.saturating_add(num_resumed);
         let max_tokens = self.max_tokens.unwrap_or(most);
         if max_tokens > most {
             let num_prompt = prompt.len();

@@ -194,8 +194,8 @@ fn directory_name(path: &Path) -> String {
         )
 }
 
-/// Newer checkpoints have chat_template.jinja, Step-3 has chat_template.json, older ones a key of
-/// tokenizer_config.json; the most specific file wins.
+/// Newer checkpoints have `chat_template.jinja`, Step-3 has `chat_template.json`, older ones a key
+/// of `tokenizer_config.json`; the most specific file wins.
 fn find_chat_template(
     path: &Path,
     tokenizer_config: &Value,

@@ -10,8 +10,8 @@ use step3rt_core::config::SchedulerConfig;
 use step3rt_proto::v1::ClusterSettings;
 use thiserror::Error;
 
-/// The number of lanes that fits `LaneId` comfortably; more than 8 stages make no sense.
-const MAX_LANES: u8 = 8;
+/// Most sequences of one lane, where the configuration is silent and the micro-batch allows.
+const DEFAULT_MAX_SEQUENCES_PER_LANE: u32 = 256;
 /// Below this a heartbeat round trip of a busy host already breaks a lease.
 const MIN_LEASE_MS: u32 = 100;
 
@@ -78,9 +78,8 @@ pub struct CoordinatorConfig {
     /// How long sequences wait for a lost instance to come back.
     #[serde(default = "default_recovery_timeout_ms")]
     pub recovery_timeout_ms: u64,
-    /// Most sequences of one lane.
-    #[serde(default = "default_max_sequences_per_lane")]
-    pub max_sequences_per_lane: u32,
+    /// Most sequences of one lane; as many as the micro-batch allows, up to 256, when absent.
+    pub max_sequences_per_lane: Option<u32>,
     /// Most requests that wait for a place.
     #[serde(default = "default_max_waiting_requests")]
     pub max_waiting_requests: u32,
@@ -135,9 +134,6 @@ fn default_step_timeout_ms() -> u64 {
 }
 fn default_recovery_timeout_ms() -> u64 {
     30_000
-}
-fn default_max_sequences_per_lane() -> u32 {
-    256
 }
 fn default_max_waiting_requests() -> u32 {
     1_024
@@ -196,7 +192,8 @@ impl CoordinatorConfig {
         Ok(config)
     }
 
-    /// Checks every value that does not depend on the checkpoint.
+    /// Checks every value that depends neither on the checkpoint nor on the scheduler, which
+    /// checks its own.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let check = |is_valid: bool, key, found: String, allowed| {
             if is_valid {
@@ -209,23 +206,9 @@ impl CoordinatorConfig {
                 })
             }
         };
-        check(
-            (1..=MAX_LANES).contains(&self.num_lanes),
-            "num_lanes",
-            self.num_lanes.to_string(),
-            "1 to 8 lanes fill the pipeline's stages",
-        )?;
         for (key, value) in [
             ("num_attention", self.num_attention),
             ("ep_size", self.ep_size),
-            (
-                "max_tokens_per_micro_batch",
-                self.max_tokens_per_micro_batch,
-            ),
-            ("block_size_tokens", self.block_size_tokens),
-            ("max_sequences_per_lane", self.max_sequences_per_lane),
-            ("max_waiting_requests", self.max_waiting_requests),
-            ("max_model_len", self.max_model_len.unwrap_or(1)),
         ] {
             check(value >= 1, key, value.to_string(), "at least 1 is needed")?;
         }
@@ -336,7 +319,9 @@ impl CoordinatorConfig {
             block_size_tokens: self.block_size_tokens,
             max_model_len,
             max_tokens_per_micro_batch: self.max_tokens_per_micro_batch,
-            max_sequences_per_lane: self.max_sequences_per_lane,
+            max_sequences_per_lane: self
+                .max_sequences_per_lane
+                .unwrap_or(DEFAULT_MAX_SEQUENCES_PER_LANE.min(self.max_tokens_per_micro_batch)),
             max_waiting_requests: self.max_waiting_requests,
             recovery_timeout_ms: self.recovery_timeout_ms,
         }
@@ -370,10 +355,7 @@ mod tests {
     #[test]
     fn values_out_of_range_are_refused_by_key() {
         for (extra, key) in [
-            (r#", "num_lanes": 0"#, "num_lanes"),
-            (r#", "num_lanes": 9"#, "num_lanes"),
             (r#", "ep_size": 0"#, "ep_size"),
-            (r#", "max_model_len": 0"#, "max_model_len"),
             (r#", "lease_ms": 99"#, "lease_ms"),
             (r#", "step_timeout_ms": 10"#, "step_timeout_ms"),
             (r#", "fabric": "pigeon""#, "fabric"),

@@ -173,33 +173,24 @@ impl Drive {
     }
 
     fn submit(&mut self, now: TimeNs, submission: Submission) {
-        let Submission {
-            client_id,
-            request,
-            events,
-        } = submission;
-        let refusal = if self.registry.is_serving() {
-            None
-        } else {
-            Some(not_serving(&self.registry))
-        };
-        if let Some(error) = refusal {
-            let _ = events.try_send(RequestEvent::Failed(error)); // new channels have room
+        let refusal = if !self.registry.is_serving() {
+            not_serving(&self.registry)
+        } else if self.requests.insert(&submission) {
+            self.scheduler
+                .handle(now, Event::Submit(submission.request));
             return;
-        }
-        let id = request.id;
-        let duplicate = RequestEvent::Failed(RequestError {
-            kind: ErrorKind::DuplicateRequestId,
-            message: format!(
-                "a request with id {client_id:?} is live, and ids name streams. Use a new id."
-            ),
-            retry_after_ms: None,
-        });
-        if self.requests.insert(id, client_id, request.n, events.clone()) {
-            self.scheduler.handle(now, Event::Submit(request));
         } else {
-            let _ = events.try_send(duplicate); // new channels have room
-        }
+            RequestError {
+                kind: ErrorKind::DuplicateRequestId,
+                message: format!(
+                    "a request with id {:?} is live, and ids name streams. Use a new id.",
+                    submission.client_id
+                ),
+                retry_after_ms: None,
+            }
+        };
+        let refused = RequestEvent::Failed(refusal);
+        let _ = submission.events.try_send(refused); // a new channel has room
     }
 
     fn cancel(&mut self, now: TimeNs, id: RequestId) {
@@ -211,12 +202,6 @@ impl Drive {
         let Some(id) = self.requests.find(client_id) else {
             return false;
         };
-        let cancelled = RequestEvent::Failed(RequestError {
-            kind: ErrorKind::Cancelled,
-            message: "the request was aborted.".to_owned(),
-            retry_after_ms: None,
-        });
-        let _ = self.requests.deliver(id, cancelled); // ends either way
         self.scheduler.handle(now, Event::Cancel(id));
         true
     }
@@ -314,7 +299,8 @@ impl Drive {
                 warn!(%instance, lane = failed.lane, step = failed.step, reason = failed.reason, "step failed");
                 self.sessions.step_answered(instance, key.lane, key.step);
                 let reason = failed.reason;
-                self.scheduler.handle(now, Event::StepFailed { key, reason });
+                self.scheduler
+                    .handle(now, Event::StepFailed { key, reason });
                 Vec::new()
             }
             Err(error) => self.registry.close(instance, &error.to_string()),
@@ -347,11 +333,13 @@ impl Drive {
                 }
                 Action::ExpertsComplete(are_complete) => {
                     info!(are_complete, "experts");
-                    self.scheduler.handle(now, Event::ExpertsComplete(are_complete));
+                    self.scheduler
+                        .handle(now, Event::ExpertsComplete(are_complete));
                 }
                 Action::CloseSession { instance, reason } => {
                     warn!(%instance, reason, "session closed by the coordinator");
-                    let status = Status::aborted(format!("the coordinator ended the session: {reason}"));
+                    let status =
+                        Status::aborted(format!("the coordinator ended the session: {reason}"));
                     self.sessions.close(instance, Some(status));
                 }
             }
@@ -371,7 +359,10 @@ impl Drive {
         let now = self.clock.now();
         let mut actions = self.registry.expire(now);
         for instance in self.sessions.overdue(now) {
-            actions.extend(self.registry.close(instance, "it did not answer a step in time"));
+            actions.extend(
+                self.registry
+                    .close(instance, "it did not answer a step in time"),
+            );
         }
         self.carry_out(now, actions);
         loop {
@@ -428,7 +419,8 @@ impl Drive {
     fn close_sessions(&mut self, now: TimeNs) {
         let error = RequestError {
             kind: ErrorKind::Draining,
-            message: "the server shut down before the request was done. Retry elsewhere.".to_owned(),
+            message: "the server shut down before the request was done. Retry elsewhere."
+                .to_owned(),
             retry_after_ms: None,
         };
         for id in self.requests.fail_all(&error) {
@@ -463,11 +455,17 @@ fn not_serving(registry: &Registry) -> RequestError {
     let (kind, advice) = if registry.is_draining() {
         (ErrorKind::Draining, "Retry elsewhere.")
     } else {
-        (ErrorKind::EngineNotReady, "Start the missing instances, or retry later.")
+        (
+            ErrorKind::EngineNotReady,
+            "Start the missing instances, or retry later.",
+        )
     };
     RequestError {
         kind,
-        message: format!("the cluster does not serve yet ({}). {advice}", registry.status()),
+        message: format!(
+            "the cluster does not serve yet ({}). {advice}",
+            registry.status()
+        ),
         retry_after_ms: None,
     }
 }

@@ -9,6 +9,8 @@ use step3rt_core::ids::RequestId;
 use step3rt_core::scheduler::RequestEvent;
 use tokio::sync::mpsc;
 
+use crate::drive_handle::Submission;
+
 /// Events that may wait for a request's own task, which does nothing but move them on: several
 /// steps of the most continuations there can be.
 pub const EVENT_BOUND: usize = 1_024;
@@ -33,24 +35,19 @@ pub struct LiveRequests {
 pub struct Undeliverable(pub RequestId);
 
 impl LiveRequests {
-    /// Adds a request of `n` continuations; false if its client id is live.
-    pub fn insert(
-        &mut self,
-        id: RequestId,
-        client_id: String,
-        n: u32,
-        events: mpsc::Sender<RequestEvent>,
-    ) -> bool {
-        if self.ids.contains_key(&client_id) {
+    /// Adds the request of `submission`; false if its client id is live.
+    pub fn insert(&mut self, submission: &Submission) -> bool {
+        let (id, client_id) = (submission.request.id, &submission.client_id);
+        if self.ids.contains_key(client_id) {
             return false;
         }
         self.ids.insert(client_id.clone(), id);
         self.requests.insert(
             id,
             LiveRequest {
-                client_id,
-                events,
-                num_unfinished: n,
+                client_id: client_id.clone(),
+                events: submission.events.clone(),
+                num_unfinished: submission.request.n,
             },
         );
         true

@@ -103,7 +103,11 @@ async fn read_session(
             Ok(None) => return "the instance closed its session".to_owned(),
             Err(status) => return format!("the stream broke: {}", status.message()),
         };
-        if drive.send(Message::Session { instance, event }).await.is_err() {
+        if drive
+            .send(Message::Session { instance, event })
+            .await
+            .is_err()
+        {
             return "the coordinator stops".to_owned();
         }
     }

@@ -199,11 +199,12 @@ impl Registry {
     pub fn hello(&mut self, now: TimeNs, hello: v1::Hello) -> Result<Admission, HelloError> {
         let role = self.check_hello(&hello)?;
         let role_rank = match role {
-            Role::Ffn => self.free_rank(Role::Ffn, self.config.ep_size).ok_or(
-                HelloError::NoFreeRank {
-                    ep_size: self.config.ep_size,
-                },
-            )?,
+            Role::Ffn => {
+                self.free_rank(Role::Ffn, self.config.ep_size)
+                    .ok_or(HelloError::NoFreeRank {
+                        ep_size: self.config.ep_size,
+                    })?
+            }
             Role::Attention => self
                 .free_rank(Role::Attention, u32::MAX)
                 .ok_or(HelloError::Draining)?,
@@ -341,7 +342,10 @@ impl Registry {
             return Vec::new();
         };
         if entry.role != Role::Attention || entry.state == State::Loading {
-            return self.close(instance, "it reported links before it was a ready attention instance");
+            return self.close(
+                instance,
+                "it reported links before it was a ready attention instance",
+            );
         }
         entry.linked_version = entry.linked_version.max(links.topology_version);
         entry.links = links.links;
@@ -359,7 +363,10 @@ impl Registry {
             return Vec::new();
         }
         // Both views must agree: the peer comes back with a new session, or not at all.
-        let reason = format!("instance {reporter} lost its data link to it: {}", lost.reason);
+        let reason = format!(
+            "instance {reporter} lost its data link to it: {}",
+            lost.reason
+        );
         self.close(peer, &reason)
     }
 
@@ -580,4 +587,3 @@ impl Registry {
             .collect()
     }
 }
-

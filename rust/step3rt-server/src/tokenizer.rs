@@ -133,11 +133,7 @@ impl TokenBytes {
             let start = table.bytes.len();
             let text = encoder.id_to_token(id).unwrap_or_default();
             // An added token that is not spelt in the byte alphabet stands for itself.
-            match text
-                .chars()
-                .map(|c| byte_of(c))
-                .collect::<Option<Vec<u8>>>()
-            {
+            match text.chars().map(&byte_of).collect::<Option<Vec<u8>>>() {
                 Some(bytes) => table.bytes.extend(bytes),
                 None => table.bytes.extend(text.as_bytes()),
             }
@@ -166,6 +162,11 @@ impl TokenBytes {
             .get(token.0 as usize)
             .copied()
             .unwrap_or(false)
+    }
+
+    /// One more than the largest id.
+    pub fn num_ids(&self) -> usize {
+        self.ends.len()
     }
 
     /// The length of the longest token, so that `text.len() / longest` bounds a text's token
@@ -199,45 +200,12 @@ pub(crate) mod tests {
 
     /// A vocabulary of the 256 bytes (ids 0..256), one merge "he" (256), a special token (257)
     /// and an added token (258) that is not spelt in the byte alphabet.
+    const BYTE_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/byte_model");
+
     pub(crate) fn byte_tokenizer() -> Tokenizer {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        write_byte_tokenizer(directory.path());
-        Tokenizer::read(directory.path())
+        Tokenizer::read(Path::new(BYTE_MODEL))
             .expect("usable")
             .expect("present")
-    }
-
-    pub(crate) fn write_byte_tokenizer(directory: &Path) {
-        let byte_of = byte_level_alphabet();
-        let spelling: std::collections::HashMap<u8, char> = (0..0x200)
-            .filter_map(char::from_u32)
-            .filter_map(|c| Some((byte_of(c)?, c)))
-            .collect();
-        let mut vocab = serde_json::Map::new();
-        for byte in 0..=u8::MAX {
-            vocab.insert(spelling[&byte].to_string(), byte.into());
-        }
-        vocab.insert("he".to_owned(), 256.into());
-        let added = |id: u32, content: &str, special: bool| {
-            serde_json::json!({
-                "id": id, "content": content, "special": special, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false
-            })
-        };
-        let json = serde_json::json!({
-            "version": "1.0",
-            "added_tokens": [added(257, "<|EOT|>", true), added(258, "→ä", false)],
-            "pre_tokenizer": {
-                "type": "ByteLevel", "add_prefix_space": false,
-                "trim_offsets": true, "use_regex": true
-            },
-            "decoder": {
-                "type": "ByteLevel", "add_prefix_space": false,
-                "trim_offsets": true, "use_regex": true
-            },
-            "model": {"type": "BPE", "vocab": vocab, "merges": ["h e"]}
-        });
-        std::fs::write(directory.join("tokenizer.json"), json.to_string()).expect("write");
     }
 
     #[test]
@@ -288,12 +256,11 @@ pub(crate) mod tests {
                 .expect("no file")
                 .is_none()
         );
-        write_byte_tokenizer(directory.path());
-        let path = directory.path().join("tokenizer.json");
+        let text = std::fs::read_to_string(Path::new(BYTE_MODEL).join("tokenizer.json"));
         let mut json: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(&path).expect("read")).expect("JSON");
+            serde_json::from_str(&text.expect("readable")).expect("JSON");
         json["decoder"] = serde_json::json!({"type": "Fuse"});
-        std::fs::write(&path, json.to_string()).expect("write");
+        std::fs::write(directory.path().join("tokenizer.json"), json.to_string()).expect("write");
         let error = Tokenizer::read(directory.path())
             .err()
             .expect("refused")

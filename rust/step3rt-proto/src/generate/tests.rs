@@ -294,7 +294,7 @@ fn resumed_tokens_count_towards_max_tokens() {
 
     let mut done = resumed;
     done.stopping = Some(v1::StoppingCriteria {
-        max_tokens: Some(2),
+        max_tokens: Some(1),
         ..Default::default()
     });
     assert_eq!(refused(done).1, ["stopping.max_tokens"]);
