@@ -3,13 +3,15 @@
 //! It never repairs anything. It walks everything that lives, so it is for tests and simulators,
 //! after every event, and not for the drive loop.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
+use crate::ids::BlockId;
 use crate::instance::{Instance, num_blocks};
 use crate::lane::Lane;
 use crate::scheduler::Scheduler;
-use crate::sequence::{AfterStep, Sequence, Stay};
+use crate::sequence::Sequence;
 use crate::sequence_table::Slot;
+use crate::stay::{AfterStep, Stay};
 
 /// Returns from the enclosing function with a message unless the condition holds.
 macro_rules! ensure {
@@ -23,7 +25,7 @@ macro_rules! ensure {
 impl Scheduler {
     /// Says which invariant is broken, if one is:
     ///
-    /// - per instance, free and used blocks are all blocks, and no block has two owners;
+    /// - per instance, free and used blocks are all blocks, and every block counts its owners;
     /// - a sequence computes no more than it knows, in blocks that it owns;
     /// - a sequence either waits or stays, on one lane, and belongs to a live request unless a
     ///   step in flight still holds its blocks;
@@ -99,12 +101,25 @@ impl Scheduler {
     fn audit_instance(&self, instance: &Instance) -> Result<(), String> {
         let id = instance.id;
         let stays = self.sequences.iter().filter_map(|(_, s)| s.stay.as_ref());
-        let mut used = BTreeSet::new();
+        let mut used: BTreeMap<BlockId, u32> = BTreeMap::new();
+        let mut num_leaving_blocks = 0;
         for stay in stays.filter(|stay| stay.instance == id) {
+            num_leaving_blocks += stay.num_leaving_blocks;
             for block in &stay.blocks {
-                ensure!(used.insert(*block), "block {block} of {id} has two owners");
+                *used.entry(*block).or_default() += 1;
             }
         }
+        for (block, &num_owners) in &used {
+            let counted = instance.pool.num_owners(*block);
+            ensure!(
+                counted == num_owners,
+                "block {block} of {id} has {num_owners} owners and counts {counted}"
+            );
+        }
+        ensure!(
+            num_leaving_blocks == instance.num_leaving_blocks,
+            "instance {id} has lost count of the blocks that are leaving"
+        );
         let (free, total) = (instance.pool.num_free_blocks(), instance.pool.num_blocks());
         ensure!(
             used.len() + free as usize == total as usize,
@@ -131,11 +146,12 @@ impl Scheduler {
             .running
             .iter()
             .filter_map(|&(_, slot)| self.sequences[slot].stay.as_ref());
-        let demanded: u64 = stays.map(|stay| stay.num_demanded_blocks).sum();
+        let loads = stays.map(|stay| (stay.num_demanded_blocks, stay.num_promised_blocks()));
+        let sum = loads.fold((0, 0), |sum, load| (sum.0 + load.0, sum.1 + load.1));
+        let counted = (lane.num_demanded_blocks, lane.num_promised_blocks);
         ensure!(
-            demanded == lane.num_demanded_blocks,
-            "a lane counts a demand of {} blocks and has {demanded}",
-            lane.num_demanded_blocks
+            counted == sum,
+            "a lane counts {counted:?} demanded and promised blocks and has {sum:?}"
         );
         Ok(())
     }

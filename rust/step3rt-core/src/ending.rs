@@ -7,8 +7,8 @@ use crate::error::Failure;
 use crate::ids::{RequestId, TimeNs};
 use crate::request::{FinishReason, RequestEvent};
 use crate::scheduler::Scheduler;
-use crate::sequence::AfterStep;
 use crate::sequence_table::Slot;
+use crate::stay::AfterStep;
 
 impl Scheduler {
     /// Fails those that nobody waits for any more.

@@ -3,12 +3,14 @@
 //! It never chooses between instances and never ends a sequence; it gives and takes places, and
 //! plans one lane's next step.
 
-use crate::block_pool::BlockPool;
+use crate::block_pool::{BlockPool, CachedPrefix};
+use crate::cluster::Vacancy;
 use crate::config::SchedulerConfig;
-use crate::ids::{Epoch, InstanceId, LaneId, SequenceId};
+use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
 use crate::lane::{InFlight, Lane};
-use crate::sequence::{AfterStep, Asked, Sequence, Stay};
+use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
+use crate::stay::{AfterStep, Asked, Stay};
 use crate::step::{SequenceChunk, StepKey, StepPlan};
 
 /// A newcomer leaves this share of the pool to those that grow, or it would take the last blocks
@@ -21,6 +23,8 @@ pub(crate) struct Instance {
     pub(crate) epoch: Epoch,
     pub(crate) pool: BlockPool,
     pub(crate) lanes: Vec<Lane>,
+    /// Used blocks that return when steps in flight end, since their sequences are leaving.
+    pub(crate) num_leaving_blocks: u64,
 }
 
 /// What [`Instance::plan_lane`] decided.
@@ -37,6 +41,7 @@ impl Instance {
             epoch,
             pool,
             lanes: (0..num_lanes).map(|_| Lane::default()).collect(),
+            num_leaving_blocks: 0,
         }
     }
 
@@ -49,13 +54,16 @@ impl Instance {
         &mut self.lanes[usize::from(lane.0)]
     }
 
-    /// Blocks that all known tokens of all its sequences need. Places are given so that this
-    /// stays within the pool, and [`Self::overcommitted`] restores it when sequences have grown.
+    /// Blocks that are in use, or will be for the tokens that its sequences know. Places are given
+    /// so that this stays within the pool, and [`Self::overcommitted`] restores it when sequences
+    /// have grown. A shared block counts once.
     pub(crate) fn num_demanded_blocks(&self) -> u64 {
-        self.lanes.iter().map(|lane| lane.num_demanded_blocks).sum()
+        let lanes = self.lanes.iter();
+        let promised: u64 = lanes.map(|lane| lane.num_promised_blocks).sum();
+        u64::from(self.pool.num_used_blocks()) + promised - self.num_leaving_blocks
     }
 
-    /// Whether a newcomer that needs `num_blocks` now can stay without displacing anybody.
+    /// Whether a newcomer that adds `num_blocks` can stay without displacing anybody.
     pub(crate) fn has_room_for(&self, num_blocks: u64) -> bool {
         let total = u64::from(self.pool.num_blocks());
         let demanded = self.num_demanded_blocks();
@@ -65,22 +73,31 @@ impl Instance {
         demanded + num_blocks + total / HEADROOM_SHARE <= total
     }
 
-    /// Gives `sequence` a place on `lane`; the instance is told when its first chunk is planned.
+    /// Gives `sequence` a place on a lane; the instance is told when its first chunk is planned.
+    /// What is cached of it counts as computed.
     pub(crate) fn join(&mut self, slot: Slot, sequence: &mut Sequence, place: Place) {
-        sequence.stay = Some(Stay {
+        let Vacancy { lane, prefix } = place.vacancy;
+        let CachedPrefix { blocks, node, .. } = prefix;
+        self.pool.share(&blocks);
+        let num_computed_tokens = blocks.len() as u64 * u64::from(place.block_size_tokens);
+        let stay = Stay {
             id: place.id,
             instance: self.id,
-            lane: place.lane,
+            lane,
             is_told: false,
-            num_computed_tokens: 0,
-            blocks: Vec::new(),
-            num_demanded_blocks: place.num_blocks,
+            num_computed_tokens: u32::try_from(num_computed_tokens)
+                .expect("a cached prefix is shorter than the sequence"),
+            num_published_blocks: blocks.len(),
+            node,
+            blocks,
+            num_demanded_blocks: num_blocks(sequence.num_known_tokens(), place.block_size_tokens),
             is_in_flight: false,
             after_step: AfterStep::Stays,
             num_prompt_logprobs: 0,
-        });
-        self.lane_mut(place.lane)
-            .insert(sequence.rank, slot, place.num_blocks);
+            num_leaving_blocks: 0,
+        };
+        self.lane_mut(lane).insert(sequence.rank, slot, &stay);
+        sequence.stay = Some(stay);
     }
 
     /// Takes the place of `sequence` away. Its blocks return now or, if a step in flight uses
@@ -90,9 +107,14 @@ impl Instance {
         let stay = sequence.stay.as_mut().expect("only who stays can leave");
         if stay.after_step == AfterStep::Stays {
             let lane = &mut self.lanes[usize::from(stay.lane.0)];
-            lane.remove(rank, stay.num_demanded_blocks);
+            lane.remove(rank, stay);
             if stay.is_told {
                 lane.left.push(stay.id);
+            }
+            if stay.is_in_flight {
+                let is_sole_owner = |block: &&BlockId| self.pool.num_owners(**block) == 1;
+                stay.num_leaving_blocks = stay.blocks.iter().filter(is_sole_owner).count() as u64;
+                self.num_leaving_blocks += stay.num_leaving_blocks;
             }
         }
         if stay.is_in_flight {
@@ -117,18 +139,37 @@ impl Instance {
 
     fn end_stay(&mut self, sequence: &mut Sequence) {
         let stay = sequence.stay.take().expect("checked by the callers");
+        self.num_leaving_blocks -= stay.num_leaving_blocks;
         self.pool.release(&stay.blocks);
     }
 
-    /// Counts the token that `sequence` learned.
-    pub(crate) fn note_growth(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+    /// Takes note of what `sequence` has computed and learned: full blocks can be shared from now
+    /// on, and a longer sequence needs more of them.
+    pub(crate) fn note_progress(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+        self.publish_full_blocks(sequence, block_size_tokens);
         let num_blocks = num_blocks(sequence.num_known_tokens(), block_size_tokens);
-        let stay = sequence.stay.as_mut().expect("only who stays can grow");
+        let stay = sequence.stay.as_mut().expect("only who stays progresses");
         if stay.after_step == AfterStep::Stays && num_blocks > stay.num_demanded_blocks {
             let lane = &mut self.lanes[usize::from(stay.lane.0)];
             lane.num_demanded_blocks += num_blocks - stay.num_demanded_blocks;
+            lane.num_promised_blocks += num_blocks - stay.num_demanded_blocks;
             stay.num_demanded_blocks = num_blocks;
         }
+    }
+
+    fn publish_full_blocks(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+        let stay = sequence.stay.as_ref().expect("only who stays progresses");
+        let num_full = (stay.num_computed_tokens / block_size_tokens) as usize;
+        let (published, mut node) = (stay.num_published_blocks, stay.node);
+        if published == num_full {
+            return; // most steps fill no block
+        }
+        for index in published..num_full {
+            let tokens = sequence.full_block(index, block_size_tokens);
+            node = self.pool.publish(node, &tokens, stay.blocks[index]);
+        }
+        let stay = sequence.stay.as_mut().expect("only who stays progresses");
+        (stay.num_published_blocks, stay.node) = (num_full, node);
     }
 
     /// The sequence that must leave next for the others to be able to grow: the youngest of the
@@ -137,7 +178,9 @@ impl Instance {
     /// The best-ranked sequence is never asked: alone it fits, since places are given only where
     /// the whole sequence fits. So it finishes, whatever the load, and the rest follow in turn.
     pub(crate) fn overcommitted(&self) -> Option<Slot> {
-        if self.num_demanded_blocks() <= u64::from(self.pool.num_blocks()) {
+        let num_running: usize = self.lanes.iter().map(|lane| lane.running.len()).sum();
+        let total = u64::from(self.pool.num_blocks());
+        if num_running <= 1 || self.num_demanded_blocks() <= total {
             return None;
         }
         let last = self.lanes.iter().filter_map(|lane| lane.running.last());
@@ -165,6 +208,7 @@ impl Instance {
             chunks: Vec::with_capacity(lane_state.running.len()),
             joined: Vec::new(),
             newcomers: Vec::new(),
+            num_granted_blocks: 0,
         };
         let mut prefills = Vec::new();
         for &(_, slot) in &lane_state.running {
@@ -180,6 +224,7 @@ impl Instance {
         if draft.chunks.is_empty() && lane_state.left.is_empty() {
             return None;
         }
+        lane_state.num_promised_blocks -= draft.num_granted_blocks;
         let step = lane_state.next_step();
         lane_state.in_flight = Some(InFlight {
             step,
@@ -203,12 +248,11 @@ impl Instance {
 }
 
 /// A place for one newcomer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) id: SequenceId,
-    pub(crate) lane: LaneId,
-    /// What it demands at once.
-    pub(crate) num_blocks: u64,
+    pub(crate) vacancy: Vacancy,
+    pub(crate) block_size_tokens: u32,
 }
 
 /// A plan in the making.
@@ -220,6 +264,7 @@ struct Draft<'a> {
     chunks: Vec<SequenceChunk>,
     joined: Vec<crate::step::SequenceJoin>,
     newcomers: Vec<Slot>,
+    num_granted_blocks: u64,
 }
 
 impl Draft<'_> {
@@ -240,6 +285,7 @@ impl Draft<'_> {
             return;
         };
         self.budget_tokens -= num_new_tokens;
+        self.num_granted_blocks += u64::from(num_new_blocks);
         stay.blocks.extend_from_slice(&new_blocks);
         stay.is_in_flight = true;
         let asked = Asked {
@@ -248,19 +294,21 @@ impl Draft<'_> {
             samples: num_new_tokens == num_to_compute,
         };
         self.asked.push((slot, asked));
-        self.chunks.push(SequenceChunk {
+        let mut chunk = SequenceChunk {
             sequence: stay.id,
             num_computed_tokens: stay.num_computed_tokens,
             num_new_tokens,
             new_blocks,
             samples: asked.samples,
-        });
+        };
         if !stay.is_told {
             stay.is_told = true;
+            chunk.new_blocks.clone_from(&stay.blocks); // those of a cached beginning too
             let id = stay.id;
             self.newcomers.push(slot);
             self.joined.push(sequence.join(id));
         }
+        self.chunks.push(chunk);
     }
 }
 

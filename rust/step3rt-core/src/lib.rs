@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`step`] (what a decision looks like), [`request`] (what a client asks and is
 //! told), [`scheduler`] (how a decision is made); then, inwards, `cluster` (which instance and
-//! lane), `instance` (one lane's next step), `lane`, `sequence`, and [`block_pool`].
+//! lane), `instance` (one lane's next step), `lane`, `sequence`, `stay`, and [`block_pool`].
 
 mod admission;
 mod audit;
@@ -18,10 +18,12 @@ pub mod error;
 pub mod ids;
 mod instance;
 mod lane;
+mod prefix_cache;
 mod queue;
 mod recovery;
 pub mod request;
 pub mod scheduler;
 mod sequence;
 mod sequence_table;
+mod stay;
 pub mod step;

@@ -50,3 +50,36 @@ impl WaitingQueue {
         self.line.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sequence::Sequence;
+    use crate::sequence_table::SequenceTable;
+
+    #[test]
+    fn the_line_is_by_rank_and_its_length_in_requests() {
+        let mut table = SequenceTable::default();
+        let mut queue = WaitingQueue::default();
+        let rank = |priority, arrival| Rank { priority, arrival };
+        let entries = [(rank(1, 0), 7), (rank(0, 2), 8), (rank(0, 1), 8)];
+        let slots = entries.map(|(rank, request)| {
+            let slot = table.insert(Sequence::for_tests(&[1], &[]));
+            queue.insert(rank, slot, RequestId(request));
+            slot
+        });
+        assert_eq!(
+            queue.iter().collect::<Vec<_>>(),
+            [slots[2], slots[1], slots[0]]
+        );
+        assert_eq!((queue.num_requests(), queue.num_sequences()), (2, 3));
+        queue.remove(rank(0, 1), slots[2], RequestId(8));
+        assert_eq!(
+            queue.num_requests(),
+            2,
+            "the other continuation waits still"
+        );
+        queue.remove(rank(0, 2), slots[1], RequestId(8));
+        assert_eq!((queue.num_requests(), queue.num_sequences()), (1, 1));
+    }
+}

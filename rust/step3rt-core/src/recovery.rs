@@ -9,8 +9,9 @@ use crate::error::Failure;
 use crate::ids::{Epoch, InstanceId, TimeNs};
 use crate::instance::Instance;
 use crate::scheduler::Scheduler;
-use crate::sequence::{AfterStep, Sequence};
+use crate::sequence::Sequence;
 use crate::sequence_table::Slot;
+use crate::stay::AfterStep;
 
 /// Whether everything that lives can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,8 +23,9 @@ use crate::instance::Place;
 use crate::lane::{InFlight, Lane};
 use crate::queue::WaitingQueue;
 use crate::recovery::Health;
-use crate::sequence::AfterStep;
+use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
+use crate::stay::AfterStep;
 use crate::step::{StepKey, StepOutput, StepPlan};
 
 pub use crate::request::{FinishReason, Request, RequestEvent, Usage};
@@ -218,8 +219,12 @@ impl Scheduler {
             if !sequence.is_wanted() {
                 continue;
             }
-            match sequence.accept(now, (asked, output), &mut self.events) {
-                Ok(None) => instance.note_growth(sequence, self.config.block_size_tokens),
+            let end = sequence.accept(now, (asked, output), &mut self.events);
+            if end.is_ok() {
+                instance.note_progress(sequence, self.config.block_size_tokens);
+            }
+            match end {
+                Ok(None) => {}
                 Ok(Some(reason)) => ended.push((sequence.request, sequence.index, Ok(reason))),
                 Err(failure) => ended.push((sequence.request, sequence.index, Err(failure))),
             }
@@ -309,26 +314,40 @@ impl Scheduler {
         }
         let mut placed = Vec::new();
         for slot in self.queue.iter() {
-            let sequence = &mut self.sequences[slot];
+            let sequence = &self.sequences[slot];
             let need = Need::of(sequence, self.config.block_size_tokens);
-            if !self.cluster.can_ever_hold(need) {
+            if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
                 continue;
             }
-            let Some((instance, lane)) = self.cluster.choose(need, &self.config) else {
+            let Some((id, vacancy)) = self.cluster.choose(sequence, &self.config) else {
                 break;
             };
             let place = Place {
                 id: SequenceId(self.num_stays),
-                lane,
-                num_blocks: need.now,
+                vacancy,
+                block_size_tokens: self.config.block_size_tokens,
             };
             self.num_stays += 1;
-            instance.join(slot, sequence, place);
+            let instance = self.cluster.instances.get_mut(&id);
+            let instance = instance.expect("choose names a present instance");
+            instance.join(slot, &mut self.sequences[slot], place);
             placed.push(slot);
         }
         for slot in placed {
             let sequence = &self.sequences[slot];
             self.queue.remove(sequence.rank, slot, sequence.request);
         }
+    }
+
+    /// Whether another continuation of its request is computing the prompt, whose full blocks
+    /// this one can then share instead of computing them beside it.
+    fn awaits_sibling(&self, sequence: &Sequence) -> bool {
+        let num_shareable = (sequence.num_prompt_tokens() - 1) / self.config.block_size_tokens;
+        let siblings = self.requests[&sequence.request].slots();
+        let mut stays = siblings.filter_map(|slot| self.sequences[slot].stay.as_ref());
+        stays.any(|stay| {
+            let stays = stay.after_step == AfterStep::Stays;
+            stays && stay.num_published_blocks < num_shareable as usize
+        })
     }
 }

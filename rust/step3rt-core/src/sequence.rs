@@ -8,11 +8,13 @@
 //!   |-- computed: K and V are in the cache --|-- to compute --|
 //! ```
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::Failure;
-use crate::ids::{BlockId, InstanceId, LaneId, RequestId, SequenceId, TimeNs, TokenId};
+use crate::ids::{RequestId, SequenceId, TimeNs, TokenId};
 use crate::request::{FinishReason, RequestEvent, Usage};
+use crate::stay::{AfterStep, Asked, Stay};
 use crate::step::{SamplingState, SequenceJoin, SequenceOutput, TokenLogprob};
 
 /// Who goes first. Less is served earlier and loses its place later: lower priority numbers
@@ -46,44 +48,6 @@ pub(crate) struct Sequence {
     pub(crate) stay: Option<Stay>,
 }
 
-/// What a sequence has while it has a place.
-#[derive(Debug)]
-pub(crate) struct Stay {
-    pub(crate) id: SequenceId,
-    pub(crate) instance: InstanceId,
-    pub(crate) lane: LaneId,
-    /// Whether the instance has been told of it (a plan has it in `joined`).
-    pub(crate) is_told: bool,
-    pub(crate) num_computed_tokens: u32,
-    /// In table order.
-    pub(crate) blocks: Vec<BlockId>,
-    /// Blocks that all known tokens need: what the lane counts for it, granted or not.
-    pub(crate) num_demanded_blocks: u64,
-    pub(crate) is_in_flight: bool,
-    pub(crate) after_step: AfterStep,
-    pub(crate) num_prompt_logprobs: u32,
-}
-
-/// What happens when the step in flight ends; a step that runs cannot be recalled, so blocks that
-/// it writes stay owned until then.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AfterStep {
-    /// It goes on.
-    Stays,
-    /// It lost its place to others and waits for a new one.
-    Waits,
-    /// Nobody wants it any more.
-    Ends,
-}
-
-/// What a plan asked of a sequence.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked {
-    pub(crate) sequence: SequenceId,
-    pub(crate) num_new_tokens: u32,
-    pub(crate) samples: bool,
-}
-
 impl Sequence {
     pub(crate) fn num_prompt_tokens(&self) -> u32 {
         num_tokens(&self.prompt)
@@ -95,6 +59,33 @@ impl Sequence {
 
     pub(crate) fn num_known_tokens(&self) -> u32 {
         self.num_prompt_tokens() + self.num_generated_tokens()
+    }
+
+    /// The tokens of its block `index`, which is full.
+    pub(crate) fn full_block(&self, index: usize, block_size_tokens: u32) -> Cow<'_, [TokenId]> {
+        let start = index * block_size_tokens as usize;
+        let end = start + block_size_tokens as usize;
+        let num_prompt = self.prompt.len();
+        if end <= num_prompt {
+            return Cow::Borrowed(&self.prompt[start..end]);
+        }
+        let prompt = &self.prompt[start.min(num_prompt)..];
+        let generated = &self.generated[start.saturating_sub(num_prompt)..end - num_prompt];
+        Cow::Owned([prompt, generated].concat())
+    }
+
+    /// The blocks that it may find in a cache instead of computing them. The last known token is
+    /// always computed, since something must be sampled from; and so is a prompt whose logprobs
+    /// are asked for.
+    pub(crate) fn reusable_blocks(
+        &self,
+        block_size_tokens: u32,
+    ) -> impl Iterator<Item = Cow<'_, [TokenId]>> {
+        let num_blocks = match self.sampling.prompt_logprobs {
+            Some(_) => 0,
+            None => (self.num_known_tokens() - 1) / block_size_tokens,
+        };
+        (0..num_blocks as usize).map(move |index| self.full_block(index, block_size_tokens))
     }
 
     /// Whether anybody still wants its tokens.
@@ -214,4 +205,166 @@ impl Sequence {
 /// How many tokens `items` stands for, one each.
 pub(crate) fn num_tokens<T>(items: &[T]) -> u32 {
     u32::try_from(items.len()).expect("admission bounds every sequence by max_model_len")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Sequence {
+        /// Waits; greedy, without stop ids, up to 100 tokens.
+        pub(crate) fn for_tests(prompt: &[u32], generated: &[u32]) -> Self {
+            let tokens = |ids: &[u32]| ids.iter().copied().map(TokenId).collect::<Vec<_>>();
+            Self {
+                request: RequestId(0),
+                index: 0,
+                rank: Rank {
+                    priority: 0,
+                    arrival: 0,
+                },
+                prompt: tokens(prompt).into(),
+                generated: tokens(generated),
+                sampling: SamplingState {
+                    temperature: 0.0,
+                    top_k: 0,
+                    top_p: 1.0,
+                    min_p: 0.0,
+                    seed: 0,
+                    top_logprobs: None,
+                    prompt_logprobs: Some(0),
+                    min_tokens: 0,
+                    stop_tokens: Vec::new(),
+                },
+                max_known_tokens: 100,
+                submitted: TimeNs(0),
+                planned: None,
+                first_token: None,
+                num_prompt_logprobs_sent: 0,
+                stay: None,
+            }
+        }
+
+        fn moved_in(mut self) -> Self {
+            self.stay = Some(Stay::for_tests(1));
+            self
+        }
+    }
+
+    fn output(token: Option<u32>, logprobs: &[u32]) -> SequenceOutput {
+        let logprob = |&token: &u32| TokenLogprob {
+            token: TokenId(token),
+            logprob: -1.0,
+            top: Vec::new(),
+        };
+        SequenceOutput {
+            sequence: SequenceId(1),
+            token: token.map(TokenId),
+            logprob: None,
+            prompt_logprobs: logprobs.iter().map(logprob).collect(),
+            is_corrupt: false,
+        }
+    }
+
+    fn asked(num_new_tokens: u32, samples: bool) -> Asked {
+        Asked {
+            sequence: SequenceId(1),
+            num_new_tokens,
+            samples,
+        }
+    }
+
+    #[test]
+    fn blocks_run_across_the_prompts_end() {
+        let sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[6, 7, 8, 9]);
+        let ids = |index| -> Vec<u32> {
+            let block = sequence.full_block(index, 2);
+            block.iter().map(|token| token.0).collect()
+        };
+        assert_eq!([ids(0), ids(2), ids(3)], [[1, 2], [5, 6], [7, 8]]);
+    }
+
+    #[test]
+    fn the_last_token_and_prompts_with_logprobs_are_always_computed() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4], &[]);
+        assert_eq!(sequence.reusable_blocks(2).count(), 0);
+        sequence.sampling.prompt_logprobs = None;
+        assert_eq!(sequence.reusable_blocks(2).count(), 1);
+        sequence.generated.push(TokenId(5));
+        assert_eq!(sequence.reusable_blocks(2).count(), 2);
+    }
+
+    #[test]
+    fn a_sampled_token_is_known_and_not_yet_computed() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        let mut events = Vec::new();
+        let taken = (asked(3, true), Some(output(Some(9), &[])));
+        assert_eq!(sequence.accept(TimeNs(4), taken, &mut events), Ok(None));
+        assert_eq!(sequence.num_known_tokens(), 4);
+        assert_eq!(
+            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
+            Some(3)
+        );
+        assert_eq!(sequence.first_token, Some(TimeNs(4)));
+        assert_eq!(events.len(), 1);
+    }
+
+    #[test]
+    fn nothing_is_taken_from_an_answer_that_does_not_fit() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        let mut corrupt = output(Some(9), &[5]);
+        corrupt.is_corrupt = true;
+        let wrong = [
+            (asked(3, true), None),
+            (asked(3, true), Some(output(None, &[5]))),
+            (asked(2, false), Some(output(Some(9), &[5]))),
+            (asked(3, true), Some(corrupt)),
+        ];
+        let mut events = Vec::new();
+        for taken in wrong {
+            assert!(sequence.accept(TimeNs(4), taken, &mut events).is_err());
+        }
+        assert_eq!(sequence.num_known_tokens(), 3);
+        assert_eq!(
+            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
+            Some(0)
+        );
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn prompt_logprobs_that_come_again_are_sent_once() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[]).moved_in();
+        let mut events = Vec::new();
+        let taken = (asked(3, false), Some(output(None, &[2, 3])));
+        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
+        let mut sequence = sequence.moved_in(); // it lost its place and got another
+        for logprobs in [&[2][..], &[3, 4], &[5]] {
+            let taken = (asked(1, false), Some(output(None, logprobs)));
+            assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), Ok(None));
+        }
+        let sent: Vec<(u32, Vec<u32>)> = events
+            .into_iter()
+            .map(|(_, event)| match event {
+                RequestEvent::PromptLogprobs { offset, logprobs } => {
+                    (offset, logprobs.iter().map(|l| l.token.0).collect())
+                }
+                other => panic!("unexpected {other:?}"),
+            })
+            .collect();
+        assert_eq!(sent, [(0, vec![2, 3]), (2, vec![4]), (3, vec![5])]);
+    }
+
+    #[test]
+    fn the_last_token_decides_whether_a_sequence_is_finished() {
+        let mut sequence = Sequence::for_tests(&[1, 2], &[7]);
+        sequence.sampling.stop_tokens = vec![TokenId(7)];
+        let stop = Some(FinishReason::StopToken(TokenId(7)));
+        assert_eq!(sequence.finish_reason(), stop);
+        sequence.sampling.min_tokens = 1;
+        assert_eq!(sequence.finish_reason(), None);
+        sequence.max_known_tokens = 3;
+        assert_eq!(sequence.finish_reason(), Some(FinishReason::Length));
+        sequence.generated.clear();
+        assert_eq!(sequence.finish_reason(), None);
+    }
 }

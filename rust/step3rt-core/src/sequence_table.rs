@@ -56,3 +56,31 @@ impl IndexMut<Slot> for SequenceTable {
         self.entries[slot.0].as_mut().expect("the slot is live")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vacant_slots_are_used_again() {
+        let mut table = SequenceTable::default();
+        let first = table.insert(Sequence::for_tests(&[1], &[]));
+        let second = table.insert(Sequence::for_tests(&[2], &[]));
+        assert_eq!(table.remove(first).prompt.len(), 1);
+        assert_eq!(table.insert(Sequence::for_tests(&[3, 4], &[])), first);
+        let live: Vec<_> = table
+            .iter()
+            .map(|(slot, s)| (slot, s.prompt.len()))
+            .collect();
+        assert_eq!(live, [(first, 2), (second, 1)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "the slot is live")]
+    fn a_vacant_slot_has_no_sequence() {
+        let mut table = SequenceTable::default();
+        let slot = table.insert(Sequence::for_tests(&[1], &[]));
+        table.remove(slot);
+        let _ = &table[slot];
+    }
+}

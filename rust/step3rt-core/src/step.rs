@@ -66,11 +66,13 @@ pub struct SequenceJoin {
 pub struct SequenceChunk {
     /// The sequence.
     pub sequence: SequenceId,
-    /// Tokens whose K and V are in the cache already.
+    /// Tokens whose K and V are in the cache already: computed by earlier chunks or, at the start
+    /// of its first chunk, by another sequence with the same beginning.
     pub num_computed_tokens: u32,
     /// Tokens to compute now, at least 1.
     pub num_new_tokens: u32,
-    /// Blocks appended to the sequence's block table before the chunk is computed.
+    /// Blocks appended to the sequence's block table before the chunk is computed. Those that hold
+    /// computed tokens may be shared with other sequences; they are full and never written again.
     pub new_blocks: Vec<BlockId>,
     /// Whether the chunk ends at the last known token, so that a token is sampled.
     pub samples: bool,

@@ -165,10 +165,9 @@ fn continuations_of_a_request_are_sequences_with_seeds_of_their_own() {
     new.n = 3;
     new.sampling.prompt_logprobs = Some(0);
     world.submit(new);
-    let joins: BTreeMap<_, _> = world
-        .step()
-        .into_iter()
-        .flat_map(|plan| plan.joined)
+    let plans = [world.step(), world.step()].concat();
+    let joins = plans.into_iter().flat_map(|plan| plan.joined);
+    let joins: BTreeMap<_, _> = joins
         .map(|join| (join.sampling.seed, join.sampling.prompt_logprobs))
         .collect();
     assert_eq!(joins, BTreeMap::from([(7, Some(0)), (8, None), (9, None)]));

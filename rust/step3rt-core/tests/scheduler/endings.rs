@@ -61,7 +61,7 @@ fn a_stop_string_ends_one_continuation_and_drops_what_is_in_flight() {
     world.run();
     world.check_done();
     let stream = world.stream(0);
-    assert_eq!(stream.tokens[1].len(), 2);
+    assert_eq!(stream.tokens[1].len(), 1);
     assert_eq!(stream.tokens[0].len(), 6);
     let reasons = [0, 1].map(|index| stream.finished[index].expect("it ends").0);
     assert_eq!(reasons, [FinishReason::Length, FinishReason::StopString]);

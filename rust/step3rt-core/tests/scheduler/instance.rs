@@ -41,7 +41,8 @@ struct Known {
     lane: LaneId,
     tokens: Vec<TokenId>,
     num_prompt_tokens: usize,
-    num_computed: usize,
+    /// `None` until a step of it succeeds: what it starts from is then in the cache.
+    num_computed: Option<usize>,
     sampling: SamplingState,
     table: Vec<BlockId>,
 }
@@ -123,7 +124,7 @@ impl Instance {
             lane,
             tokens: join.tokens.clone(),
             num_prompt_tokens: join.num_prompt_tokens as usize,
-            num_computed: 0,
+            num_computed: None,
             sampling: join.sampling.clone(),
             table: Vec::new(),
         };
@@ -135,14 +136,15 @@ impl Instance {
         let outputs = plan.chunks.iter().map(|chunk| {
             let start = chunk.num_computed_tokens as usize;
             let known = self.write_kv(chunk.sequence, start, chunk.num_new_tokens as usize);
-            known.num_computed = start + chunk.num_new_tokens as usize;
-            let samples = known.num_computed == known.tokens.len();
+            let end = start + chunk.num_new_tokens as usize;
+            known.num_computed = Some(end);
+            let samples = end == known.tokens.len();
             assert_eq!(
                 samples, chunk.samples,
                 "a chunk samples at the last known token"
             );
             let wants_prompt = known.sampling.prompt_logprobs.is_some();
-            let prompt_end = known.num_computed.min(known.num_prompt_tokens);
+            let prompt_end = end.min(known.num_prompt_tokens);
             let prompt_logprobs = (start.max(1)..prompt_end)
                 .filter(|_| wants_prompt)
                 .map(|index| prompt_logprob(&known.tokens, index))
@@ -175,7 +177,11 @@ impl Instance {
     fn write_kv(&mut self, id: SequenceId, start: usize, num_new: usize) -> &mut Known {
         let block_size = self.config.block_size_tokens as usize;
         let known = self.known.get_mut(&id).expect("checked when it arrived");
-        assert_eq!(start, known.num_computed, "sequence {id} jumps");
+        assert_eq!(
+            start,
+            known.num_computed.unwrap_or(start),
+            "sequence {id} jumps"
+        );
         assert!(num_new >= 1 && start + num_new <= known.tokens.len());
         let mut hash = prefix_hash(&[]);
         for (index, token) in known.tokens[..start + num_new].iter().enumerate() {

@@ -7,6 +7,7 @@ mod endings;
 mod failures;
 mod instance;
 mod preemption;
+mod prefix;
 mod simulation;
 mod trace;
 mod world;

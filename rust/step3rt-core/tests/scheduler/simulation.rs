@@ -1,8 +1,12 @@
 //! Any history of requests, cancels, losses and failures keeps every promise.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
-use step3rt_core::ids::{Epoch, RequestId, TokenId};
-use step3rt_core::request::Request;
+use proptest::test_runner::TestRunner;
+use step3rt_core::ids::{Epoch, RequestId, TimeNs, TokenId};
+use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
 
 use crate::world::{World, config, request};
@@ -29,6 +33,8 @@ enum Op {
 #[derive(Clone, Debug)]
 struct Shape {
     num_prompt_tokens: u32,
+    /// The prompt's tokens before this index are those of all other requests.
+    num_common_tokens: usize,
     num_resumed: usize,
     max_tokens: u32,
     n: u32,
@@ -41,7 +47,10 @@ struct Shape {
 
 fn shape() -> impl Strategy<Value = Op> {
     let sizes = (1_u32..50, 1_u32..30, 1_u32..4, -1..2_i32);
-    let resumed = prop_oneof![3 => Just(0_usize), 1 => 1_usize..12];
+    let resumed = (
+        prop_oneof![3 => Just(0_usize), 1 => 1_usize..12],
+        0_usize..40,
+    );
     let options = (
         prop::option::weighted(0.2, 0_u64..400),
         prop::option::weighted(0.3, Just(0_u32)),
@@ -50,9 +59,11 @@ fn shape() -> impl Strategy<Value = Op> {
     );
     (sizes, resumed, options).prop_map(|(sizes, resumed, options)| {
         let (num_prompt_tokens, max_tokens, n, priority) = sizes;
+        let (resumed, num_common_tokens) = resumed;
         let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens) = options;
         Op::Submit(Box::new(Shape {
             num_prompt_tokens,
+            num_common_tokens,
             num_resumed: if n == 1 { resumed } else { 0 },
             max_tokens,
             n,
@@ -86,12 +97,17 @@ fn op() -> impl Strategy<Value = Op> {
 impl Shape {
     fn request(&self, id: u64, now_ms: u64) -> Request {
         let mut request = request(id, self.num_prompt_tokens, self.max_tokens);
+        for (index, token) in request.prompt.iter_mut().enumerate() {
+            if index < self.num_common_tokens {
+                *token = TokenId(1);
+            }
+        }
         request.n = self.n;
         request.priority = self.priority;
         request.sampling.prompt_logprobs = self.prompt_logprobs;
         request.sampling.min_tokens = self.min_tokens;
         request.sampling.stop_tokens = (0..self.num_stop_tokens).map(TokenId).collect();
-        let deadline = |ms| step3rt_core::ids::TimeNs(0).plus_ms(now_ms + ms);
+        let deadline = |ms| TimeNs(0).plus_ms(now_ms + ms);
         request.deadline = self.deadline_ms.map(deadline);
         request
     }
@@ -163,31 +179,87 @@ fn apply(world: &mut World, op: &Op, num_requests: &mut u64) {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+/// What the histories have led to, so that a test of nothing is found out.
+#[derive(Default)]
+struct Reached {
+    num_finished: usize,
+    num_stop_tokens: usize,
+    failures: BTreeMap<String, usize>,
+    /// At least so many joins were not the first of their sequence.
+    num_comebacks: usize,
+    num_shared: usize,
+}
 
-    #[test]
-    fn any_history_keeps_streams_gap_free_and_blocks_conserved(
-        pools in prop::collection::vec(8_u32..24, 0..3),
-        ops in prop::collection::vec(op(), 1..150),
-    ) {
-        let mut world = World::new(config(), &pools);
-        let mut num_requests = 0;
-        for op in &ops {
-            apply(&mut world, op, &mut num_requests);
-            world.clients.check_contents(world.config.max_model_len);
+impl Reached {
+    fn note(&mut self, world: &World) {
+        let started = world.clients.streams.values().filter(|s| s.is_started);
+        let first_joins: usize = started.map(|stream| stream.tokens.len()).sum();
+        self.num_comebacks += world.num_joins.saturating_sub(first_joins);
+        self.num_shared += world.num_shared_joins;
+        for stream in world.clients.streams.values() {
+            let reasons = stream.finished.iter().flatten().map(|(reason, _)| reason);
+            for reason in reasons {
+                self.num_finished += 1;
+                let is_stop = matches!(reason, FinishReason::StopToken(_));
+                self.num_stop_tokens += usize::from(is_stop);
+            }
+            if let Some(error) = &stream.error {
+                *self
+                    .failures
+                    .entry(format!("{:?}", error.kind))
+                    .or_default() += 1;
+            }
         }
-        // Faults stop: everything that still lives must end.
-        world.handle(Event::ExpertsComplete(true));
-        world.ready(9, 16);
-        while !world.in_flight.is_empty() {
-            world.answer(0);
-        }
-        world.run();
-        world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
-        world.run();
-        world.check_done();
     }
+}
+
+fn check_history(pools: &[u32], ops: &[Op]) -> World {
+    let mut world = World::new(config(), pools);
+    let mut num_requests = 0;
+    for op in ops {
+        apply(&mut world, op, &mut num_requests);
+        world.clients.check_contents(world.config.max_model_len);
+    }
+    // Faults stop: everything that still lives must end.
+    world.handle(Event::ExpertsComplete(true));
+    world.ready(9, 16);
+    world.run();
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.run();
+    world.check_done();
+    world
+}
+
+#[test]
+fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
+    let reached = RefCell::new(Reached::default());
+    let pools = prop::collection::vec(8_u32..24, 0..3);
+    let ops = prop::collection::vec(op(), 1..150);
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: 400,
+        source_file: Some(file!()),
+        ..ProptestConfig::default()
+    });
+    let result = runner.run(&(pools, ops), |(pools, ops)| {
+        reached.borrow_mut().note(&check_history(&pools, &ops));
+        Ok(())
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+    let reached = reached.into_inner();
+    assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
+    assert!(reached.num_comebacks > 1_000, "too few lost their places");
+    assert!(reached.num_shared > 1_000, "too few shared a beginning");
+    let kinds: Vec<&str> = reached.failures.keys().map(String::as_str).collect();
+    let all = [
+        "Cancelled",
+        "DeadlineExceeded",
+        "EngineNotReady",
+        "Internal",
+        "NodeLost",
+        "PromptTooLong",
+        "QueueFull",
+    ];
+    assert_eq!(kinds, all);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
 use step3rt_core::request::Request;
 use step3rt_core::scheduler::{Event, Scheduler};
-use step3rt_core::step::{SamplingState, StepKey, StepOutput, StepPlan};
+use step3rt_core::step::{SamplingState, SequenceChunk, StepKey, StepOutput, StepPlan};
 
 use crate::clients::{Clients, Stream};
 use crate::instance::Instance;
@@ -19,6 +19,9 @@ pub(crate) struct World {
     pub(crate) instances: BTreeMap<InstanceId, Instance>,
     /// Plans that arrived and are not answered, oldest first.
     pub(crate) in_flight: Vec<StepPlan>,
+    pub(crate) num_joins: usize,
+    /// Joins of sequences whose beginning was in the cache.
+    pub(crate) num_shared_joins: usize,
     next_epoch: u64,
 }
 
@@ -70,6 +73,8 @@ impl World {
             clients: Clients::default(),
             instances: BTreeMap::new(),
             in_flight: Vec::new(),
+            num_joins: 0,
+            num_shared_joins: 0,
             next_epoch: 1,
         }
     }
@@ -130,6 +135,11 @@ impl World {
             let instance = instance.expect("plans go to present instances");
             assert_eq!(instance.epoch, key.epoch);
             instance.receive(plan);
+            let is_new = |id| plan.joined.iter().any(|join| join.sequence == id);
+            let is_shared =
+                |chunk: &&SequenceChunk| chunk.num_computed_tokens > 0 && is_new(chunk.sequence);
+            self.num_joins += plan.joined.len();
+            self.num_shared_joins += plan.chunks.iter().filter(is_shared).count();
             self.in_flight.push(plan.clone());
         }
         plans
