@@ -21,14 +21,23 @@ pub struct StepKey {
 
 /// The next step of one lane.
 ///
-/// Applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`.
+/// Applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`. Every plan
+/// is answered once, with a [`StepOutput`] or a failure, also one that has only `left`.
+///
+/// A plan's `left`, `joined` and `new_blocks` take effect when the instance receives it, even if
+/// the compute then fails: a failed step leaves no sequence further than it was, but the instance
+/// keeps what it was told. So every delta is sent exactly once, and the plan that redoes a failed
+/// step has only the chunks again. This is safe because plans of one incarnation arrive in order
+/// or the incarnation ends, and with it all that it was told.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepPlan {
     /// Which step this is.
     pub key: StepKey,
-    /// Sequences that the lane forgets.
+    /// Sequences that the lane forgets. Their blocks may belong to others already: no chunk of
+    /// theirs comes any more.
     pub left: Vec<SequenceId>,
-    /// Sequences that the lane learns.
+    /// Sequences that the lane learns, with an empty block table. An id joins once in a
+    /// coordinator's life.
     pub joined: Vec<SequenceJoin>,
     /// Work, in this order; never empty unless `left` is not.
     pub chunks: Vec<SequenceChunk>,
@@ -57,11 +66,13 @@ pub struct SequenceJoin {
 pub struct SequenceChunk {
     /// The sequence.
     pub sequence: SequenceId,
-    /// Tokens whose K and V are in the cache already.
+    /// Tokens whose K and V are in the cache already: computed by earlier chunks or, at the start
+    /// of its first chunk, by another sequence with the same beginning.
     pub num_computed_tokens: u32,
     /// Tokens to compute now, at least 1.
     pub num_new_tokens: u32,
-    /// Blocks appended to the sequence's block table before the chunk is computed.
+    /// Blocks appended to the sequence's block table before the chunk is computed. Those that hold
+    /// computed tokens may be shared with other sequences; they are full and never written again.
     pub new_blocks: Vec<BlockId>,
     /// Whether the chunk ends at the last known token, so that a token is sampled.
     pub samples: bool,

@@ -1,0 +1,13 @@
+//! The scheduler as the drive loop sees it, against instances that keep KV memory.
+
+mod admission;
+mod batching;
+mod clients;
+mod endings;
+mod failures;
+mod instance;
+mod preemption;
+mod prefix;
+mod simulation;
+mod trace;
+mod world;
