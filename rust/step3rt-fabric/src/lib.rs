@@ -14,7 +14,31 @@
 //!   push s+1                   ── A2F ──▶    ...                        (frees A's receive slot)
 //! ```
 //!
-//! Reading order: [`contract`], [`frame`], `endpoint`, then one fabric.
+//! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric.
 
+pub mod address;
 pub mod contract;
+pub mod endpoint;
 pub mod frame;
+pub mod sim;
+
+mod accept;
+mod config;
+mod connect;
+mod doorbell;
+mod handshake;
+mod hub;
+mod lane;
+mod memory;
+mod refusal;
+mod region;
+mod shm;
+mod state;
+mod tcp;
+mod watcher;
+
+#[cfg(test)]
+mod hostile;
+
+pub use memory::MapError;
+pub use refusal::{HandshakeError, Refusal};
