@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,20 +20,8 @@ from tests.fixtures.core_processes import (
     join_cluster,
     node_options,
     receive,
-    start_coordinator,
     wait_until,
 )
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    with Processes() as running:
-        yield running
-
-
-@pytest.fixture
-def coordinator(processes: Processes, tmp_path: Path) -> Coordinator:
-    return start_coordinator(processes, tmp_path)
 
 
 def _ends_on_drain(pipe: Connection, options: str) -> None:
