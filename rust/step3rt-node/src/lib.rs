@@ -7,6 +7,7 @@
 //! Reading order: [`node`] (the object that the binding wraps), [`session`] (control plane),
 //! [`links`] (data plane), then the rest.
 
+pub mod dialer;
 pub mod error;
 pub mod event;
 pub mod host;

@@ -157,6 +157,9 @@ impl Links {
             self.connect_due(now, out);
             self.report_ready(out);
         }
+        if out.status.is_none() && out.events.iter().any(is_about_a_link) {
+            out.status = Some(self.describe());
+        }
     }
 
     /// When the next attempt to connect is due.
@@ -168,6 +171,11 @@ impl Links {
                 _ => None,
             })
             .min()
+    }
+
+    fn describe(&self) -> String {
+        let num_up = self.peers.keys().filter(|&&peer| self.is_up(peer)).count();
+        format!("ready, linked to {num_up} of {} peers", self.peers.len())
     }
 
     /// Ends the link to a peer that the topology no longer names.
@@ -303,10 +311,13 @@ impl Links {
             });
         }
         self.reported_version = Some(self.topology.version);
-        out.status = Some(format!("ready, linked to {} FFN instances", links.len()));
         out.reports.push(Event::LinksReady(v1::LinksReady {
             topology_version: self.topology.version,
             links,
         }));
     }
+}
+
+fn is_about_a_link(event: &NodeEvent) -> bool {
+    matches!(event, NodeEvent::LinkUp { .. } | NodeEvent::LinkDown { .. })
 }

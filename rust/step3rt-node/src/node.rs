@@ -16,17 +16,21 @@ use step3rt_fabric::frame::Frame;
 use step3rt_proto::v1;
 use step3rt_proto::v1::session_request::Event;
 
+use crate::dialer::Welcome;
 use crate::error::NodeError;
 use crate::event::NodeEvent;
 use crate::links::{LinkNews, Links};
 use crate::options::{NodeOptions, Role};
-use crate::session::{Command, Session, Welcome};
+use crate::session::{Command, Session};
 use crate::signals;
 use crate::supervisor::Supervisor;
 
 /// Longest single sleep. Signals, the watchdog and heartbeats' idea of progress need the loop to
 /// come round this often; everything else rings the doorbell.
 const LONGEST_SLEEP: Duration = Duration::from_millis(200);
+
+/// Longest time-out of a poll: an hour is for ever to a loop, and any `Instant` can bear it.
+const LONGEST_POLL: Duration = Duration::from_hours(1);
 
 /// Where the time of a step went, as `StepTiming` on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,11 +178,11 @@ impl Node {
         Ok(())
     }
 
-    /// Waits until there is news, at most `timeout`, and appends all of it to `out` in this order:
-    /// what the coordinator said, what links did, the loss of the session.
+    /// Waits until there is news, at most `timeout` (and an hour), and appends all of it to `out`
+    /// in this order: what the coordinator said, what links did, the loss of the session.
     pub fn poll(&mut self, timeout: Duration, out: &mut Vec<NodeEvent>) -> Result<(), NodeError> {
         let mut now = Instant::now();
-        let deadline = now + timeout;
+        let deadline = now + timeout.min(LONGEST_POLL);
         loop {
             let Phase::Ready(links) = &self.phase else {
                 return Err(NodeError::OutOfOrder {

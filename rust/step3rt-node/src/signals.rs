@@ -22,7 +22,7 @@ pub fn take_over() -> Result<(), NodeError> {
     if ASKED_TO_STOP.get().is_some() {
         return Ok(());
     }
-    let asked = Arc::clone(ASKED_TO_STOP.get_or_init(Arc::default));
+    let asked = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT] {
         // In this order: the first signal passes the shutdown, then raises the flag for the next.
         flag::register_conditional_shutdown(signal, EXIT_CODE_BASE + signal, Arc::clone(&asked))
@@ -32,6 +32,8 @@ pub fn take_over() -> Result<(), NodeError> {
                 source,
             })?;
     }
+    // Two threads that come here at once both register, which does no harm: a signal sets both.
+    let _ = ASKED_TO_STOP.set(asked);
     Ok(())
 }
 

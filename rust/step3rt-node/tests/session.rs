@@ -367,3 +367,16 @@ fn reports_that_nobody_reads_do_not_pile_up() {
     assert!(text.contains("does not read"), "{text}");
     drop(scripted);
 }
+
+#[test]
+fn dropping_a_session_waits_for_nobody() {
+    let mut coordinator = Coordinator::start();
+    let (session, mut scripted) = open_welcomed(&mut coordinator);
+    session.send(Event::Leaving(v1::Leaving {})).unwrap();
+    let started = Instant::now();
+    drop(session);
+    // Far below the grace that closing gives to a coordinator that does not answer.
+    assert!(started.elapsed() < Duration::from_millis(500));
+    assert!(matches!(scripted.next_report(), Some(Event::Leaving(_))));
+    assert_eq!(scripted.next_report(), None);
+}
