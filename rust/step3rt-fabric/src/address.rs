@@ -10,15 +10,13 @@ use thiserror::Error;
 
 use crate::contract::LinkIdentity;
 
-/// What carries a link.
+/// What can carry a link that is connected and accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FabricKind {
     /// Slots in memory shared by two processes of one host.
     Shm,
     /// Frames over TCP.
     Tcp,
-    /// The seeded simulation, in one process.
-    Sim,
 }
 
 impl FabricKind {
@@ -27,7 +25,6 @@ impl FabricKind {
         match self {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
-            Self::Sim => "sim",
         }
     }
 }

@@ -22,7 +22,7 @@ pub struct EndpointConfig {
     pub side: Side,
     /// Must be equal at both ends of every link.
     pub geometry: Geometry,
-    /// Which fabrics [`Endpoint::connect`] may use.
+    /// Which fabrics [`crate::endpoint::Endpoint::connect`] may use.
     pub fabric: FabricChoice,
     /// Whether to accept links over shared memory.
     pub listen_shm: bool,

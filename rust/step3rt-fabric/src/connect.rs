@@ -1,13 +1,13 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use step3rt_core::ids::InstanceId;
 use thiserror::Error;
 
-use crate::address::{ChoiceReason, FabricKind, PeerAddress, UnknownFabric};
+use crate::address::{ChoiceReason, FabricKind, PeerAddress};
 use crate::contract::{Link, LinkIdentity};
 use crate::handshake::{Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
@@ -35,7 +35,7 @@ pub enum ConnectError {
     },
     /// A later incarnation of that instance was linked before.
     #[error(
-        "instance {} was seen with an epoch later than {}. The address is out of date; wait for the \
+        "instance {} was linked with an epoch later than {} before. The address is out of date; wait for the \
          next topology", .0.instance, .0.epoch
     )]
     Stale(LinkIdentity),
@@ -65,7 +65,10 @@ pub enum ConnectError {
         error: io::Error,
     },
     /// Something answered that makes no sense.
-    #[error("instance {instance} answered over {fabric}, but not rightly: {error}")]
+    #[error(
+        "instance {instance} answered over {fabric}, but not as a peer does: {error}. See that a \
+         step3rt instance of this release listens there"
+    )]
     Handshake {
         /// Whom it was to link.
         instance: InstanceId,
@@ -75,7 +78,10 @@ pub enum ConnectError {
         error: HandshakeError,
     },
     /// The connection failed after it was made.
-    #[error("instance {instance} did not finish the handshake over {fabric}: {error}")]
+    #[error(
+        "instance {instance} did not finish the handshake over {fabric}: {error}. See its log, then \
+         connect again"
+    )]
     Interrupted {
         /// Whom it was to link.
         instance: InstanceId,
@@ -93,7 +99,9 @@ pub enum ConnectError {
         refusal: Refusal,
     },
     /// The peer's memory is not what was agreed.
-    #[error("instance {instance} passed memory that cannot be used: {error}")]
+    #[error(
+        "instance {instance} passed memory that cannot be used: {error}. Run one release everywhere"
+    )]
     Memory {
         /// Whom it was to link.
         instance: InstanceId,
@@ -101,16 +109,16 @@ pub enum ConnectError {
         error: MapError,
     },
     /// This end could not make the slots or threads of the link.
-    #[error("this end cannot make the link to instance {instance}: {error}")]
+    #[error(
+        "this end cannot make the link to instance {instance}: {error}. Raise its limit of memory, \
+         descriptors or threads, or make the slots smaller with `max_tokens_per_micro_batch`"
+    )]
     Resources {
         /// Whom it was to link.
         instance: InstanceId,
         /// Of the operating system.
         error: io::Error,
     },
-    /// Not a fabric.
-    #[error(transparent)]
-    Fabric(#[from] UnknownFabric),
 }
 
 /// One attempt to link one peer over one fabric.
@@ -134,8 +142,6 @@ impl Attempt<'_> {
         match self.fabric {
             FabricKind::Shm => self.link_shm(address),
             FabricKind::Tcp => self.link_tcp(address),
-            // A simulated link is made in pairs and adopted; nobody listens for it.
-            FabricKind::Sim => Err(UnknownFabric("sim".to_owned()).into()),
         }
     }
 
@@ -184,10 +190,10 @@ impl Attempt<'_> {
         let mut stream = tcp::connect(address, self.hub.settings.handshake_timeout)
             .map_err(|error| self.unreachable(address, error))?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
-        let mut bytes = [0; MESSAGE_BYTES];
         stream
             .write_all(&self.hello())
-            .and_then(|()| stream.read_exact(&mut bytes))
+            .map_err(|error| self.interrupted(error))?;
+        let bytes = tcp::read_message(&stream, self.hub.settings.handshake_timeout)
             .map_err(|error| self.interrupted(error))?;
         self.check_answer(&bytes)?;
         tcp::prepare(&stream, self.hub.settings.peer_timeout)

@@ -1,6 +1,7 @@
 //! What every fabric promises. A fabric is chosen per peer pair at the handshake; nothing above
 //! this contract can tell which one it got.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,6 +47,20 @@ impl Geometry {
             Direction::A2f => self.a2f_slot_bytes,
             Direction::F2a => self.f2a_slot_bytes,
         }
+    }
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            num_lanes,
+            a2f_slot_bytes,
+            f2a_slot_bytes,
+        } = self;
+        write!(
+            f,
+            "{num_lanes} lanes of {a2f_slot_bytes} bytes (A2F) and {f2a_slot_bytes} bytes (F2A)"
+        )
     }
 }
 
@@ -192,10 +207,13 @@ pub enum DownReason {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PushError {
     /// The lane's last push is not answered yet (initiator), or nothing arrived to answer.
-    #[error("lane {0} has no credit")]
+    #[error(
+        "lane {0} has no credit: its last frame is not answered, or nothing arrived to answer. Push \
+         after the next arrival on it"
+    )]
     NoCredit(LaneId),
     /// The lane does not exist in the link's geometry.
-    #[error("lane {lane} does not exist: the link has {num_lanes} lanes")]
+    #[error("lane {lane} does not exist: the link has {num_lanes}. Use one below {num_lanes}")]
     NoSuchLane {
         /// What was asked.
         lane: LaneId,
@@ -203,7 +221,10 @@ pub enum PushError {
         num_lanes: u8,
     },
     /// More bytes than the slot holds.
-    #[error("payload of {payload_bytes} bytes exceeds the slot of {slot_bytes}")]
+    #[error(
+        "payload of {payload_bytes} bytes exceeds the slot of {slot_bytes}. Push fewer tokens or raise \
+         `max_tokens_per_micro_batch`"
+    )]
     TooLarge {
         /// What was asked.
         payload_bytes: usize,
@@ -211,7 +232,7 @@ pub enum PushError {
         slot_bytes: usize,
     },
     /// There is no link to this instance.
-    #[error("instance {0} is not linked")]
+    #[error("instance {0} is not linked. Connect it first")]
     NotLinked(InstanceId),
     /// The link is down.
     #[error("link is down: {0}")]
@@ -228,6 +249,7 @@ pub trait Doorbell: Send + Sync {
     fn current(&self) -> u32;
     /// Increments the counter and wakes the sleeper.
     fn ring(&self);
-    /// Sleeps until the counter differs from `seen` or `timeout` has passed; true if it differs.
+    /// Sleeps until the counter differs from `seen` or `timeout` has passed; true if it differs. A
+    /// signal does not end it: who must react to signals waits in slices.
     fn wait(&self, seen: u32, timeout: Duration) -> bool;
 }

@@ -30,7 +30,7 @@ pub enum Refusal {
     #[error("both ends are {0:?}s. A link has one of each")]
     SameSide(Side),
     /// The two ends were given different sizes.
-    #[error("its slots are {theirs:?}, ours {ours:?}. Both ends must have the same settings")]
+    #[error("its slots are {theirs}, ours {ours}. Both ends must have the same settings")]
     Geometry {
         /// The peer's.
         theirs: Geometry,

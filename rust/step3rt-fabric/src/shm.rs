@@ -6,7 +6,9 @@
 //! Each end makes the memory that it writes and seals it so that the peer can only read it: a peer
 //! can corrupt what it sends, and nothing else. The socket's address is in the abstract namespace:
 //! it vanishes with its process, also after `kill -9`, while a path would stay behind. What a path
-//! has and an abstract address has not is permissions, so both ends check the other's user.
+//! has and an abstract address has not is permissions, so both ends check the other's user. Between
+//! network namespaces (most containers) it is out of reach, and `auto` takes TCP. Needs Linux 5.1,
+//! for the seal against later writers.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -14,13 +16,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 use step3rt_core::ids::LaneId;
 
-use crate::contract::{Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
+use crate::contract::{Doorbell, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
+use crate::credentials::PeerCredentials;
 use crate::doorbell::FutexDoorbell;
 use crate::frame::Frame;
 use crate::handshake::MESSAGE_BYTES;
@@ -82,7 +86,7 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<OwnedFd> {
     let socket = socket(SocketFlags::CLOEXEC)?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(timeout))?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout))?;
-    rustix::net::connect(&socket, &address)?;
+    retry_on_intr(|| rustix::net::connect(&socket, &address))?;
     check_user(&socket)?;
     Ok(socket)
 }
@@ -97,26 +101,26 @@ fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
     )?)
 }
 
+/// A process of root may link any, and any may link one of root: `serve` under systemd and a test
+/// by hand need not be the same user.
 fn check_user(socket: &OwnedFd) -> io::Result<()> {
-    let peer = sockopt::socket_peercred(socket)?.uid;
-    let own = rustix::process::geteuid();
-    if peer == own || peer.is_root() || own.is_root() {
+    const ROOT: u32 = 0;
+    let (peer, own) = (
+        PeerCredentials::of(socket)?.user,
+        rustix::process::geteuid().as_raw(),
+    );
+    if peer == own || peer == ROOT || own == ROOT {
         return Ok(());
     }
-    let text = format!(
-        "the process at the other end runs as user {}, this one as {}",
-        peer.as_raw(),
-        own.as_raw()
-    );
+    let text = format!("the process at the other end runs as user {peer}, this one as {own}");
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
 /// A descriptor that becomes readable when the process at the other end ends. A hang-up alone does
-/// not say that when a child that the peer forked holds its socket open. None where the kernel or
-/// a process namespace denies it; the hang-up has to do then.
+/// not say that when a child that the peer forked holds its socket open. None where it cannot be
+/// had; the hang-up has to do then.
 pub(crate) fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
-    let peer = sockopt::socket_peercred(socket).ok()?;
-    rustix::process::pidfd_open(peer.pid, rustix::process::PidfdFlags::empty()).ok()
+    PeerCredentials::of(socket).ok()?.watch_process()
 }
 
 /// Sends one handshake message.
@@ -130,12 +134,8 @@ pub(crate) fn send(
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    rustix::net::sendmsg(
-        socket,
-        &[IoSlice::new(bytes)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
+    let parts = [IoSlice::new(bytes)];
+    retry_on_intr(|| rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL))?;
     Ok(())
 }
 
@@ -148,7 +148,8 @@ pub(crate) fn receive(socket: &OwnedFd) -> io::Result<Received> {
     let mut parts = [IoSliceMut::new(&mut bytes)];
     // With TRUNC the length is that of the message, so that one too long is noticed.
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
-    let num_bytes = rustix::net::recvmsg(socket, &mut parts, &mut control, flags)?.bytes;
+    let num_bytes =
+        retry_on_intr(|| Ok(rustix::net::recvmsg(socket, &mut parts, &mut control, flags)?.bytes))?;
     let mut fds = Vec::with_capacity(NUM_PASSED_FDS);
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(passed) = message {
@@ -235,7 +236,7 @@ impl Link for ShmLink {
         }
         let sequence = self.lanes.begin_push(lane, frame)?;
         self.lanes.outgoing.publish(lane, sequence);
-        crate::contract::Doorbell::ring(&self.peer_bell);
+        self.peer_bell.ring();
         Ok(())
     }
 

@@ -4,6 +4,9 @@
 //! memory has; from there on the two fabrics are one. A push is one system call, because header and
 //! payload are contiguous in the slot. What the socket does not take at once is left to a sender
 //! thread, so that a push never waits for the peer.
+//!
+//! Frames are neither encrypted nor authenticated: as for RDMA, the network between instances is
+//! trusted.
 
 use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
@@ -19,6 +22,7 @@ use step3rt_core::ids::LaneId;
 
 use crate::contract::{DownReason, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
 use crate::frame::{Frame, FrameHeader, HEADER_BYTES, ProtocolError};
+use crate::handshake::MESSAGE_BYTES;
 use crate::lane::{Alternation, Lanes, LinkTerms};
 use crate::region::Region;
 use crate::state::LinkState;
@@ -30,7 +34,8 @@ const THREAD_STACK_BYTES: usize = 256 * 1024;
 /// allows.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Connects to `host:port` within `timeout`, trying each address that the name has.
+/// Connects to `host:port` within `timeout`, trying each address that the name has. Looking the name
+/// up takes what the resolver takes.
 pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream> {
     let deadline = Instant::now() + timeout;
     let mut last_error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -41,7 +46,6 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream>
         }
         match TcpStream::connect_timeout(&address, left) {
             Ok(stream) => {
-                stream.set_read_timeout(Some(timeout))?;
                 stream.set_write_timeout(Some(timeout))?;
                 return Ok(stream);
             }
@@ -49,6 +53,30 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream>
         }
     }
     Err(last_error)
+}
+
+/// Reads a handshake message within `timeout`, however slowly its bytes come.
+pub(crate) fn read_message(
+    mut stream: &TcpStream,
+    timeout: Duration,
+) -> io::Result<[u8; MESSAGE_BYTES]> {
+    let deadline = Instant::now() + timeout;
+    let mut bytes = [0; MESSAGE_BYTES];
+    let mut num_bytes = 0;
+    while num_bytes < MESSAGE_BYTES {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut bytes[num_bytes..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(more) => num_bytes += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(bytes)
 }
 
 /// Takes the next connection of a listener, not blocking.

@@ -275,7 +275,10 @@ fn ends_that_do_not_fit_are_told_why() {
             .connect(&ffn.address())
             .unwrap_err()
             .to_string();
-        assert!(error.contains("a2f_slot_bytes: 64") && error.contains("a2f_slot_bytes: 128"));
+        assert!(
+            error.contains("its slots are 1 lanes of 64 bytes (A2F)"),
+            "{error}"
+        );
         let mut attention = Node::attention(fabric, 1, geometry(1, 64));
         let mut outdated = ffn.address();
         outdated.identity.epoch = Epoch(9);

@@ -1,5 +1,6 @@
 //! What happens when a peer's process is killed or stopped, with real processes.
 
+#![allow(unsafe_code, reason = "forks")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
 
 mod common;
@@ -20,7 +21,7 @@ const FFN: LinkIdentity = identity(2, 1);
 const LANE: LaneId = LaneId(0);
 
 /// More than the kernel buffers of both ends of a TCP connection hold.
-const SLOT_BYTES: usize = 28 << 20;
+const SLOT_BYTES: usize = 16 << 20;
 
 /// A step that the child's FFN answers; others it only receives.
 const ANSWER_ME: u64 = 1;
@@ -51,7 +52,11 @@ impl Other {
     }
 
     fn ffn(fabric: Fabric) -> (Self, PeerAddress) {
-        let mut other = Self::spawn(&format!("ffn {fabric:?} 1"));
+        Self::ffn_with(fabric, "")
+    }
+
+    fn ffn_with(fabric: Fabric, habit: &str) -> (Self, PeerAddress) {
+        let mut other = Self::spawn(&format!("ffn {fabric:?} 1 {habit}"));
         let address = DataAddress {
             fabric: format!("{fabric:?}").to_lowercase(),
             address: other.expect("listens"),
@@ -118,7 +123,7 @@ fn child_process() {
     };
     let epoch = role[2].parse().unwrap();
     if role[0] == "ffn" {
-        ffn_child(fabric);
+        ffn_child(fabric, role.contains(&"forks"));
     } else {
         attention_child(fabric, epoch, role[3]);
     }
@@ -130,11 +135,12 @@ fn say(what: &str) {
     out.flush().unwrap();
 }
 
-fn ffn_child(fabric: Fabric) {
+fn ffn_child(fabric: Fabric, forks: bool) {
     let mut ffn = Node::ffn(fabric, FFN.instance.0, sizes());
     say(&format!("listens {}", ffn.endpoint.addresses()[0].address));
     loop {
         match ffn.next() {
+            FabricEvent::LinkUp(_) if forks => say(&format!("has a child {}", fork())),
             FabricEvent::LinkUp(_) => say("is linked"),
             FabricEvent::Arrived { peer, header } => {
                 if header.frame.step == ANSWER_ME {
@@ -148,6 +154,20 @@ fn ffn_child(fabric: Fabric) {
             FabricEvent::LinkDown { .. } => say("lost its peer"),
         }
     }
+}
+
+/// Makes a child that has all descriptors of this process and does nothing; returns its pid.
+fn fork() -> libc::pid_t {
+    // SAFETY: the child of this process of several threads only pauses, which is allowed there.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        loop {
+            // SAFETY: has no arguments and changes nothing.
+            unsafe { libc::pause() };
+        }
+    }
+    assert!(pid > 0);
+    pid
 }
 
 fn attention_child(fabric: Fabric, epoch: u64, address: &str) {
@@ -281,5 +301,24 @@ fn a_peer_killed_in_the_middle_of_a_frame_is_reported() {
         attention.endpoint.connect(&address).unwrap();
         attention.push((InstanceId(2), LANE), ANSWER_ME, b"again");
         assert_eq!(attention.expect_arrival().1.sequence, 1);
+    }
+}
+
+#[test]
+fn a_killed_peer_whose_sockets_live_on_in_its_child_is_reported_over_shm() {
+    let (mut other, address) = Other::ffn_with(Fabric::Shm, "forks");
+    let mut attention = Node::attention(Fabric::Shm, 1, sizes());
+    attention.endpoint.connect(&address).unwrap();
+    let grandchild = other.expect("has a child ").parse().unwrap();
+    let _grandchild = KillOnDrop(Pid::from_raw(grandchild).unwrap());
+    other.kill();
+    assert_eq!(attention.expect_down(), (FFN, DownReason::PeerClosed));
+}
+
+struct KillOnDrop(Pid);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        kill_process(self.0, Signal::KILL).unwrap();
     }
 }
