@@ -15,8 +15,8 @@ use step3rt_core::scheduler::Scheduler;
 use step3rt_proto::v1::inference_service_server::InferenceServiceServer;
 use step3rt_proto::v1::node_service_server::NodeServiceServer;
 use step3rt_proto::{
-    FILE_DESCRIPTOR_SET, MAX_CONTROL_MESSAGE_BYTES, MAX_RECEIVED_MESSAGE_BYTES,
-    MAX_SENT_MESSAGE_BYTES,
+    FILE_DESCRIPTOR_SET, INFERENCE_SERVICE_NAME, MAX_CONTROL_MESSAGE_BYTES,
+    MAX_RECEIVED_MESSAGE_BYTES, MAX_SENT_MESSAGE_BYTES,
 };
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 use tracing::{error, info, warn};
 
 use crate::chat_template::ChatTemplate;
@@ -305,16 +306,12 @@ async fn closed(mut close: watch::Receiver<bool>) {
     let _ = close.wait_for(|is_closing| *is_closing).await;
 }
 
-fn reflection_service() -> Result<
-    tonic_reflection::server::v1::ServerReflectionServer<
-        impl tonic_reflection::server::v1::ServerReflection,
-    >,
-    StartError,
-> {
+fn reflection_service() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .with_service_name("step3rt.v1.InferenceService")
+        // `NodeService` is described in the same set and served elsewhere.
+        .with_service_name(INFERENCE_SERVICE_NAME)
         .with_service_name("grpc.health.v1.Health")
         .build_v1()
         .map_err(|error| StartError::System(io::Error::other(error)))

@@ -11,23 +11,21 @@
 use std::time::Duration;
 
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{InstanceId, RequestId, TimeNs};
+use step3rt_core::ids::{RequestId, TimeNs};
 use step3rt_core::scheduler::{Event, RequestEvent, Scheduler};
-use step3rt_proto::step::{key_from_wire, output_from_wire};
 use step3rt_proto::v1;
-use step3rt_proto::v1::session_request::Event as SessionEvent;
-use step3rt_proto::v1::session_response::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
-use tonic::Status;
 use tracing::{debug, info, warn};
 
 use crate::clock::Clock;
-use crate::drive_handle::{Admitted, ClusterStatus, Message, Submission};
+use crate::drive_handle::{ClusterStatus, Message, Submission};
 use crate::live_requests::{LiveRequests, Undeliverable};
 use crate::notify::Notifier;
-use crate::registry::{Action, HelloError, Registry};
-use crate::sessions::{CommandSender, NotTaken, Sessions};
+use crate::registry::Registry;
+use crate::sessions::Sessions;
+
+mod instances;
 
 /// Messages taken before the next plan: enough to gather a step's worth of arrivals, few enough
 /// that a flood of requests does not hold up the lanes.
@@ -46,6 +44,7 @@ pub struct Drive {
     settings: v1::ClusterSettings,
     status: watch::Sender<ClusterStatus>,
     notifier: Notifier,
+    has_served: bool,
     /// Resolved when no request is live.
     drained: Option<oneshot::Sender<()>>,
     /// Resolved when no session is open.
@@ -83,6 +82,7 @@ impl Drive {
             settings: parts.settings,
             status: parts.status,
             notifier: parts.notifier,
+            has_served: false,
             drained: None,
             closed: None,
         }
@@ -173,8 +173,9 @@ impl Drive {
     }
 
     fn submit(&mut self, now: TimeNs, submission: Submission) {
-        let refusal = if !self.registry.is_serving() {
-            not_serving(&self.registry)
+        // Once it has served, the scheduler knows best: it lets requests wait for a recovery.
+        let refusal = if !self.has_served {
+            not_ready(&self.registry)
         } else if self.requests.insert(&submission) {
             self.scheduler
                 .handle(now, Event::Submit(submission.request));
@@ -204,154 +205,6 @@ impl Drive {
         };
         self.scheduler.handle(now, Event::Cancel(id));
         true
-    }
-
-    fn hello(
-        &mut self,
-        now: TimeNs,
-        hello: v1::Hello,
-        commands: CommandSender,
-    ) -> Result<Admitted, HelloError> {
-        let role = hello.role();
-        let admission = self.registry.hello(now, hello)?;
-        let instance = admission.instance;
-        info!(%instance, role = role.as_str_name(), role_rank = admission.role_rank, "instance joins");
-        let stopped = self.sessions.open(instance, commands);
-        let welcome = Command::Welcome(v1::Welcome {
-            instance_id: instance.0,
-            role_rank: admission.role_rank,
-            epoch: admission.epoch.0,
-            settings: Some(self.settings.clone()),
-        });
-        let topology = Command::Topology(self.registry.topology());
-        for command in [welcome, topology] {
-            if self.sessions.send(instance, command).is_err() {
-                self.not_taken(now, NotTaken(instance));
-            }
-        }
-        Ok(Admitted { instance, stopped })
-    }
-
-    fn session_event(&mut self, now: TimeNs, instance: InstanceId, event: SessionEvent) {
-        self.registry.renew(now, instance);
-        let actions = match event {
-            SessionEvent::Hello(_) => self.registry.close(instance, "it sent Hello twice"),
-            SessionEvent::Heartbeat(heartbeat) => self.registry.heartbeat(instance, heartbeat),
-            SessionEvent::Ready(ready) => self.registry.ready(instance, ready),
-            SessionEvent::LinksReady(links) => {
-                for link in &links.links {
-                    let (fabric, reason) = (&link.fabric, &link.reason);
-                    info!(%instance, peer = link.peer_instance_id, fabric, reason, "linked");
-                }
-                self.registry.links_ready(instance, links)
-            }
-            SessionEvent::PeerLost(lost) => {
-                warn!(%instance, peer = lost.instance_id, reason = lost.reason, "peer lost");
-                self.registry.peer_lost(instance, &lost)
-            }
-            SessionEvent::Leaving(_) => {
-                info!(%instance, "instance leaves");
-                self.registry.leaving(instance)
-            }
-            SessionEvent::StepOutput(output) => self.step_output(now, instance, output),
-            SessionEvent::StepFailed(failed) => self.step_failed(now, instance, failed),
-        };
-        self.carry_out(now, actions);
-        if self.registry.is_linked(instance)
-            && let Err(not_taken) = self.sessions.release(now, instance)
-        {
-            self.not_taken(now, not_taken);
-        }
-    }
-
-    fn step_output(
-        &mut self,
-        now: TimeNs,
-        instance: InstanceId,
-        output: v1::StepOutput,
-    ) -> Vec<Action> {
-        if let Some(timing) = &output.timing {
-            debug!(
-                %instance, lane = output.lane, step = output.step,
-                compute_ns = timing.compute_ns, wait_ns = timing.wait_ns, total_ns = timing.total_ns,
-                "step done"
-            );
-        }
-        match output_from_wire(instance, output) {
-            Ok(output) => {
-                let key = output.key;
-                self.sessions.step_answered(instance, key.lane, key.step);
-                self.scheduler.handle(now, Event::StepDone(output));
-                Vec::new()
-            }
-            Err(error) => self.registry.close(instance, &error.to_string()),
-        }
-    }
-
-    fn step_failed(
-        &mut self,
-        now: TimeNs,
-        instance: InstanceId,
-        failed: v1::StepFailed,
-    ) -> Vec<Action> {
-        match key_from_wire(instance, failed.epoch, failed.lane, failed.step) {
-            Ok(key) => {
-                warn!(%instance, lane = failed.lane, step = failed.step, reason = failed.reason, "step failed");
-                self.sessions.step_answered(instance, key.lane, key.step);
-                let reason = failed.reason;
-                self.scheduler
-                    .handle(now, Event::StepFailed { key, reason });
-                Vec::new()
-            }
-            Err(error) => self.registry.close(instance, &error.to_string()),
-        }
-    }
-
-    fn carry_out(&mut self, now: TimeNs, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::AnnounceTopology(topology) => {
-                    for not_taken in self.sessions.announce(&topology) {
-                        self.not_taken(now, not_taken);
-                    }
-                }
-                Action::AttentionReady {
-                    instance,
-                    epoch,
-                    num_kv_blocks,
-                } => {
-                    info!(%instance, num_kv_blocks, "attention instance takes steps");
-                    let event = Event::AttentionReady {
-                        instance,
-                        epoch,
-                        num_kv_blocks,
-                    };
-                    self.scheduler.handle(now, event);
-                }
-                Action::AttentionLost(instance) => {
-                    self.scheduler.handle(now, Event::AttentionLost(instance));
-                }
-                Action::ExpertsComplete(are_complete) => {
-                    info!(are_complete, "experts");
-                    self.scheduler
-                        .handle(now, Event::ExpertsComplete(are_complete));
-                }
-                Action::CloseSession { instance, reason } => {
-                    warn!(%instance, reason, "session closed by the coordinator");
-                    let status =
-                        Status::aborted(format!("the coordinator ended the session: {reason}"));
-                    self.sessions.close(instance, Some(status));
-                }
-            }
-        }
-    }
-
-    /// An instance that does not take its commands is as good as dead.
-    fn not_taken(&mut self, now: TimeNs, NotTaken(instance): NotTaken) {
-        let actions = self
-            .registry
-            .close(instance, "it does not take its commands");
-        self.carry_out(now, actions);
     }
 
     /// Timers, then plans and events until there are none.
@@ -398,8 +251,10 @@ impl Drive {
     }
 
     fn publish_status(&mut self) {
+        let is_serving = self.registry.is_serving();
+        self.has_served |= is_serving;
         let status = ClusterStatus {
-            is_serving: self.registry.is_serving(),
+            is_serving,
             text: self.registry.status(),
             model_fingerprint: self.registry.model_fingerprint(),
         };
@@ -430,40 +285,13 @@ impl Drive {
             self.not_taken(now, not_taken);
         }
     }
-
-    fn list_instances(&self) -> v1::ListInstancesResponse {
-        let stats = self.scheduler.stats();
-        let mut instances = self.registry.instances();
-        for info in &mut instances {
-            let blocks = stats
-                .kv_blocks
-                .iter()
-                .find(|(instance, ..)| instance.0 == info.instance_id);
-            if let Some((_, num_free, _)) = blocks {
-                info.num_free_kv_blocks = *num_free;
-            }
-        }
-        v1::ListInstancesResponse {
-            instances,
-            is_serving: self.registry.is_serving(),
-            status: self.registry.status(),
-        }
-    }
 }
 
-fn not_serving(registry: &Registry) -> RequestError {
-    let (kind, advice) = if registry.is_draining() {
-        (ErrorKind::Draining, "Retry elsewhere.")
-    } else {
-        (
-            ErrorKind::EngineNotReady,
-            "Start the missing instances, or retry later.",
-        )
-    };
+fn not_ready(registry: &Registry) -> RequestError {
     RequestError {
-        kind,
+        kind: ErrorKind::EngineNotReady,
         message: format!(
-            "the cluster does not serve yet ({}). {advice}",
+            "the cluster does not serve yet ({}). Start the missing instances, or retry later.",
             registry.status()
         ),
         retry_after_ms: None,

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use step3rt_core::error::ErrorKind;
-use step3rt_core::ids::TokenId;
+use step3rt_core::ids::{TimeNs, TokenId};
 use step3rt_proto::MAX_RECEIVED_MESSAGE_BYTES;
 use step3rt_proto::generate::{Prompt, check, prompt_too_long};
 use step3rt_proto::refusal::Refusal;
@@ -177,8 +177,10 @@ impl InferenceService for InferenceServer {
         let (output, include_stop) = (params.output, params.include_stop);
         let stop_strings = std::mem::take(&mut params.stop_strings);
         let mut request = params.into_request(id, prompt, limits)?;
-        request.deadline = timeout
-            .map(|timeout| arrived.plus_ms(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)));
+        request.deadline = timeout.map(|timeout| {
+            let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
+            TimeNs(arrived.0.saturating_add(timeout_ns))
+        });
         let stream = ResponseStream::new(StreamParts {
             id,
             client_id: client_id.clone(),

@@ -105,3 +105,112 @@ impl LiveRequests {
         self.requests.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use step3rt_core::error::ErrorKind;
+    use step3rt_core::ids::TokenId;
+    use step3rt_core::scheduler::{FinishReason, Request, Usage};
+    use step3rt_core::step::SamplingState;
+
+    use super::*;
+
+    const ID: RequestId = RequestId(1);
+
+    fn submission(
+        id: RequestId,
+        n: u32,
+        bound: usize,
+    ) -> (Submission, mpsc::Receiver<RequestEvent>) {
+        let (events, receiver) = mpsc::channel(bound);
+        let request = Request {
+            id,
+            prompt: vec![TokenId(1)],
+            resumed: vec![],
+            n,
+            sampling: SamplingState {
+                temperature: 0.0,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                seed: 0,
+                top_logprobs: None,
+                prompt_logprobs: None,
+                min_tokens: 0,
+                stop_tokens: vec![],
+            },
+            max_tokens: 1,
+            priority: 0,
+            deadline: None,
+        };
+        let submission = Submission {
+            client_id: "name".to_owned(),
+            request,
+            events,
+        };
+        (submission, receiver)
+    }
+
+    fn finished(index: u32) -> RequestEvent {
+        RequestEvent::Finished {
+            index,
+            reason: FinishReason::Length,
+            usage: Usage::default(),
+        }
+    }
+
+    #[test]
+    fn a_request_is_live_until_its_last_continuation_has_finished() {
+        let mut requests = LiveRequests::default();
+        let (first, _events) = submission(ID, 2, 8);
+        assert!(requests.insert(&first));
+        requests.deliver(ID, finished(1)).expect("room");
+        assert_eq!(requests.find("name"), Some(ID));
+        requests.deliver(ID, finished(0)).expect("room");
+        assert!(requests.is_empty() && requests.find("name").is_none());
+        requests.deliver(ID, finished(0)).expect("goes nowhere");
+    }
+
+    #[test]
+    fn a_live_name_is_not_given_twice() {
+        let mut requests = LiveRequests::default();
+        let (first, _events) = submission(ID, 1, 8);
+        let (second, _other_events) = submission(RequestId(2), 1, 8);
+        assert!(requests.insert(&first) && !requests.insert(&second));
+        requests.remove(ID);
+        assert!(requests.insert(&second));
+    }
+
+    #[test]
+    fn a_full_channel_ends_the_request() {
+        let mut requests = LiveRequests::default();
+        let (first, mut events) = submission(ID, 1, 1);
+        requests.insert(&first);
+        drop(first);
+        requests.deliver(ID, RequestEvent::Started).expect("room");
+        let full = requests.deliver(ID, RequestEvent::Started);
+        assert_eq!(full, Err(Undeliverable(ID)));
+        assert!(requests.is_empty());
+        assert_eq!(events.blocking_recv(), Some(RequestEvent::Started));
+        assert_eq!(
+            events.blocking_recv(),
+            None,
+            "the channel closes: it was cut"
+        );
+    }
+
+    #[test]
+    fn all_can_be_failed_at_once() {
+        let mut requests = LiveRequests::default();
+        let (first, mut events) = submission(ID, 3, 8);
+        requests.insert(&first);
+        let error = RequestError {
+            kind: ErrorKind::Draining,
+            message: String::new(),
+            retry_after_ms: None,
+        };
+        assert_eq!(requests.fail_all(&error), [ID]);
+        assert_eq!(events.blocking_recv(), Some(RequestEvent::Failed(error)));
+        assert!(requests.is_empty());
+    }
+}

@@ -11,6 +11,9 @@ use step3rt_proto::v1::generate_response::Event;
 
 /// Most tokens that wait for a client. With 20 rivals each they are 256 KiB.
 const MAX_UNSENT_TOKENS: usize = 1_024;
+/// Prompt logprobs come thousands at a time and must not look like a client that does not read:
+/// this many weigh as much as one token, so at most 16384 wait, which are 4 MiB.
+const PROMPT_LOGPROBS_PER_TOKEN: usize = 16;
 /// Most prompt logprobs of one message: with 20 rivals each they are 256 KiB, far from the 4 MiB
 /// that clients accept.
 const MAX_PROMPT_LOGPROBS: usize = 1_024;
@@ -45,7 +48,8 @@ impl Outbox {
         self.responses.is_empty()
     }
 
-    /// Whether more waits than a client may leave lying.
+    /// Whether more waits than a client may leave lying. What one event adds is never too much by
+    /// itself, so this is asked before the next one is taken.
     pub fn is_overfull(&self) -> bool {
         self.num_unsent_tokens > MAX_UNSENT_TOKENS
     }
@@ -113,12 +117,13 @@ impl Outbox {
             let Some(num_sent) = u32::try_from(chunk.len()).ok().filter(|n| *n > 0) else {
                 return;
             };
-            self.num_unsent_tokens += chunk.len();
-            self.push(Event::Delta(v1::Delta {
+            let delta = v1::Delta {
                 prompt_offset: offset,
                 prompt_logprobs: chunk,
                 ..Default::default()
-            }));
+            };
+            self.num_unsent_tokens += num_tokens(&delta);
+            self.push(Event::Delta(delta));
             offset += num_sent;
         }
     }
@@ -133,7 +138,7 @@ fn extend(delta: &mut v1::Delta, piece: Piece) {
 /// What a delta weighs, in tokens: of ids, of logprobs, or of text at about 4 bytes each.
 fn num_tokens(delta: &v1::Delta) -> usize {
     let num_ids = delta.token_ids.len().max(delta.logprobs.len());
-    num_ids.max(delta.text.len() / 4) + delta.prompt_logprobs.len()
+    num_ids.max(delta.text.len() / 4) + delta.prompt_logprobs.len() / PROMPT_LOGPROBS_PER_TOKEN
 }
 
 fn floored(logprob: TokenLogprob) -> v1::TokenLogprob {

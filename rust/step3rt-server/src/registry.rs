@@ -12,9 +12,14 @@
 use std::collections::BTreeMap;
 
 use step3rt_core::ids::{Epoch, InstanceId, TimeNs};
-use step3rt_proto::PROTOCOL_VERSION;
 use step3rt_proto::v1;
-use thiserror::Error;
+
+pub use self::admission::{Admission, HelloError};
+
+mod admission;
+mod report;
+#[cfg(test)]
+mod tests;
 
 /// What the registry is told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,77 +66,6 @@ pub enum Action {
         /// For its log.
         reason: String,
     },
-}
-
-/// A welcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Admission {
-    /// The instance's number.
-    pub instance: InstanceId,
-    /// Its incarnation.
-    pub epoch: Epoch,
-    /// Its position in its role.
-    pub role_rank: u32,
-}
-
-/// Why an instance may not join.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum HelloError {
-    /// Other versions of step3rt.
-    #[error(
-        "the instance speaks protocol version {found} and the coordinator {PROTOCOL_VERSION}. \
-         Install the same step3rt version on both"
-    )]
-    ProtocolVersion {
-        /// The instance's.
-        found: u32,
-    },
-    /// No role, or one of a later version.
-    #[error("the instance names no role that exists. Start it as `attention` or `ffn`")]
-    UnknownRole,
-    /// No description of the model.
-    #[error("the instance does not describe its model. Install the same step3rt version on both")]
-    NoModel,
-    /// Instances of one cluster must agree on the model.
-    #[error(
-        "the instance has model {found:?} (fingerprint {found_fingerprint}) and the cluster \
-         {expected:?} ({expected_fingerprint}). Give every instance the same checkpoint"
-    )]
-    OtherModel {
-        /// The instance's model.
-        found: String,
-        /// Its fingerprint.
-        found_fingerprint: String,
-        /// The cluster's model.
-        expected: String,
-        /// Its fingerprint.
-        expected_fingerprint: String,
-    },
-    /// The coordinator checks requests against its own copy of config.json.
-    #[error(
-        "the instance's model has {key} = {found} and the coordinator's {expected}. Give both the \
-         same checkpoint"
-    )]
-    OtherLimits {
-        /// Which.
-        key: &'static str,
-        /// The instance's.
-        found: u32,
-        /// The coordinator's.
-        expected: u32,
-    },
-    /// Every expert has its place.
-    #[error(
-        "all {ep_size} FFN ranks are taken. Stop one of the FFN instances, or start the \
-         coordinator with a larger `ep_size`"
-    )]
-    NoFreeRank {
-        /// How many there are.
-        ep_size: u32,
-    },
-    /// The coordinator stops.
-    #[error("the coordinator is draining and admits nobody. Try again when it is back")]
-    Draining,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,104 +129,6 @@ impl Registry {
         }
     }
 
-    /// An instance asks to join.
-    pub fn hello(&mut self, now: TimeNs, hello: v1::Hello) -> Result<Admission, HelloError> {
-        let role = self.check_hello(&hello)?;
-        let role_rank = match role {
-            Role::Ffn => {
-                self.free_rank(Role::Ffn, self.config.ep_size)
-                    .ok_or(HelloError::NoFreeRank {
-                        ep_size: self.config.ep_size,
-                    })?
-            }
-            Role::Attention => self
-                .free_rank(Role::Attention, u32::MAX)
-                .ok_or(HelloError::Draining)?,
-        };
-        let instance = InstanceId(self.next_instance);
-        let epoch = Epoch(self.next_epoch);
-        self.next_instance += 1;
-        self.next_epoch += 1;
-        self.instances.insert(
-            instance,
-            Instance {
-                role,
-                role_rank,
-                epoch,
-                hello,
-                state: State::Loading,
-                status: String::new(),
-                addresses: Vec::new(),
-                num_kv_blocks: 0,
-                links: Vec::new(),
-                linked_version: 0,
-                is_schedulable: false,
-                lease_end: now.plus_ms(self.config.lease_ms),
-            },
-        );
-        Ok(Admission {
-            instance,
-            epoch,
-            role_rank,
-        })
-    }
-
-    fn check_hello(&self, hello: &v1::Hello) -> Result<Role, HelloError> {
-        if self.is_draining {
-            return Err(HelloError::Draining);
-        }
-        if hello.protocol_version != PROTOCOL_VERSION {
-            return Err(HelloError::ProtocolVersion {
-                found: hello.protocol_version,
-            });
-        }
-        let role = match hello.role() {
-            v1::Role::Attention => Role::Attention,
-            v1::Role::Ffn => Role::Ffn,
-            v1::Role::Unspecified => return Err(HelloError::UnknownRole),
-        };
-        let model = hello.model.as_ref().ok_or(HelloError::NoModel)?;
-        if model.vocab_size != self.config.vocab_size {
-            return Err(HelloError::OtherLimits {
-                key: "vocab_size",
-                found: model.vocab_size,
-                expected: self.config.vocab_size,
-            });
-        }
-        if model.max_model_len < self.config.max_model_len {
-            return Err(HelloError::OtherLimits {
-                key: "max_model_len",
-                found: model.max_model_len,
-                expected: self.config.max_model_len,
-            });
-        }
-        // Those who are here already decide; the last to leave frees the choice.
-        if let Some(other) = self.instances.values().next() {
-            let name = |hello: &v1::Hello| hello.model.as_ref().map(|model| model.name.clone());
-            if other.hello.model_fingerprint != hello.model_fingerprint
-                || other.hello.model != hello.model
-            {
-                return Err(HelloError::OtherModel {
-                    found: name(hello).unwrap_or_default(),
-                    found_fingerprint: hello.model_fingerprint.clone(),
-                    expected: name(&other.hello).unwrap_or_default(),
-                    expected_fingerprint: other.hello.model_fingerprint.clone(),
-                });
-            }
-        }
-        Ok(role)
-    }
-
-    /// The lowest rank below `end` that no instance of `role` has.
-    fn free_rank(&self, role: Role, end: u32) -> Option<u32> {
-        (0..end).find(|rank| {
-            !self
-                .instances
-                .values()
-                .any(|instance| instance.role == role && instance.role_rank == *rank)
-        })
-    }
-
     /// Any message of the instance renews its lease.
     pub fn renew(&mut self, now: TimeNs, instance: InstanceId) {
         if let Some(entry) = self.instances.get_mut(&instance) {
@@ -333,7 +169,10 @@ impl Registry {
         entry.addresses = ready.addresses;
         entry.num_kv_blocks = ready.num_kv_blocks;
         let is_ffn = entry.role == Role::Ffn;
-        self.topology_changed(is_ffn)
+        let mut actions = self.topology_changed(is_ffn);
+        // Links may have been made while weights were loaded.
+        actions.extend(self.schedulable_actions());
+        actions
     }
 
     /// The attention instance is linked to every peer of a topology.
@@ -341,11 +180,8 @@ impl Registry {
         let Some(entry) = self.instances.get_mut(&instance) else {
             return Vec::new();
         };
-        if entry.role != Role::Attention || entry.state == State::Loading {
-            return self.close(
-                instance,
-                "it reported links before it was a ready attention instance",
-            );
+        if entry.role != Role::Attention {
+            return self.close(instance, "it reported links, and FFN instances make none");
         }
         entry.linked_version = entry.linked_version.max(links.topology_version);
         entry.links = links.links;
@@ -429,11 +265,6 @@ impl Registry {
     /// Admits nobody any more.
     pub fn drain(&mut self) {
         self.is_draining = true;
-    }
-
-    /// Whether nobody is admitted any more.
-    pub fn is_draining(&self) -> bool {
-        self.is_draining
     }
 
     /// What the instances at hand agree on; empty when there is none.
@@ -536,54 +367,5 @@ impl Registry {
             .iter()
             .filter(|(instance, entry)| entry.is_schedulable && self.is_linked(**instance))
             .count()
-    }
-
-    /// The state of the cluster in one line, for people.
-    pub fn status(&self) -> String {
-        let num_ffn = self
-            .instances
-            .values()
-            .filter(|entry| entry.role == Role::Ffn && entry.state != State::Loading)
-            .count();
-        let num_loading = self
-            .instances
-            .values()
-            .filter(|entry| entry.state == State::Loading)
-            .count();
-        let prefix = match (self.is_draining, self.is_serving()) {
-            (true, _) => "draining",
-            (false, true) => "serving",
-            (false, false) => "waiting for instances",
-        };
-        format!(
-            "{prefix}: {} of {} attention linked, {num_ffn} of {} FFN ready, {num_loading} loading",
-            self.num_linked(),
-            self.config.num_attention,
-            self.config.ep_size,
-        )
-    }
-
-    /// Every instance as operators see it; free KV blocks are the scheduler's to fill in.
-    pub fn instances(&self) -> Vec<v1::InstanceInfo> {
-        self.instances
-            .iter()
-            .map(|(instance, entry)| v1::InstanceInfo {
-                instance_id: instance.0,
-                role: entry.hello.role,
-                role_rank: entry.role_rank,
-                epoch: entry.epoch.0,
-                pid: entry.hello.pid,
-                state: match entry.state {
-                    State::Loading => "loading",
-                    State::Ready => "ready",
-                    State::Draining => "draining",
-                }
-                .to_owned(),
-                status: entry.status.clone(),
-                num_kv_blocks: entry.num_kv_blocks,
-                num_free_kv_blocks: entry.num_kv_blocks,
-                links: entry.links.clone(),
-            })
-            .collect()
     }
 }

@@ -123,22 +123,23 @@ impl ResponseStream {
                     let _ = self.parts.drive.send(Message::Cancel(self.parts.id)).await;
                     return;
                 }
-                event = events.recv(), if !is_over => self.take(event).await,
+                event = events.recv(), if !is_over => {
+                    if self.outbox.is_overfull() {
+                        self.cut().await;
+                        break;
+                    }
+                    self.take(event).await;
+                }
                 permit = responses.reserve(), if !self.outbox.is_empty() => {
                     if let (Ok(permit), Some(response)) = (permit, self.outbox.pop()) {
                         last_taken = Instant::now();
                         permit.send(Ok(response));
                     }
-                    continue;
                 }
                 () = sleep_until(last_taken + SLOW_CONSUMER_TIMEOUT), if !self.outbox.is_empty() => {
                     self.cut().await;
                     break;
                 }
-            }
-            if self.outbox.is_overfull() {
-                self.cut().await;
-                break;
             }
         }
         if let Some(status) = self.failure.take() {

@@ -175,3 +175,100 @@ impl Sessions {
         self.sessions.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use step3rt_core::ids::{Epoch, SequenceId};
+    use step3rt_core::step::StepKey;
+
+    use super::*;
+
+    const INSTANCE: InstanceId = InstanceId(3);
+
+    fn plan(lane: u8, step: u64) -> StepPlan {
+        StepPlan {
+            key: StepKey {
+                instance: INSTANCE,
+                epoch: Epoch(1),
+                lane: LaneId(lane),
+                step: StepId(step),
+            },
+            left: vec![SequenceId(1)],
+            joined: vec![],
+            chunks: vec![],
+        }
+    }
+
+    fn opened(bound: usize) -> (Sessions, mpsc::Receiver<Result<SessionResponse, Status>>) {
+        let mut sessions = Sessions::new(100);
+        let (commands, receiver) = mpsc::channel(bound);
+        drop(sessions.open(INSTANCE, commands));
+        (sessions, receiver)
+    }
+
+    #[test]
+    fn a_plan_waits_for_links_and_its_time_starts_when_it_is_sent() {
+        let (mut sessions, mut receiver) = opened(8);
+        sessions
+            .dispatch(TimeNs(0), plan(0, 1), false)
+            .expect("held");
+        assert!(receiver.try_recv().is_err());
+        assert_eq!(sessions.next_timer(), None);
+        let later = TimeNs(0).plus_ms(1_000);
+        sessions.release(later, INSTANCE).expect("sent");
+        assert!(receiver.try_recv().is_ok());
+        assert_eq!(sessions.next_timer(), Some(later.plus_ms(100)));
+        sessions.release(later, INSTANCE).expect("nothing left");
+        assert!(receiver.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_step_is_overdue_until_that_very_step_is_answered() {
+        let (mut sessions, _receiver) = opened(8);
+        sessions
+            .dispatch(TimeNs(0), plan(1, 5), true)
+            .expect("sent");
+        let deadline = TimeNs(0).plus_ms(100);
+        sessions.step_answered(INSTANCE, LaneId(1), StepId(4));
+        sessions.step_answered(INSTANCE, LaneId(0), StepId(5));
+        assert_eq!(sessions.overdue(deadline), [INSTANCE]);
+        assert!(sessions.overdue(TimeNs(deadline.0 - 1)).is_empty());
+        sessions.step_answered(INSTANCE, LaneId(1), StepId(5));
+        assert!(sessions.overdue(deadline).is_empty());
+    }
+
+    #[test]
+    fn an_instance_that_does_not_take_its_commands_is_reported() {
+        let (mut sessions, _receiver) = opened(1);
+        sessions
+            .dispatch(TimeNs(0), plan(0, 1), true)
+            .expect("room");
+        let full = sessions.dispatch(TimeNs(0), plan(1, 1), true);
+        assert_eq!(full, Err(NotTaken(INSTANCE)));
+        assert_eq!(sessions.drain(), [NotTaken(INSTANCE)]);
+    }
+
+    #[test]
+    fn a_closed_session_tells_why_and_stops_its_reader() {
+        let mut sessions = Sessions::new(100);
+        let (commands, mut receiver) = mpsc::channel(8);
+        let mut stopped = sessions.open(INSTANCE, commands);
+        assert!(
+            stopped
+                .try_recv()
+                .is_err_and(|e| e == oneshot::error::TryRecvError::Empty)
+        );
+        sessions.close(INSTANCE, Some(Status::aborted("why")));
+        assert!(
+            stopped
+                .try_recv()
+                .is_err_and(|e| e == oneshot::error::TryRecvError::Closed)
+        );
+        let told = receiver.try_recv().expect("told").expect_err("a status");
+        assert_eq!(told.message(), "why");
+        assert!(sessions.is_empty());
+        sessions
+            .dispatch(TimeNs(0), plan(0, 1), true)
+            .expect("nobody to send to");
+    }
+}

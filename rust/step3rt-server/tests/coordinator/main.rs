@@ -5,5 +5,6 @@ mod cluster;
 mod generate;
 mod instances;
 mod node;
+mod process;
 mod refusals;
 mod stopping;
