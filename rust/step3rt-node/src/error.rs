@@ -96,7 +96,10 @@ pub enum NodeError {
         last: String,
     },
     /// A signal came before the coordinator answered.
-    #[error("a signal asked to stop before the coordinator at {0} answered")]
+    #[error(
+        "a signal asked to stop before the coordinator at {0} answered. Start the instance again to \
+         join"
+    )]
     Interrupted(String),
     /// The session ended; what was asked needs one.
     #[error("the session with the coordinator is over: {0}. Open a new session")]
@@ -105,7 +108,7 @@ pub enum NodeError {
     #[error("cannot listen for peers: {0}")]
     Bind(BindError),
     /// A verb was used before the one that it needs, or twice.
-    #[error("`{verb}` is not allowed now: {why}")]
+    #[error("`{verb}` is not allowed now: {why}. Call bind, ready, poll and close in this order")]
     OutOfOrder {
         /// What was called.
         verb: &'static str,
@@ -135,7 +138,7 @@ pub enum NodeError {
         source: PushError,
     },
     /// The operating system refused something that always works on a healthy host.
-    #[error("cannot {action}: {source}")]
+    #[error("cannot {action}: {source}. Check the limits of this process")]
     System {
         /// What was tried.
         action: &'static str,
@@ -168,5 +171,79 @@ impl NodeError {
             Self::Interrupted(_) => NodeErrorKind::Cancelled,
             Self::System { .. } => NodeErrorKind::Internal,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+    use std::io;
+
+    use step3rt_fabric::contract::{DownReason, GeometryError};
+
+    use super::*;
+
+    fn one_of_each() -> Vec<NodeError> {
+        let push = |source| NodeError::Push {
+            peer: InstanceId(3),
+            source,
+        };
+        vec![
+            NodeError::Options(serde_json::from_str::<u32>("{").expect_err("no number")),
+            NodeError::CoordinatorAddress("nowhere".to_owned()),
+            NodeError::DataHost {
+                data_host: "localhost".to_owned(),
+                why: "invalid IP address syntax".to_owned(),
+            },
+            NodeError::DurationOutOfRange {
+                field: "connect_timeout_s",
+                value: -1.0,
+                max_s: 86_400.0,
+            },
+            NodeError::Refused {
+                coordinator: "10.0.0.1:50052".to_owned(),
+                message: "the cluster runs another model. Use its checkpoint".to_owned(),
+            },
+            NodeError::Protocol {
+                coordinator: "10.0.0.1:50052".to_owned(),
+                found: "the first response is not Welcome".to_owned(),
+            },
+            NodeError::Unreachable {
+                coordinator: "10.0.0.1:50052".to_owned(),
+                waited: Duration::from_millis(60_040),
+                last: "connection refused".to_owned(),
+            },
+            NodeError::Interrupted("10.0.0.1:50052".to_owned()),
+            NodeError::SessionOver("the coordinator ended it".to_owned()),
+            NodeError::Bind(BindError::Geometry(GeometryError::SlotBytes(0))),
+            NodeError::OutOfOrder {
+                verb: "ready",
+                why: "it comes once, after bind",
+            },
+            NodeError::NotLinked(InstanceId(3)),
+            NodeError::NoSuchLane {
+                lane: LaneId(2),
+                num_lanes: 2,
+            },
+            push(PushError::NoCredit(LaneId(1))),
+            push(PushError::TooLarge {
+                payload_bytes: 65,
+                slot_bytes: 64,
+            }),
+            push(PushError::Down(DownReason::PeerClosed)),
+            NodeError::System {
+                action: "start the session thread",
+                source: io::Error::from(io::ErrorKind::OutOfMemory),
+            },
+        ]
+    }
+
+    #[test]
+    fn every_error_says_what_happened_why_and_what_to_do() {
+        let mut text = String::new();
+        for error in one_of_each() {
+            writeln!(text, "{:?}: {error}", error.kind()).expect("a String takes everything");
+        }
+        insta::assert_snapshot!(text);
     }
 }

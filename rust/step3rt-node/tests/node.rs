@@ -26,15 +26,11 @@ fn verbs_out_of_order_are_refused_and_change_nothing() {
     let mut events = vec![];
     let error = node.poll(Duration::ZERO, &mut events).unwrap_err();
     assert_eq!(error.kind(), NodeErrorKind::InvalidArgument);
-    assert_eq!(
-        node.ready(1, false).unwrap_err().to_string(),
-        "`ready` is not allowed now: it comes once, after bind"
-    );
+    let text = node.ready(1, false).unwrap_err().to_string();
+    assert!(text.contains("it comes once, after bind"), "{text}");
     node.bind(64, 64).unwrap();
-    assert_eq!(
-        node.bind(64, 64).unwrap_err().to_string(),
-        "`bind` is not allowed now: it comes once, before ready"
-    );
+    let text = node.bind(64, 64).unwrap_err().to_string();
+    assert!(text.contains("it comes once, before ready"), "{text}");
     node.ready(1, false).unwrap();
     assert!(node.ready(1, false).is_err());
     node.poll(Duration::ZERO, &mut events).unwrap();
