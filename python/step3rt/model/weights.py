@@ -1,0 +1,218 @@
+"""Loads the weights of one role, in the compute dtype, touching only that role's bytes.
+
+The whole checkpoint is checked by its headers first; nothing is allocated before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from step3rt.errors import CheckpointError
+from step3rt.model.checkpoint import Checkpoint
+from step3rt.model.config import Step3Config
+from step3rt.model.tensor_plan import (
+    FP8,
+    SCALE_SUFFIX,
+    WantedTensor,
+    check_tensors,
+    wanted_attention_tensors,
+    wanted_ffn_tensors,
+)
+from step3rt.ops.moe import ExpertStack
+from step3rt.ops.quantize import dequantize_blocks
+
+# Called with bytes done, bytes in total, and what is being loaded, e.g. "layer 3".
+Progress = Callable[[int, int, str], None]
+
+
+def no_progress(_done_bytes: int, _total_bytes: int, _phase: str) -> None:
+    """Ignores progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayerWeights:
+    """One layer's attention side, in the compute dtype.
+
+    input_norm, post_attention_norm [H]; qkv_proj [R + 2 D, H], rows q | k | v; inter_norm [R];
+    wq [N * D, R]; o_proj [H, N * D]; router [E, H], None in a dense layer.
+    """
+
+    input_norm: torch.Tensor
+    qkv_proj: torch.Tensor
+    inter_norm: torch.Tensor
+    wq: torch.Tensor
+    o_proj: torch.Tensor
+    post_attention_norm: torch.Tensor
+    router: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """What an attention instance holds: embed_tokens and lm_head [V, H], final_norm [H], layers."""
+
+    embed_tokens: torch.Tensor
+    layers: tuple[AttentionLayerWeights, ...]
+    final_norm: torch.Tensor
+    lm_head: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FfnLayerWeights:
+    """One layer's FFN side: a range of routed experts, and the expert that every token meets.
+
+    The latter, with id `num_experts`, is the shared expert, or the whole FFN of a dense layer.
+    """
+
+    stacks: tuple[ExpertStack, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FfnWeights:
+    """What an FFN instance holds: its experts of every layer."""
+
+    layers: tuple[FfnLayerWeights, ...]
+
+
+def load_attention_weights(
+    checkpoint: Checkpoint,
+    config: Step3Config,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+) -> AttentionWeights:
+    """Loads embedding, attention, norms, routers and head.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold the model of its config.json.
+    """
+    check_tensors(checkpoint, config)
+    edges = [
+        WantedTensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),
+        WantedTensor("model.norm.weight", (config.hidden_size,)),
+        WantedTensor("lm_head.weight", (config.vocab_size, config.hidden_size)),
+    ]
+    of_layers = [
+        list(wanted_attention_tensors(config, index)) for index in range(config.num_layers)
+    ]
+    reader = _Reader(checkpoint, config, dtype, progress)
+    for wanted in (*edges, *(wanted for layer in of_layers for wanted in layer)):
+        reader.expect(wanted)
+    embed_tokens, final_norm, lm_head = (reader.read(wanted) for wanted in edges)
+    layers = []
+    for index, wanted_in_layer in enumerate(of_layers):
+        reader.phase = f"layer {index}"
+        tensors = [reader.read(wanted) for wanted in wanted_in_layer]
+        input_norm, q_proj, k_proj, v_proj, inter_norm, wq, o_proj, post_norm, *router = tensors
+        layers.append(
+            AttentionLayerWeights(
+                input_norm=input_norm,
+                qkv_proj=torch.cat((q_proj, k_proj, v_proj)),
+                inter_norm=inter_norm,
+                wq=wq,
+                o_proj=o_proj,
+                post_attention_norm=post_norm,
+                router=router[0] if router else None,
+            )
+        )
+    return AttentionWeights(embed_tokens, tuple(layers), final_norm, lm_head)
+
+
+def load_ffn_weights(
+    checkpoint: Checkpoint,
+    config: Step3Config,
+    experts: range,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+) -> FfnWeights:
+    """Loads the routed experts of `experts`, every shared expert and every dense FFN.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold the model of its config.json.
+    """
+    check_tensors(checkpoint, config)
+    of_layers = [list(wanted_ffn_tensors(config, index)) for index in range(config.num_layers)]
+    reader = _Reader(checkpoint, config, dtype, progress)
+    for wanted_in_layer in of_layers:
+        for wanted in wanted_in_layer:
+            reader.expect(wanted, experts)
+    layers = []
+    for index, wanted_in_layer in enumerate(of_layers):
+        reader.phase = f"layer {index}"
+        stacks = []
+        for first in range(0, len(wanted_in_layer), 3):
+            gate, up, down = wanted_in_layer[first : first + 3]
+            stacks.append(_read_stack(reader, config, experts, (gate, up, down)))
+        layers.append(FfnLayerWeights(tuple(stacks)))
+    return FfnWeights(tuple(layers))
+
+
+def _read_stack(
+    reader: "_Reader",
+    config: Step3Config,
+    experts: range,
+    wanted: tuple[WantedTensor, WantedTensor, WantedTensor],
+) -> ExpertStack:
+    gate, up, down = wanted
+    hidden, inner = down.shape[-2:]
+    is_routed = len(down.shape) == 3
+    num_experts = len(experts) if is_routed else 1
+    gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=reader.dtype)
+    down_stack = torch.empty(num_experts, hidden, inner, dtype=reader.dtype)
+    # Expert by expert, so that what is read and not yet converted stays small.
+    for place in range(num_experts):
+        expert = experts[place] if is_routed else None
+        gate_up[place, :inner] = reader.read(gate, expert)
+        gate_up[place, inner:] = reader.read(up, expert)
+        down_stack[place] = reader.read(down, expert)
+    first_id = experts.start if is_routed else config.num_experts
+    return ExpertStack(first_id, gate_up, down_stack)
+
+
+class _Reader:
+    """Reads tensors in the compute dtype and reports progress in bytes of the checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: Step3Config, dtype: torch.dtype, progress: Progress
+    ) -> None:
+        self.checkpoint = checkpoint
+        # Without a block size `check_tensors` lets no FP8 tensor pass.
+        self.block_size = config.weight_block_size or (1, 1)
+        self.dtype = dtype
+        self.phase = "embedding and head"
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = 0
+
+    def expect(self, wanted: WantedTensor, experts: range | None = None) -> None:
+        """Counts a tensor's bytes, of a stack those of `experts`, towards the total."""
+        for name in (wanted.name, wanted.name + SCALE_SUFFIX):
+            entry = self.checkpoint.entries.get(name)
+            if entry is not None:
+                if experts is None or len(wanted.shape) < 3:
+                    self._total_bytes += entry.num_bytes
+                else:
+                    self._total_bytes += entry.num_bytes // entry.shape[0] * len(experts)
+
+    def read(self, wanted: WantedTensor, expert: int | None = None) -> torch.Tensor:
+        """Reads a tensor, or one expert's matrix of a stack, dequantised."""
+        values = self._read(wanted.name, expert)
+        if self.checkpoint.entries[wanted.name].dtype != FP8:
+            return values.to(self.dtype)
+        scale_name = wanted.name + SCALE_SUFFIX
+        scale_inv = self._read(scale_name, expert)
+        if not bool(torch.isfinite(scale_inv).all()):
+            raise CheckpointError(
+                f"{self.checkpoint.entries[scale_name].path}: tensor {scale_name!r} has a scale "
+                "that is not finite. Its weights would be NaN. Download the file again."
+            )
+        return dequantize_blocks(values, scale_inv, self.block_size, self.dtype)
+
+    def _read(self, name: str, expert: int | None) -> torch.Tensor:
+        entry = self.checkpoint.entries[name]
+        if expert is None:
+            tensor = self.checkpoint.read(entry)
+        else:
+            tensor = self.checkpoint.read(entry, slice(expert, expert + 1))[0]
+        self._done_bytes += tensor.numel() * tensor.element_size()
+        self._progress(self._done_bytes, self._total_bytes, self.phase)
+        return tensor
