@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from step3rt.errors import ConfigError
 
@@ -239,7 +239,7 @@ class _Reader:
         # The ids need not be smaller than vocab_size: such a token is simply never sampled.
         if not _is_int(value) or not 0 <= value < MAX_SIZE:
             raise self.error(key, value, "must be a token id")
-        return int(value)
+        return value
 
     def weight_block_size(self) -> tuple[int, int] | None:
         found = self.top.get("quantization_config")
@@ -269,7 +269,7 @@ class _Reader:
         value = self.text.get(key)
         if not _is_int(value) or not 1 <= value <= maximum:
             raise self.error(key, value, f"must be an integer of 1..{maximum}")
-        return int(value)
+        return value
 
     def positive(self, key: str, default: float) -> float:
         value = self.text.get(key)
@@ -295,5 +295,5 @@ class _Reader:
         )
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

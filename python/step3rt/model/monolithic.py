@@ -54,12 +54,12 @@ class MonolithicModel:
         Raises:
             ConfigError: its config.json or its tensors cannot be used.
         """
-        config = Step3Config.from_directory(directory)
         checkpoint = Checkpoint.open(directory)
+        experts = range(checkpoint.config.num_experts)
         return cls(
-            config,
-            load_attention_weights(checkpoint, config, dtype),
-            load_ffn_weights(checkpoint, config, range(config.num_experts), dtype),
+            checkpoint.config,
+            load_attention_weights(checkpoint, dtype),
+            load_ffn_weights(checkpoint, experts, dtype),
             kv_dtype,
         )
 

@@ -71,9 +71,9 @@ def _attend(
     kv: torch.Tensor,
 ) -> torch.Tensor:
     rank, dim = config.query_rank, config.head_dim
-    latent, k, v = linear(h, layer.qkv_proj).split((rank, dim, dim), dim=-1)
+    latent, k, v = torch.split(linear(h, layer.qkv_proj), [rank, dim, dim], dim=-1)
     latent = rms_norm(latent, layer.inter_norm, config.rms_norm_eps)
-    q = linear(latent, layer.wq).unflatten(-1, (config.num_heads, dim))  # [T, N, D]
+    q = linear(latent, layer.wq).view(-1, config.num_heads, dim)  # [T, N, D]
     q = rotate(q, batch.cos, batch.sin)
     k = rotate(k[:, None], batch.cos, batch.sin)[:, 0]
     append_kv(kv, k, v, batch.slot_mapping)

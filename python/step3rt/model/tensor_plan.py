@@ -1,11 +1,11 @@
 """Owns which tensors a Step-3 checkpoint must have, with shape and dtype; reads none of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from step3rt.errors import CheckpointError
-from step3rt.model.checkpoint import DTYPES, Checkpoint, TensorEntry
 from step3rt.model.config import Step3Config
+from step3rt.model.tensor_files import DTYPES, TensorEntry, TensorFiles
 
 # The vision tower and its projector; step3rt is text-only and skips them.
 VISION_PREFIXES = ("vision_model.", "vit_downsampler.", "vit_downsampler2.", "vit_large_projector.")
@@ -55,7 +55,7 @@ def wanted_ffn_tensors(config: Step3Config, layer: int) -> Iterator[WantedTensor
     """Yields the tensors of one layer that belong to the FFN side."""
     prefix = f"model.layers.{layer}"
     if config.layers[layer].is_moe:
-        modules = (
+        modules: tuple[tuple[str, int, tuple[int, ...]], ...] = (
             (f"{prefix}.moe", config.moe_intermediate_size, (config.num_experts,)),
             (f"{prefix}.share_expert", config.share_expert_dim, ()),
         )
@@ -68,7 +68,7 @@ def wanted_ffn_tensors(config: Step3Config, layer: int) -> Iterator[WantedTensor
         yield WantedTensor(f"{module}.down_proj.weight", (*stack, hidden, inner), may_be_fp8=True)
 
 
-def check_tensors(checkpoint: Checkpoint, config: Step3Config) -> None:
+def check_tensors(files: TensorFiles, config: Step3Config) -> None:
     """Checks that the checkpoint has every tensor of the model as it must be, and no other.
 
     Looks at headers only, before anything is allocated.
@@ -76,13 +76,13 @@ def check_tensors(checkpoint: Checkpoint, config: Step3Config) -> None:
     Raises:
         CheckpointError: a tensor is missing, misshapen, of an unusable dtype, or extra.
     """
-    entries = checkpoint.entries
+    entries = files.entries
     expected: set[str] = set()
     for wanted in wanted_tensors(config):
-        entry = _check_entry(checkpoint, wanted.name, wanted.shape)
+        entry = _check_entry(files, wanted.name, wanted.shape)
         expected.add(wanted.name)
         if entry.dtype == FP8:
-            expected.add(_check_scale(checkpoint, config, wanted, entry))
+            expected.add(_check_scale(files, config, wanted, entry))
         elif entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name!r} is {entry.dtype}. Weights must be one of "
@@ -102,11 +102,11 @@ def scale_shape(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[in
     return (*stack, -(-rows // block_size[0]), -(-columns // block_size[1]))
 
 
-def _check_entry(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorEntry:
-    entry = checkpoint.entries.get(name)
+def _check_entry(files: TensorFiles, name: str, shape: tuple[int, ...]) -> TensorEntry:
+    entry = files.entries.get(name)
     if entry is None:
         raise CheckpointError(
-            f"{_home_of(checkpoint.entries, name, checkpoint)}: tensor {name!r} is missing. The "
+            f"{_home(files)}: tensor {name!r} is missing. The "
             f"model that config.json describes needs it, with shape {list(shape)}. Check that "
             "config.json belongs to these weights."
         )
@@ -119,7 +119,7 @@ def _check_entry(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> T
 
 
 def _check_scale(
-    checkpoint: Checkpoint, config: Step3Config, wanted: WantedTensor, entry: TensorEntry
+    files: TensorFiles, config: Step3Config, wanted: WantedTensor, entry: TensorEntry
 ) -> str:
     """Checks the block scales of an FP8 weight and returns their name."""
     if not wanted.may_be_fp8 or config.weight_block_size is None:
@@ -133,7 +133,7 @@ def _check_scale(
             "Check that config.json belongs to these weights."
         )
     name = wanted.name + SCALE_SUFFIX
-    scale = _check_entry(checkpoint, name, scale_shape(wanted.shape, config.weight_block_size))
+    scale = _check_entry(files, name, scale_shape(wanted.shape, config.weight_block_size))
     if scale.dtype not in SCALE_DTYPES:
         raise CheckpointError(
             f"{scale.path}: tensor {name!r} is {scale.dtype}. Block scales must be one of "
@@ -142,7 +142,7 @@ def _check_scale(
     return name
 
 
-def _home_of(entries: Mapping[str, TensorEntry], name: str, checkpoint: Checkpoint) -> str:
+def _home(files: TensorFiles) -> str:
     """Names where a missing tensor should be: the one file, or the directory of many."""
-    paths = {entry.path for entry in entries.values()}
-    return str(paths.pop() if len(paths) == 1 else checkpoint.directory)
+    paths = {entry.path for entry in files.entries.values()}
+    return str(paths.pop() if len(paths) == 1 else files.directory)

@@ -1,6 +1,6 @@
 """Loads the weights of one role, in the compute dtype, touching only that role's bytes.
 
-The whole checkpoint is checked by its headers first; nothing is allocated before.
+A `Checkpoint` has been checked by its headers before anything is allocated here.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,10 @@ import torch
 
 from step3rt.errors import CheckpointError
 from step3rt.model.checkpoint import Checkpoint
-from step3rt.model.config import Step3Config
 from step3rt.model.tensor_plan import (
     FP8,
     SCALE_SUFFIX,
     WantedTensor,
-    check_tensors,
     wanted_attention_tensors,
     wanted_ffn_tensors,
 )
@@ -76,16 +74,15 @@ class FfnWeights:
 
 def load_attention_weights(
     checkpoint: Checkpoint,
-    config: Step3Config,
     dtype: torch.dtype,
     progress: Progress = no_progress,
 ) -> AttentionWeights:
     """Loads embedding, attention, norms, routers and head.
 
     Raises:
-        CheckpointError: the checkpoint does not hold the model of its config.json.
+        CheckpointError: a block scale is not a usable number.
     """
-    check_tensors(checkpoint, config)
+    config = checkpoint.config
     edges = [
         WantedTensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),
         WantedTensor("model.norm.weight", (config.hidden_size,)),
@@ -94,7 +91,7 @@ def load_attention_weights(
     of_layers = [
         list(wanted_attention_tensors(config, index)) for index in range(config.num_layers)
     ]
-    reader = _Reader(checkpoint, config, dtype, progress)
+    reader = _Reader(checkpoint, dtype, progress)
     for wanted in (*edges, *(wanted for layer in of_layers for wanted in layer)):
         reader.expect(wanted)
     embed_tokens, final_norm, lm_head = (reader.read(wanted) for wanted in edges)
@@ -119,7 +116,6 @@ def load_attention_weights(
 
 def load_ffn_weights(
     checkpoint: Checkpoint,
-    config: Step3Config,
     experts: range,
     dtype: torch.dtype,
     progress: Progress = no_progress,
@@ -127,11 +123,11 @@ def load_ffn_weights(
     """Loads the routed experts of `experts`, every shared expert and every dense FFN.
 
     Raises:
-        CheckpointError: the checkpoint does not hold the model of its config.json.
+        CheckpointError: a block scale is not a usable number.
     """
-    check_tensors(checkpoint, config)
+    config = checkpoint.config
     of_layers = [list(wanted_ffn_tensors(config, index)) for index in range(config.num_layers)]
-    reader = _Reader(checkpoint, config, dtype, progress)
+    reader = _Reader(checkpoint, dtype, progress)
     for wanted_in_layer in of_layers:
         for wanted in wanted_in_layer:
             reader.expect(wanted, experts)
@@ -141,14 +137,13 @@ def load_ffn_weights(
         stacks = []
         for first in range(0, len(wanted_in_layer), 3):
             gate, up, down = wanted_in_layer[first : first + 3]
-            stacks.append(_read_stack(reader, config, experts, (gate, up, down)))
+            stacks.append(_read_stack(reader, experts, (gate, up, down)))
         layers.append(FfnLayerWeights(tuple(stacks)))
     return FfnWeights(tuple(layers))
 
 
 def _read_stack(
     reader: "_Reader",
-    config: Step3Config,
     experts: range,
     wanted: tuple[WantedTensor, WantedTensor, WantedTensor],
 ) -> ExpertStack:
@@ -164,19 +159,16 @@ def _read_stack(
         gate_up[place, :inner] = reader.read(gate, expert)
         gate_up[place, inner:] = reader.read(up, expert)
         down_stack[place] = reader.read(down, expert)
-    first_id = experts.start if is_routed else config.num_experts
+    first_id = experts.start if is_routed else reader.config.num_experts
     return ExpertStack(first_id, gate_up, down_stack)
 
 
 class _Reader:
     """Reads tensors in the compute dtype and reports progress in bytes of the checkpoint."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, config: Step3Config, dtype: torch.dtype, progress: Progress
-    ) -> None:
-        self.checkpoint = checkpoint
-        # Without a block size `check_tensors` lets no FP8 tensor pass.
-        self.block_size = config.weight_block_size or (1, 1)
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress) -> None:
+        self.config = checkpoint.config
+        self.files = checkpoint.files
         self.dtype = dtype
         self.phase = "embedding and head"
         self._progress = progress
@@ -186,7 +178,7 @@ class _Reader:
     def expect(self, wanted: WantedTensor, experts: range | None = None) -> None:
         """Counts a tensor's bytes, of a stack those of `experts`, towards the total."""
         for name in (wanted.name, wanted.name + SCALE_SUFFIX):
-            entry = self.checkpoint.entries.get(name)
+            entry = self.files.entries.get(name)
             if entry is not None:
                 if experts is None or len(wanted.shape) < 3:
                     self._total_bytes += entry.num_bytes
@@ -196,23 +188,25 @@ class _Reader:
     def read(self, wanted: WantedTensor, expert: int | None = None) -> torch.Tensor:
         """Reads a tensor, or one expert's matrix of a stack, dequantised."""
         values = self._read(wanted.name, expert)
-        if self.checkpoint.entries[wanted.name].dtype != FP8:
+        if self.files.entries[wanted.name].dtype != FP8:
             return values.to(self.dtype)
         scale_name = wanted.name + SCALE_SUFFIX
         scale_inv = self._read(scale_name, expert)
-        if not bool(torch.isfinite(scale_inv).all()):
+        if not bool((torch.isfinite(scale_inv) & (scale_inv >= 0)).all()):
             raise CheckpointError(
-                f"{self.checkpoint.entries[scale_name].path}: tensor {scale_name!r} has a scale "
-                "that is not finite. Its weights would be NaN. Download the file again."
+                f"{self.files.entries[scale_name].path}: tensor {scale_name!r} has a scale that "
+                "is negative or not finite. No quantiser writes one. Download the file again."
             )
-        return dequantize_blocks(values, scale_inv, self.block_size, self.dtype)
+        # A checkpoint without a block size has no FP8 tensor.
+        block_size = self.config.weight_block_size or (1, 1)
+        return dequantize_blocks(values, scale_inv, block_size, self.dtype)
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
-        entry = self.checkpoint.entries[name]
+        entry = self.files.entries[name]
         if expert is None:
-            tensor = self.checkpoint.read(entry)
+            tensor = self.files.read(entry)
         else:
-            tensor = self.checkpoint.read(entry, slice(expert, expert + 1))[0]
+            tensor = self.files.read(entry, slice(expert, expert + 1))[0]
         self._done_bytes += tensor.numel() * tensor.element_size()
         self._progress(self._done_bytes, self._total_bytes, self.phase)
         return tensor

@@ -82,10 +82,11 @@ def paged_mfa_attention(
         # All heads share K, so that heads and queries together are the rows of one product.
         rows = queries[:, part].flatten(1, 2)  # [S, Q * N, D]
         scores = torch.matmul(rows, keys.transpose(1, 2))
-        scores = scores.unflatten(1, (-1, num_heads))  # [S, Q, N, keys]
+        scores = scores.view(num_sequences, -1, num_heads, num_keys)  # [S, Q, N, keys]
         scores.masked_fill_(is_hidden[:, part, None], -torch.inf)
         weights = torch.softmax(scores, dim=-1).flatten(1, 2)
-        output[:, part] = torch.matmul(weights, values).unflatten(1, (-1, num_heads)).to(q.dtype)
+        attended = torch.matmul(weights, values)
+        output[:, part] = attended.view(num_sequences, -1, num_heads, head_dim).to(q.dtype)
     return output
 
 

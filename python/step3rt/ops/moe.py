@@ -47,7 +47,8 @@ def grouped_experts(
     contributions = torch.zeros(num_tokens * num_columns, hidden.shape[1], dtype=wide)
     order = torch.argsort(flat_ids, stable=True)
     ids, counts = torch.unique_consecutive(flat_ids[order], return_counts=True)
-    for expert_id, places in zip(ids.tolist(), order.split(counts.tolist()), strict=True):
+    groups = torch.split(order, counts.tolist())
+    for expert_id, places in zip(ids.tolist(), groups, strict=True):
         for stack in stacks:
             index = expert_id - stack.first_id
             if 0 <= index < stack.down.shape[0]:

@@ -55,7 +55,7 @@ def dequantize_blocks(
     block_size: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiplies each block of a weight with its scale, in float32.
+    """Multiplies each block of a weight with its scale, in float32 at least.
 
     Args:
         values: e4m3[N, K].
@@ -68,9 +68,10 @@ def dequantize_blocks(
         dtype[N, K].
     """
     rows, columns = values.shape
-    scales = scale_inv.float().repeat_interleave(block_size[0], dim=0)[:rows]
+    wide = torch.promote_types(dtype, torch.float32)
+    scales = scale_inv.to(wide).repeat_interleave(block_size[0], dim=0)[:rows]
     scales = scales.repeat_interleave(block_size[1], dim=1)[:, :columns]
-    return (values.float() * scales).to(dtype)
+    return (values.to(wide) * scales).to(dtype)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -80,5 +81,6 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 def _split_groups(x: torch.Tensor) -> torch.Tensor:
     """[T, H] -> [T, ceil(H / 128), 128], the last group filled up with zeros."""
-    fill = -x.shape[1] % GROUP_SIZE
-    return torch.nn.functional.pad(x, (0, fill)).unflatten(1, (-1, GROUP_SIZE))
+    num_tokens, width = x.shape
+    filled = torch.nn.functional.pad(x, (0, -width % GROUP_SIZE))
+    return filled.view(num_tokens, num_groups(width), GROUP_SIZE)
