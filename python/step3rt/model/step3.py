@@ -9,12 +9,12 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
 
 from step3rt.model.batch import Batch
 from step3rt.model.config import Step3Config
 from step3rt.model.kv_cache import KvCache
 from step3rt.model.weights import AttentionLayerWeights, AttentionWeights
+from step3rt.ops.linear import linear
 from step3rt.ops.mfa_attention import append_kv, paged_mfa_attention
 from step3rt.ops.norm import rms_norm
 from step3rt.ops.rotary import rotate

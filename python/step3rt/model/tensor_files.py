@@ -268,8 +268,8 @@ def _inside(directory: Path, file_name: Any, named_by: str) -> Path:
     """
     if not isinstance(file_name, str) or file_name != Path(file_name).name or not file_name:
         raise CheckpointError(
-            f"{named_by} is said to be in the file {file_name!r:.200}. A shard must be a plain file name in "
-            "the same directory. Correct the index."
+            f"{named_by} is said to be in the file {file_name!r:.200}. A shard must be a "
+            "plain file name in the same directory. Correct the index."
         )
     path = directory / file_name
     try:

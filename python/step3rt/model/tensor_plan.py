@@ -9,6 +9,7 @@ from step3rt.model.tensor_files import DTYPES, TensorEntry, TensorFiles
 
 # The vision tower and its projector; step3rt is text-only and skips them.
 VISION_PREFIXES = ("vision_model.", "vit_downsampler.", "vit_downsampler2.", "vit_large_projector.")
+EMBEDDING = "model.embed_tokens.weight"
 SCALE_SUFFIX = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16")
 FP8 = "F8_E4M3"
@@ -26,7 +27,7 @@ class WantedTensor:
 def wanted_tensors(config: Step3Config) -> Iterator[WantedTensor]:
     """Yields every tensor of the text model, block scales excepted."""
     vocab, hidden = config.vocab_size, config.hidden_size
-    yield WantedTensor("model.embed_tokens.weight", (vocab, hidden))
+    yield WantedTensor(EMBEDDING, (vocab, hidden))
     for index in range(config.num_layers):
         yield from wanted_attention_tensors(config, index)
         yield from wanted_ffn_tensors(config, index)

@@ -1,4 +1,4 @@
-"""Loads the weights of one role, in the compute dtype, touching only that role's bytes.
+"""Loads the weights of one role for a compute dtype, touching only that role's bytes.
 
 A `Checkpoint` has been checked by its headers before anything is allocated here.
 """
@@ -11,12 +11,14 @@ import torch
 from step3rt.errors import CheckpointError
 from step3rt.model.checkpoint import Checkpoint
 from step3rt.model.tensor_plan import (
+    EMBEDDING,
     FP8,
     SCALE_SUFFIX,
     WantedTensor,
     wanted_attention_tensors,
     wanted_ffn_tensors,
 )
+from step3rt.ops.linear import weight_dtype
 from step3rt.ops.moe import ExpertStack
 from step3rt.ops.quantize import dequantize_blocks
 
@@ -30,10 +32,11 @@ def no_progress(_done_bytes: int, _total_bytes: int, _phase: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayerWeights:
-    """One layer's attention side, in the compute dtype.
+    """One layer's attention side.
 
-    input_norm, post_attention_norm [H]; qkv_proj [R + 2 D, H], rows q | k | v; inter_norm [R];
-    wq [N * D, R]; o_proj [H, N * D]; router [E, H], None in a dense layer.
+    input_norm, post_attention_norm [H] and inter_norm [R] are in the compute dtype; qkv_proj
+    [R + 2 D, H], rows q | k | v, wq [N * D, R], o_proj [H, N * D] and router [E, H], None in a
+    dense layer, in `ops.linear.weight_dtype` of it.
     """
 
     input_norm: torch.Tensor
@@ -47,7 +50,11 @@ class AttentionLayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """What an attention instance holds: embed_tokens and lm_head [V, H], final_norm [H], layers."""
+    """What an attention instance holds.
+
+    embed_tokens [V, H] and final_norm [H] are in the compute dtype, lm_head [V, H] in
+    `ops.linear.weight_dtype` of it.
+    """
 
     embed_tokens: torch.Tensor
     layers: tuple[AttentionLayerWeights, ...]
@@ -84,7 +91,7 @@ def load_attention_weights(
     """
     config = checkpoint.config
     edges = [
-        WantedTensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),
+        WantedTensor(EMBEDDING, (config.vocab_size, config.hidden_size)),
         WantedTensor("model.norm.weight", (config.hidden_size,)),
         WantedTensor("lm_head.weight", (config.vocab_size, config.hidden_size)),
     ]
@@ -151,8 +158,9 @@ def _read_stack(
     hidden, inner = down.shape[-2:]
     is_routed = len(down.shape) == 3
     num_experts = len(experts) if is_routed else 1
-    gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=reader.dtype)
-    down_stack = torch.empty(num_experts, hidden, inner, dtype=reader.dtype)
+    dtype = weight_dtype(reader.compute_dtype)
+    gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype)
+    down_stack = torch.empty(num_experts, hidden, inner, dtype=dtype)
     # Expert by expert, so that what is read and not yet converted stays small.
     for place in range(num_experts):
         expert = experts[place] if is_routed else None
@@ -169,7 +177,7 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress) -> None:
         self.config = checkpoint.config
         self.files = checkpoint.files
-        self.dtype = dtype
+        self.compute_dtype = dtype
         self.phase = "embedding and head"
         self._progress = progress
         self._done_bytes = 0
@@ -186,10 +194,12 @@ class _Reader:
                     self._total_bytes += entry.num_bytes // entry.shape[0] * len(experts)
 
     def read(self, wanted: WantedTensor, expert: int | None = None) -> torch.Tensor:
-        """Reads a tensor, or one expert's matrix of a stack, dequantised."""
+        """Reads a tensor, or one expert's matrix of a stack, dequantised, in the dtype it needs."""
         values = self._read(wanted.name, expert)
+        is_linear = len(wanted.shape) > 1 and wanted.name != EMBEDDING
+        dtype = weight_dtype(self.compute_dtype) if is_linear else self.compute_dtype
         if self.files.entries[wanted.name].dtype != FP8:
-            return values.to(self.dtype)
+            return values.to(dtype)
         scale_name = wanted.name + SCALE_SUFFIX
         scale_inv = self._read(scale_name, expert)
         if not bool((torch.isfinite(scale_inv) & (scale_inv >= 0)).all()):
@@ -199,7 +209,7 @@ class _Reader:
             )
         # A checkpoint without a block size has no FP8 tensor.
         block_size = self.config.weight_block_size or (1, 1)
-        return dequantize_blocks(values, scale_inv, block_size, self.dtype)
+        return dequantize_blocks(values, scale_inv, block_size, dtype)
 
     def _read(self, name: str, expert: int | None) -> torch.Tensor:
         entry = self.files.entries[name]

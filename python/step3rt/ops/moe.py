@@ -13,6 +13,7 @@ class ExpertStack:
     first_id: id of expert 0 of the stack.
     gate_up: float[E, 2 * I, H]; the gate projection's rows lie before the up projection's.
     down: float[E, H, I].
+    Their dtype is `ops.linear.weight_dtype` of the computation's.
     """
 
     first_id: int
@@ -54,11 +55,14 @@ def grouped_experts(
             if 0 <= index < stack.down.shape[0]:
                 rows = hidden[places // num_columns]
                 output = swiglu(rows, stack.gate_up[index], stack.down[index])
-                contributions[places] = output * flat_weights[places, None]
+                contributions[places] = (output * flat_weights[places, None]).to(wide)
     return contributions.view(num_tokens, num_columns, -1).sum(dim=1)
 
 
 def swiglu(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Computes down(silu(gate h) * up h) for float[T, H]; see `ExpertStack` for the layouts."""
-    gate, up = linear(hidden, gate_up).chunk(2, dim=-1)
+    """Computes down(silu(gate h) * up h) for float[T, H], in the weights' dtype.
+
+    gate_up and down are one expert's of an `ExpertStack`. Returns [T, H] in the weights' dtype.
+    """
+    gate, up = linear(hidden.to(gate_up.dtype), gate_up).chunk(2, dim=-1)
     return linear(silu(gate) * up, down)
