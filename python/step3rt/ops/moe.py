@@ -56,7 +56,7 @@ def grouped_experts(
                 rows = hidden[places // num_columns]
                 output = swiglu(rows, stack.gate_up[index], stack.down[index])
                 contributions[places] = (output * flat_weights[places, None]).to(wide)
-    return contributions.view(num_tokens, num_columns, -1).sum(dim=1)
+    return contributions.view(num_tokens, num_columns, hidden.shape[1]).sum(dim=1)
 
 
 def swiglu(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
