@@ -4,8 +4,10 @@ import torch
 
 from step3rt.ops.quantize import to_e4m3
 
-# Bounds the scores that one call holds at a time (64 MiB in float32).
-MAX_SCORES = 1 << 24
+# Bounds the scores that are held at a time (8 MiB in float32), and the blocks of K and V (4 MiB for
+# 64 tokens of 128 dims in float32). Larger buffers are mapped anew by the allocator each time.
+MAX_SCORES = 1 << 21
+MAX_BLOCKS = 64
 
 
 def append_kv(
@@ -58,17 +60,32 @@ def paged_mfa_attention(
     Returns:
         Same shape and dtype as q.
     """
-    num_sequences, num_queries, num_heads, head_dim = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    block_size_tokens = kv.shape[2]
-    num_keys = block_table.shape[1] * block_size_tokens
+    num_sequences = q.shape[0]
+    num_blocks = block_table.shape[1]
+    output = torch.empty_like(q)
+    # Few sequences at a time, so that their K, V and scores stay in the caches.
+    step = max(1, MAX_BLOCKS // num_blocks)
+    for first in range(0, num_sequences, step):
+        part = slice(first, first + step)
+        output[part] = _attend(q[part], kv, block_table[part], num_context_tokens[part])
+    return output
 
-    gathered = _gather_blocks(kv, block_table)  # [S, M, 2, bs, D]
-    keys = gathered[:, :, 0].to(wide).reshape(num_sequences, num_keys, head_dim)
-    values = gathered[:, :, 1].to(wide).reshape(num_sequences, num_keys, head_dim)
+
+def _attend(
+    q: torch.Tensor, kv: torch.Tensor, block_table: torch.Tensor, num_context_tokens: torch.Tensor
+) -> torch.Tensor:
+    num_sequences, num_queries, num_heads, head_dim = q.shape
+    num_blocks, block_size_tokens = block_table.shape[1], kv.shape[2]
+    num_keys = num_blocks * block_size_tokens
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    gathered = _gather_blocks(kv, block_table.flatten()).to(wide)  # [S * M, 2, bs, D]
     key_positions = torch.arange(num_keys)
     is_outside = key_positions >= num_context_tokens[:, None]  # [S, keys]
-    values = values.masked_fill(is_outside[..., None], 0.0)
+    # A weight of 0 times NaN is NaN: the V rows past the end are cleared as well.
+    block, offset = is_outside.view(-1, block_size_tokens).nonzero(as_tuple=True)
+    gathered[block, 1, offset] = 0.0
+    keys, values = gathered[:, 0], gathered[:, 1]  # [S * M, bs, D]
 
     # Query i of a sequence has position num_context_tokens - Q + i.
     last_visible = num_context_tokens[:, None] - num_queries + torch.arange(num_queries)  # [S, Q]
@@ -79,18 +96,24 @@ def paged_mfa_attention(
     step = max(1, MAX_SCORES // (num_sequences * num_heads * num_keys))
     for first in range(0, num_queries, step):
         part = slice(first, first + step)
-        # All heads share K, so that heads and queries together are the rows of one product.
+        # All heads share K, so that queries and heads together are the rows of one product.
         rows = queries[:, part].flatten(1, 2)  # [S, Q * N, D]
-        scores = torch.matmul(rows, keys.transpose(1, 2))
-        scores = scores.view(num_sequences, -1, num_heads, num_keys)  # [S, Q, N, keys]
+        num_rows = rows.shape[1]
+        rows = rows[:, None].expand(-1, num_blocks, -1, -1).flatten(0, 1)  # [S * M, Q * N, D]
+        scores = torch.bmm(rows, keys.transpose(1, 2))  # [S * M, Q * N, bs]
+        scores = scores.view(num_sequences, num_blocks, num_rows, block_size_tokens)
+        scores = scores.transpose(1, 2).reshape(num_sequences, -1, num_heads, num_keys)
         scores.masked_fill_(is_hidden[:, part, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1).flatten(1, 2)
-        attended = torch.matmul(weights, values)
-        output[:, part] = attended.view(num_sequences, -1, num_heads, head_dim).to(q.dtype)
+        weights = torch.softmax(scores, dim=-1)
+        weights = weights.view(num_sequences, num_rows, num_blocks, block_size_tokens)
+        weights = weights.transpose(1, 2).flatten(0, 1)  # [S * M, Q * N, bs]
+        attended = torch.bmm(weights, values).view(num_sequences, num_blocks, num_rows, head_dim)
+        attended = attended.sum(dim=1).view(num_sequences, -1, num_heads, head_dim)
+        output[:, part] = attended.to(q.dtype)
     return output
 
 
-def _gather_blocks(kv: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+def _gather_blocks(kv: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     if kv.dtype == torch.float8_e4m3fn:
-        return kv.view(torch.uint8)[block_table].view(torch.float8_e4m3fn)
-    return kv[block_table]
+        return kv.view(torch.uint8)[block_ids].view(torch.float8_e4m3fn)
+    return kv[block_ids]
