@@ -1,16 +1,25 @@
 """Instances as processes over the real fabric, driven by plans that the test writes."""
 
+import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from step3rt.model.monolithic import MonolithicModel
+from step3rt import _core
+from step3rt.instance.wire import A2fLayout, F2aLayout, slot_tensor
+from step3rt.model.batch import Batch, Chunk
+from step3rt.model.monolithic import MonolithicModel, compute_ffn
+from step3rt.model.placement import Placement
+from step3rt.model.step3 import compute_logits, forward
+from step3rt.ops.quantize import dequantize_groups, quantize_groups
 
 from tests.fixtures.checkpoint import Checkpoint
 from tests.fixtures.plan_server import ATTENTION, FFN, PlanServer, Session
@@ -252,3 +261,128 @@ def test_lost_session_is_replaced_and_sequences_are_forgotten(make_cluster: Clus
         again.send()
         again.accept(cluster.attention.next_event())
     check([again], cluster.model, 3)
+
+
+def test_production_precision_rounds_what_travels_and_nothing_else(
+    make_cluster: ClusterMaker,
+) -> None:
+    """FP8 to the FFN instance, BF16 back, FP8 K and V: equal to the same roundings in place."""
+    cluster = make_cluster(1, a2f_dtype="fp8", f2a_dtype="bfloat16", kv_dtype="fp8")
+    driver = Driver(cluster, 0, {1: prompt_of(40, 1)}, 0)
+    while not driver.is_done(4):
+        driver.send(64)
+        driver.accept(cluster.attention.next_event())
+
+    model = MonolithicModel.load(cluster.model, kv_dtype=torch.float8_e4m3fn)
+    kv = model.new_cache(64)
+    new_tokens, position = prompt_of(40, 1), 0
+    for token, logprob in zip(driver.tokens[1], driver.logprobs[1], strict=True):
+        rows = range(len(new_tokens))
+        batch = Batch.build(
+            [Chunk(new_tokens, position, [0], rows[-1:])], model.config, 64, torch.float32
+        )
+        with torch.inference_mode():
+            layers = forward(batch, model.config, model.attention, kv)
+            try:
+                request = next(layers)
+                while True:
+                    hidden = dequantize_groups(*quantize_groups(request.hidden), torch.float32)
+                    output = compute_ffn(replace(request, hidden=hidden), model.config, model.ffn)
+                    request = layers.send(output.bfloat16())
+            except StopIteration as end:
+                logprobs = torch.log_softmax(compute_logits(end.value, model.attention)[0], dim=0)
+        assert int(logprobs.argmax()) == token
+        assert float(logprobs[token]) == pytest.approx(logprob, abs=1e-5)
+        position += len(new_tokens)
+        new_tokens = [token]
+
+
+@dataclass
+class Rogue:
+    """An attention instance of the test's own, which may push anything."""
+
+    session: Any
+    ffn: int
+
+    def push(self, payload: torch.Tensor, layer: int, num_tokens: int, num_bytes: int) -> Any:
+        slot = slot_tensor(self.session.send_slot(self.ffn, 0))
+        slot[: payload.numel()] = payload
+        self.session.push(self.ffn, 0, 1, layer, num_tokens, num_bytes)
+        return self.poll("arrival")
+
+    def poll(self, kind: str) -> Any:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for event in self.session.poll(0.5):
+                if event.kind == kind:
+                    return event
+        raise TimeoutError(kind)
+
+
+def test_hostile_frames_are_refused_and_the_ffn_goes_on(make_cluster: ClusterMaker) -> None:
+    cluster = make_cluster(1)
+    layout = A2fLayout(64, 128, 3, torch.float32)
+    reply = F2aLayout(64, 128, torch.float32)
+
+    def frame(expert_ids: list[int]) -> torch.Tensor:
+        slot = torch.zeros(layout.payload_bytes(1), dtype=torch.uint8)
+        placement = Placement(torch.tensor([0]), torch.tensor([expert_ids]), torch.ones(1, 3))
+        layout.write(slot, torch.ones(1, 128), placement)
+        return slot
+
+    def attack() -> list[tuple[int, int]]:
+        session = _core.NodeSession(json.dumps(rogue_options(cluster)))
+        session.bind(layout.slot_bytes, reply.slot_bytes)
+        session.ready(1)
+        cluster.server.wait_for(lambda: len(cluster.server.live(ATTENTION, True)) == 2)
+        cluster.server.publish_topology()
+        rogue = Rogue(session, Rogue(session, 0).poll("link_up").peer)
+        good, size = frame([1, -1, 8]), layout.payload_bytes(1)
+        answers = [
+            rogue.push(good, 1, 1, size),
+            rogue.push(frame([9, -1, 8]), 1, 1, size),
+            rogue.push(frame([-2, -1, 8]), 1, 1, size),
+            rogue.push(frame([8, -1, 8]), 1, 1, size),
+            rogue.push(frame([1, -1, 3]), 1, 1, size),
+            rogue.push(frame([2**31 - 1, -(2**31), 8]), 1, 1, size),
+            rogue.push(good, 4, 1, size),
+            rogue.push(good, 1, 65, size),
+            rogue.push(good, 1, 1, size - 4),
+            rogue.push(good, 1, 0, 0),
+            rogue.push(good, 1, 1, size),
+        ]
+        session.close()
+        return [(answer.num_tokens, answer.payload_bytes) for answer in answers]
+
+    with ThreadPoolExecutor(1) as threads:  # `ready` on the main thread would take over signals
+        answers = threads.submit(attack).result(timeout=60)
+    served = (1, reply.payload_bytes(1))
+    assert answers == [served, *[(0, 0)] * 9, served]
+
+    driver = Driver(cluster, 1, {1: prompt_of(10, 1)}, 0)
+    while not driver.is_done(3):
+        driver.send()
+        driver.accept(cluster.attention.next_event())
+    check([driver], cluster.model, 3)
+
+
+def rogue_options(cluster: Cluster) -> dict[str, Any]:
+    return {
+        "coordinator": cluster.server.address,
+        "role": "attention",
+        "data_host": "127.0.0.1",
+        "connect_timeout_s": 10.0,
+        "spin_us": 0,
+        "model_fingerprint": "",
+        "model": {
+            "name": "rogue",
+            "vocab_size": 256,
+            "max_model_len": 1024,
+            "num_layers": 4,
+            "hidden_size": 128,
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            "eos_token_ids": [],
+            "bos_token_id": 0,
+        },
+    }
