@@ -1,6 +1,7 @@
-"""Processes for the tests of the extension module.
+"""Processes and clusters for the tests of the extension module and of the instances' loops.
 
-The imports inside the fixtures keep the extension module out of tests that do not need it.
+The imports inside the fixtures keep the extension module and torch out of tests that do not need
+them.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tests.fixtures.checkpoint import Checkpoint
     from tests.fixtures.core_processes import Coordinator, Processes
+    from tests.fixtures.planned_cluster import Cluster, ClusterMaker
 
 
 @pytest.fixture
@@ -41,3 +44,27 @@ def loop() -> Iterator[Callable[[Callable[[], Any]], Any]]:
 
     with ThreadPoolExecutor(1) as executor:
         yield lambda work: executor.submit(work).result(PATIENCE_S)
+
+
+@pytest.fixture
+def make_cluster(tiny_checkpoint: "Checkpoint", tmp_path: Path) -> "Iterator[ClusterMaker]":
+    """Makes 1AnF of the tiny model; `starts_ffn=False` leaves the FFN instances to the test."""
+    from tests.fixtures.plan_server import PlanServer
+    from tests.fixtures.planned_cluster import Cluster
+
+    clusters: list[Cluster] = []
+
+    def make(ffn: int, *, starts_ffn: bool = True, **settings: Any) -> "Cluster":
+        server = PlanServer(tmp_path, ep_size=ffn, **settings)
+        cluster = Cluster(server, tiny_checkpoint.directory)
+        clusters.append(cluster)
+        cluster.start("attention")
+        if starts_ffn:
+            for _ in range(ffn):
+                cluster.start("ffn")
+            server.wait_ready(1, ffn)
+        return cluster
+
+    yield make
+    for cluster in clusters:
+        cluster.close()
