@@ -274,6 +274,33 @@ fn a_frame_before_the_last_one_was_answered_ends_the_link() {
 }
 
 #[test]
+fn a_slot_that_is_being_read_is_not_overwritten_by_an_early_frame() {
+    let mut victim = victim(PATIENCE);
+    let mut forger = Forger::link(&mut victim, FabricKind::Tcp);
+    forger.send(&good_header().encode(), 1);
+    next(&mut victim);
+    let slot = victim.receive_slot(HOSTILE.instance, LaneId(0)).unwrap();
+    let Forger::Tcp(stream) = &mut forger else {
+        panic!("not tcp")
+    };
+    let early = FrameHeader {
+        sequence: 2,
+        ..good_header()
+    };
+    stream.write_all(&early.encode()).unwrap();
+    // The victim may have hung up on seeing the header.
+    let _ = stream.write_all(&[0xee; 16]);
+    let events = next(&mut victim);
+    assert!(
+        matches!(events[..], [FabricEvent::LinkDown { .. }]),
+        "{events:?}"
+    );
+    let mut bytes = [1; 16];
+    slot.read(&mut bytes);
+    assert_eq!(bytes, [0; 16]);
+}
+
+#[test]
 fn a_right_payload_checksum_is_accepted() {
     let mut victim = victim(PATIENCE);
     for fabric in FABRICS {

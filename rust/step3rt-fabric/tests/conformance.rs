@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Fabric, Node, frame, geometry, identity, linked, pattern};
+use common::{Fabric, Node, PATIENCE, frame, geometry, identity, linked, pattern};
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use step3rt_fabric::contract::{Doorbell, DownReason, PushError, Side, SlotMemory};
 use step3rt_fabric::endpoint::{ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings};
@@ -150,11 +150,17 @@ on_every_fabric! {
 
     fn what_a_peer_published_before_it_closed_is_reported_before_the_end(fabric: Fabric) {
         let (mut attention, mut ffn) = linked(fabric, geometry(2, 1 << 16));
+        let doorbell = ffn.endpoint.doorbell();
+        let num_rings = doorbell.current();
         let payload = pattern(1, 1 << 16);
         attention.push((FFN, LaneId(0)), 0, &payload);
         attention.push((FFN, LaneId(1)), 0, &payload);
         let slots = [0, 1].map(|lane| ffn.endpoint.receive_slot(ATTENTION, LaneId(lane)).unwrap());
         drop(attention);
+        // One for each frame and one for the end: all of it is there to be seen by the first poll.
+        while doorbell.current() < num_rings + 3 {
+            assert!(doorbell.wait(doorbell.current(), PATIENCE));
+        }
         for _ in 0..2 {
             ffn.expect_arrival();
         }
@@ -349,6 +355,51 @@ fn one_host_is_linked_by_shm_and_by_tcp_when_that_is_out_of_reach() {
         (summary.fabric, summary.reason.as_str()),
         ("tcp", "the ends run on different hosts")
     );
+}
+
+#[test]
+fn a_full_endpoint_takes_a_peer_when_another_has_left() {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        let bind = |identity, side| {
+            let mut config = Node::bind(fabric, identity, side, geometry(1, 64))
+                .endpoint
+                .config()
+                .clone();
+            config.settings.max_peers = 1;
+            Node::new(Endpoint::bind(config).unwrap())
+        };
+        let mut ffn = bind(identity(2, 1), Side::Responder);
+        let mut other_ffn = Node::ffn(fabric, 3, geometry(1, 64));
+        let mut attention = bind(identity(1, 1), Side::Initiator);
+        let mut other_attention = Node::attention(fabric, 4, geometry(1, 64));
+        attention.link(fabric, &mut ffn);
+
+        let error = attention
+            .endpoint
+            .connect(&other_ffn.address())
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "this endpoint has no room for instance 3. Raise `max_peers`=1"
+        );
+        let error = other_attention
+            .endpoint
+            .connect(&ffn.address())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.ends_with("it has no room for another peer. Raise its `max_peers`"),
+            "{error}"
+        );
+
+        attention.endpoint.disconnect(FFN);
+        attention.link(fabric, &mut other_ffn);
+        ffn.expect_down();
+        // A link that is over counts until the poll that forgets it.
+        ffn.expect_nothing();
+        other_attention.link(fabric, &mut ffn);
+    }
 }
 
 #[test]
