@@ -110,7 +110,8 @@ impl ResponseStream {
         mut events: mpsc::Receiver<RequestEvent>,
         responses: ResponseSender,
     ) {
-        let mut last_taken = Instant::now();
+        // Since when the client has taken nothing that it could have.
+        let mut waiting_since = Instant::now();
         loop {
             let is_over = self.num_unfinished == 0 || self.failure.is_some();
             if is_over && self.outbox.is_empty() {
@@ -128,15 +129,18 @@ impl ResponseStream {
                         self.cut().await;
                         break;
                     }
+                    if self.outbox.is_empty() {
+                        waiting_since = Instant::now();
+                    }
                     self.take(event).await;
                 }
                 permit = responses.reserve(), if !self.outbox.is_empty() => {
                     if let (Ok(permit), Some(response)) = (permit, self.outbox.pop()) {
-                        last_taken = Instant::now();
+                        waiting_since = Instant::now();
                         permit.send(Ok(response));
                     }
                 }
-                () = sleep_until(last_taken + SLOW_CONSUMER_TIMEOUT), if !self.outbox.is_empty() => {
+                () = sleep_until(waiting_since + SLOW_CONSUMER_TIMEOUT), if !self.outbox.is_empty() => {
                     self.cut().await;
                     break;
                 }
@@ -316,3 +320,6 @@ fn timing([submitted, planned, first_token, ended]: [TimeNs; 4]) -> v1::Timing {
         decode: between(first_token, ended),
     }
 }
+
+#[cfg(test)]
+mod tests;
