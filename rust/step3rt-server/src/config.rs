@@ -10,13 +10,13 @@ use step3rt_core::config::SchedulerConfig;
 use step3rt_proto::v1::ClusterSettings;
 use thiserror::Error;
 
-/// Most sequences of one lane, where the configuration is silent and the micro-batch allows.
-const DEFAULT_MAX_SEQUENCES_PER_LANE: u32 = 256;
+/// The longest drain; a service manager kills long before.
+const MAX_DRAIN_TIMEOUT_S: f64 = 86_400.0;
 /// Below this a heartbeat round trip of a busy host already breaks a lease.
 const MIN_LEASE_MS: u32 = 100;
 
 /// What `step3rt serve` runs with.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct CoordinatorConfig {
     /// Directory of the checkpoint: config.json, tokenizer.json, chat template.
@@ -78,14 +78,16 @@ pub struct CoordinatorConfig {
     /// How long sequences wait for a lost instance to come back.
     #[serde(default = "default_recovery_timeout_ms")]
     pub recovery_timeout_ms: u64,
-    /// Most sequences of one lane; as many as the micro-batch allows, up to 256, when absent.
-    pub max_sequences_per_lane: Option<u32>,
+    /// Most sequences of one lane. Each takes a token of a step when it decodes, so a smaller
+    /// `max_tokens_per_micro_batch` lowers it.
+    #[serde(default = "default_max_sequences_per_lane")]
+    pub max_sequences_per_lane: u32,
     /// Most requests that wait for a place.
     #[serde(default = "default_max_waiting_requests")]
     pub max_waiting_requests: u32,
     /// How long running requests may go on after a stop signal.
     #[serde(default = "default_drain_timeout_s")]
-    pub drain_timeout_s: u64,
+    pub drain_timeout_s: f64,
     /// How log lines look.
     #[serde(default)]
     pub log_format: LogFormat,
@@ -135,11 +137,14 @@ fn default_step_timeout_ms() -> u64 {
 fn default_recovery_timeout_ms() -> u64 {
     30_000
 }
+fn default_max_sequences_per_lane() -> u32 {
+    256
+}
 fn default_max_waiting_requests() -> u32 {
     1_024
 }
-fn default_drain_timeout_s() -> u64 {
-    30
+fn default_drain_timeout_s() -> f64 {
+    30.0
 }
 
 /// A configuration that cannot be used.
@@ -223,6 +228,12 @@ impl CoordinatorConfig {
             "step_timeout_ms",
             self.step_timeout_ms.to_string(),
             "at least lease_ms, or slow steps look like dead instances",
+        )?;
+        check(
+            (0.0..=MAX_DRAIN_TIMEOUT_S).contains(&self.drain_timeout_s),
+            "drain_timeout_s",
+            self.drain_timeout_s.to_string(),
+            "0 to 86400 seconds, or a stop never ends",
         )?;
         for (key, value, allowed, text) in [
             (
@@ -321,7 +332,7 @@ impl CoordinatorConfig {
             max_tokens_per_micro_batch: self.max_tokens_per_micro_batch,
             max_sequences_per_lane: self
                 .max_sequences_per_lane
-                .unwrap_or(DEFAULT_MAX_SEQUENCES_PER_LANE.min(self.max_tokens_per_micro_batch)),
+                .min(self.max_tokens_per_micro_batch),
             max_waiting_requests: self.max_waiting_requests,
             recovery_timeout_ms: self.recovery_timeout_ms,
         }
@@ -329,66 +340,4 @@ impl CoordinatorConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(extra: &str) -> Result<CoordinatorConfig, ConfigError> {
-        CoordinatorConfig::from_json(&format!(r#"{{"model_path": "/model"{extra}}}"#))
-    }
-
-    #[test]
-    fn a_model_path_is_enough() {
-        let config = parse("").expect("valid");
-        assert_eq!(config.listen, "127.0.0.1:50051");
-        assert_eq!((config.num_lanes, config.lease_ms), (3, 3_000));
-        assert!(!config.reflection && !config.insecure_bind);
-    }
-
-    #[test]
-    fn an_unknown_key_is_an_error_that_names_it() {
-        let error = parse(r#", "num_lane": 2"#)
-            .expect_err("unknown key")
-            .to_string();
-        assert!(error.contains("num_lane"), "{error}");
-    }
-
-    #[test]
-    fn values_out_of_range_are_refused_by_key() {
-        for (extra, key) in [
-            (r#", "ep_size": 0"#, "ep_size"),
-            (r#", "lease_ms": 99"#, "lease_ms"),
-            (r#", "step_timeout_ms": 10"#, "step_timeout_ms"),
-            (r#", "fabric": "pigeon""#, "fabric"),
-            (r#", "a2f_dtype": "int4""#, "a2f_dtype"),
-        ] {
-            let error = parse(extra).expect_err(extra).to_string();
-            assert!(error.starts_with(key), "{error}");
-        }
-    }
-
-    #[test]
-    fn an_address_beyond_this_host_needs_insecure_bind() {
-        let public = r#", "listen": "0.0.0.0:0", "control_listen": "192.0.2.1:1""#;
-        let config = parse(public).expect("parses");
-        assert!(matches!(
-            config.listen_address(),
-            Err(ConfigError::InsecureBind { key: "listen", .. })
-        ));
-        assert!(matches!(
-            config.control_listen_address(),
-            Err(ConfigError::InsecureBind {
-                key: "control_listen",
-                ..
-            })
-        ));
-        let config = parse(&format!(r#"{public}, "insecure_bind": true"#)).expect("parses");
-        assert!(config.listen_address().is_ok());
-    }
-
-    #[test]
-    fn an_address_without_a_port_is_refused_with_an_example() {
-        let config = parse(r#", "listen": "localhost""#).expect("parses");
-        let error = config.listen_address().expect_err("no port").to_string();
-        assert!(error.contains("host:port"), "{error}");
-    }
-}
+mod tests;

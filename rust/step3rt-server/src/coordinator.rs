@@ -143,7 +143,7 @@ impl Coordinator {
     /// Serves until a stop signal or a defect, and returns the process's exit code.
     pub async fn serve(self, mut stops: mpsc::Receiver<StopSignal>) -> Result<u8, StartError> {
         let (address, control_address) = (self.address()?, self.control_address()?);
-        let drain_timeout = Duration::from_secs(self.config.drain_timeout_s);
+        let drain_timeout = Duration::from_secs_f64(self.config.drain_timeout_s);
         let ready_file = self.config.ready_file.clone();
         let mut running = self.start()?;
         if let Some(path) = &ready_file {

@@ -60,7 +60,7 @@ async fn a_stop_lets_running_streams_end_refuses_new_ones_and_dismisses_instance
 
 #[tokio::test]
 async fn streams_that_outlast_the_drain_are_told_so() {
-    let (cluster, attention, _ffn) = slow_cluster(&json!({"drain_timeout_s": 0})).await;
+    let (cluster, attention, _ffn) = slow_cluster(&json!({"drain_timeout_s": 0.1})).await;
     let stream = cluster
         .client()
         .await
