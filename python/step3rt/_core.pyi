@@ -196,7 +196,12 @@ class NodeSession:
         """Shows `text` in heartbeats and as the systemd STATUS; extends the start time-out."""
 
     def bind(self, a2f_slot_bytes: int, f2a_slot_bytes: int) -> None:
-        """Binds the data listeners; a slot of each direction per lane and peer has these sizes."""
+        """Binds the data listeners; a slot of each direction per lane and peer has these sizes.
+
+        Raises:
+            ConfigError: `data_host` is not of this host, or no slot can have such a size.
+            InvalidArgument: the listeners are bound already.
+        """
 
     def ready(self, num_kv_blocks: int) -> None:
         """Reports that weights are loaded and steps (attention) or frames (FFN) may come.
@@ -207,6 +212,7 @@ class NodeSession:
 
         Raises:
             Unavailable: the session is over.
+            InvalidArgument: before `bind()`, or for the second time.
         """
 
     def poll(self, timeout_s: float) -> list[Event]:
@@ -214,6 +220,9 @@ class NodeSession:
 
         What the coordinator said comes first, then what links did (a link's own events in their
         order), then `SessionLost`, after which there is nothing to do but `close()`.
+
+        Raises:
+            InvalidArgument: before `ready()` or after `close()`.
         """
 
     def send_slot(self, peer: int, lane: int) -> memoryview:

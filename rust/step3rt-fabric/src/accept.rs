@@ -20,7 +20,8 @@ use crate::memory::MapError;
 use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
-use crate::tcp::{self, TcpLink, TcpSlots};
+use crate::tcp::{TcpLink, TcpSlots};
+use crate::tcp_socket;
 
 /// A connection whose hello has not come yet.
 pub(crate) struct Pending {
@@ -132,15 +133,15 @@ struct Admitted {
     choice: ChoiceReason,
 }
 
-fn admit(hub: &Hub, bytes: &[u8]) -> Result<Admitted, AcceptError> {
-    let Message { from, kind } = Message::decode(bytes)?;
+fn admit(hub: &Hub, hello: Message) -> Result<Admitted, AcceptError> {
+    let Message { from, kind } = hello;
     let Kind::Hello { wanted, choice } = kind else {
         return Err(HandshakeError::Unexpected("message other than a hello").into());
     };
-    hub.introduction
-        .judge(&from, wanted)
+    let verdict = hub.introduction.judge(&from, wanted);
+    verdict
+        .and_then(|()| hub.admit(from.identity))
         .map_err(AcceptError::Refused)?;
-    hub.admit(from.identity).map_err(AcceptError::Refused)?;
     Ok(Admitted {
         peer: from.identity,
         choice,
@@ -174,14 +175,15 @@ fn advance_shm(hub: &Hub, socket: &OwnedFd) -> Result<Option<Accepted>, AcceptEr
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
         received => received?,
     };
+    if received.num_bytes != MESSAGE_BYTES {
+        return Err(HandshakeError::Size(received.num_bytes).into());
+    }
+    let hello = Message::decode(&received.bytes)?;
     let fds: [OwnedFd; NUM_PASSED_FDS] = received
         .fds
         .try_into()
         .map_err(|fds: Vec<_>| HandshakeError::Descriptors(fds.len()))?;
-    if received.num_bytes != MESSAGE_BYTES {
-        return Err(HandshakeError::Size(received.num_bytes).into());
-    }
-    let admitted = admit(hub, &received.bytes)?;
+    let admitted = admit(hub, hello)?;
     let link = link_shm(hub, &hub.terms(admitted.peer), socket, &fds);
     admitted.finish(hub, link)
 }
@@ -194,24 +196,18 @@ fn link_shm(
 ) -> Result<Box<dyn Link>, AcceptError> {
     let peer_memory = PeerMemory::open(fds, terms)?;
     let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends())?;
-    let process = shm::peer_process(socket);
-    shm::send(
-        socket,
-        &hub.message(Kind::Welcome),
-        &[slots_fd.as_fd(), hub.bell_fd()],
-    )?;
-    let (socket, state) = (Arc::new(socket.try_clone()?), hub.new_state());
+    let (process, state) = (shm::peer_process(socket), hub.new_state());
+    let own_socket = Arc::new(socket.try_clone()?);
+    let fds = [slots_fd.as_fd(), hub.bell_fd()];
+    // A refusal may not follow this.
+    shm::send(socket, &hub.message(Kind::Welcome), &fds)?;
     hub.watch(Watch {
-        socket: Arc::clone(&socket),
+        socket: Arc::clone(&own_socket),
         process,
         state: Arc::clone(&state),
     });
-    Ok(Box::new(ShmLink::new(
-        *terms,
-        outgoing,
-        peer_memory,
-        (socket, state),
-    )))
+    let link = ShmLink::new(*terms, outgoing, peer_memory, (own_socket, state));
+    Ok(Box::new(link))
 }
 
 fn advance_tcp(
@@ -229,7 +225,7 @@ fn advance_tcp(
             Err(error) => return Err(error.into()),
         }
     }
-    let admitted = admit(hub, bytes)?;
+    let admitted = admit(hub, Message::decode(bytes)?)?;
     let link = link_tcp(hub, hub.terms(admitted.peer), stream);
     admitted.finish(hub, link)
 }
@@ -237,8 +233,9 @@ fn advance_tcp(
 fn link_tcp(hub: &Hub, terms: LinkTerms, stream: &TcpStream) -> io::Result<Box<dyn Link>> {
     let slots = TcpSlots::new(&terms)?;
     let mut stream = stream.try_clone()?;
-    tcp::prepare(&stream, hub.settings.peer_timeout)?;
-    // The last thing that a refusal may not follow. Does not block: 64 bytes fit a fresh socket.
+    tcp_socket::prepare(&stream, hub.settings.peer_timeout)?;
+    // A refusal may not follow this, short of a thread that cannot be started: the peer then sees
+    // its link end. Does not block: 64 bytes fit a fresh socket.
     stream.write_all(&hub.message(Kind::Welcome))?;
     Ok(Box::new(TcpLink::new(
         terms,

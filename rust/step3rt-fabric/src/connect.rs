@@ -15,7 +15,8 @@ use crate::memory::MapError;
 use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
-use crate::tcp::{self, TcpLink, TcpSlots};
+use crate::tcp::{TcpLink, TcpSlots};
+use crate::tcp_socket;
 
 /// Why a peer could not be linked. Nothing of the attempt is left.
 #[derive(Debug, Error)]
@@ -187,16 +188,16 @@ impl Attempt<'_> {
 
     fn link_tcp(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
         let terms = self.hub.terms(self.peer.identity);
-        let mut stream = tcp::connect(address, self.hub.settings.handshake_timeout)
+        let mut stream = tcp_socket::connect(address, self.hub.settings.handshake_timeout)
             .map_err(|error| self.unreachable(address, error))?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
         stream
             .write_all(&self.hello())
             .map_err(|error| self.interrupted(error))?;
-        let bytes = tcp::read_message(&stream, self.hub.settings.handshake_timeout)
+        let bytes = tcp_socket::read_message(&stream, self.hub.settings.handshake_timeout)
             .map_err(|error| self.interrupted(error))?;
         self.check_answer(&bytes)?;
-        tcp::prepare(&stream, self.hub.settings.peer_timeout)
+        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
             .and_then(|()| TcpLink::new(terms, slots, stream, self.hub.new_state()))
             .map(|link| Box::new(link) as Box<dyn Link>)
             .map_err(|error| self.resources(error))

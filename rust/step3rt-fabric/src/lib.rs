@@ -98,6 +98,7 @@ mod region;
 mod shm;
 mod state;
 mod tcp;
+mod tcp_socket;
 mod watcher;
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::accept::{Pending, Progress};
 use crate::contract::DownReason;
 use crate::frame::ProtocolError;
 use crate::hub::{Hub, Watch};
-use crate::{shm, tcp};
+use crate::{shm, tcp_socket};
 
 /// Connections without a hello at one time; more wait in the listener's backlog.
 const MAX_PENDING: usize = 64;
@@ -162,7 +162,7 @@ impl Watcher {
                         tcp: Some(listener),
                         ..
                     },
-                ) => tcp::accept(listener).map(|stream| Pending::tcp(stream, deadline)),
+                ) => tcp_socket::accept(listener).map(|stream| Pending::tcp(stream, deadline)),
                 _ => return,
             };
             match accepted {

@@ -1,7 +1,7 @@
 //! Keeps an instance's links equal to the topology.
 //!
 //! Attention instances connect to every FFN instance; FFN instances accept, and let the loop see
-//! only peers that the coordinator has named. Links never decide what a lost peer means for a out.
+//! only peers that the coordinator has named. Links never decide what a lost peer means for a step.
 //!
 //! ```text
 //!   topology names it    not linked ──connect──▶ up ──down──▶ lost (told to the coordinator;
@@ -55,7 +55,7 @@ pub struct Links {
     news: Vec<FabricEvent>,
 }
 
-/// A peer that the topology names, or whose link has not ended yet.
+/// A peer of the other role that the topology names.
 struct PeerState {
     identity: LinkIdentity,
     role_rank: u32,
