@@ -153,8 +153,8 @@ mod tests {
     }
 
     #[test]
-    fn an_address_without_a_port_or_with_an_unknown_name_is_an_error() {
-        for address in ["127.0.0.1", "no.such.host.invalid:1", ""] {
+    fn an_address_without_a_port_is_an_error() {
+        for address in ["127.0.0.1", "127.0.0.1:x", ""] {
             assert!(
                 connect(address, Duration::from_secs(30)).is_err(),
                 "{address}"
