@@ -1,0 +1,1 @@
+"""One file per operation: the torch reference beside the CUDA launcher."""
