@@ -42,7 +42,8 @@ pub struct LinkSettings {
     pub spin_us: u32,
     /// How long connecting, and accepting, may take.
     pub handshake_timeout: Duration,
-    /// How long a TCP peer's host may be silent before the link is down.
+    /// How long a TCP peer's host may be silent, or leave untaken what was sent, before the link is
+    /// down. Its resolution is a second; what must be noticed sooner needs a deadline at the waiter.
     pub peer_timeout: Duration,
     /// Whether pushes carry a CRC-32 of their payload, for debugging.
     pub payload_checksum: bool,

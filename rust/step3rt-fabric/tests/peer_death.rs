@@ -286,6 +286,22 @@ fn a_push_to_a_stopped_peer_does_not_block_and_arrives_when_it_goes_on() {
 }
 
 #[test]
+fn an_endpoint_whose_peer_is_stopped_in_the_middle_of_a_frame_closes_at_once() {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        let (mut other, address) = Other::ffn(fabric);
+        let mut attention = Node::attention(fabric, 1, sizes());
+        attention.endpoint.connect(&address).unwrap();
+        other.expect("is linked");
+        other.signal(Signal::STOP);
+        attention.push((FFN.instance, LANE), 0, &pattern(1, SLOT_BYTES));
+        // Ends the threads that are in the middle of sending; this test would hang if it did not.
+        drop(attention);
+        other.signal(Signal::CONT);
+        other.expect("lost its peer");
+    }
+}
+
+#[test]
 fn a_peer_killed_in_the_middle_of_a_frame_is_reported() {
     for fabric in [Fabric::Shm, Fabric::Tcp] {
         let (mut other, address) = Other::ffn(fabric);
