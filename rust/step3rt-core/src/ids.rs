@@ -34,7 +34,8 @@ id!(
     StepId(u64)
 );
 id!(
-    /// A scheduled sequence. One request has `n` of them.
+    /// A sequence's stay on one lane. Never reused: a sequence that lost its place and got another
+    /// comes back under a new id, so that instances never confuse its two stays.
     SequenceId(u64)
 );
 id!(
