@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from step3rt.model.batch import Batch, Chunk
-from step3rt.model.monolithic import MonolithicModel, run_locally
+from step3rt.model.monolithic import MonolithicModel, compute_ffn, run_locally
 from step3rt.model.step3 import compute_logits, forward
 
 from tests.fixtures.checkpoint import Checkpoint, CheckpointSpec, write_checkpoint
@@ -174,8 +174,6 @@ def test_forward_may_be_closed_at_any_layer_and_run_again(tiny_model: Monolithic
     batch = Batch.build(
         [Chunk(token_ids, 0, [0], range(10))], tiny_model.config, 64, tiny_model.dtype
     )
-    from step3rt.model.monolithic import compute_ffn
-
     with torch.inference_mode():
         for num_layers in range(1, 4):
             steps = forward(batch, tiny_model.config, tiny_model.attention, kv)
@@ -202,3 +200,37 @@ def test_narrow_kv_cache_changes_logits_by_its_rounding_only(
     narrow = MonolithicModel.load(directory, kv_dtype=kv_dtype).logits(token_ids)
     error = relative_error(narrow, exact.numpy())
     assert 1e-5 < error < tolerance
+
+
+def test_bfloat16_stays_near_the_oracle(tmp_path: Path) -> None:
+    # Dense layers only: a router would turn the rounding into another choice of experts.
+    spec = CheckpointSpec(moe_layers=(), num_layers=3, dtype="bfloat16")
+    directory = write_checkpoint(tmp_path, spec).directory
+    token_ids = np.random.default_rng(4).integers(0, 256, 100).tolist()
+    expected = Step3Oracle.load(directory).logits(token_ids)
+    model = MonolithicModel.load(directory, torch.bfloat16)
+    assert model.attention.layers[0].wq.dtype == torch.bfloat16
+    assert 1e-4 < relative_error(model.logits(token_ids), expected) < 0.05
+
+
+def test_greedy_tokens_do_not_depend_on_batch_mates(tiny_checkpoint: Checkpoint) -> None:
+    model = MonolithicModel.load(tiny_checkpoint.directory)
+    generator = np.random.default_rng(5)
+    sequences = [generator.integers(0, 256, length).tolist() for length in (1, 9, 40, 63, 30)]
+
+    def last_logits(members: list[list[int]]) -> torch.Tensor:
+        kv = model.new_cache(64 * len(members))
+        chunks = [
+            Chunk(tokens, 0, [index], [len(tokens) - 1]) for index, tokens in enumerate(members)
+        ]
+        with torch.inference_mode():
+            batch = Batch.build(chunks, model.config, 64, model.dtype)
+            layers = forward(batch, model.config, model.attention, kv)
+            final_hidden = run_locally(layers, model.config, model.ffn)
+            return compute_logits(final_hidden, model.attention)
+
+    together = last_logits(sequences)
+    for row, tokens in zip(together, sequences, strict=True):
+        alone = last_logits([tokens])[0]
+        assert int(row.argmax()) == int(alone.argmax())
+        assert (row - alone).abs().max() < 1e-6 * alone.abs().max()

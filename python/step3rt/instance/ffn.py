@@ -119,9 +119,7 @@ class FfnLoop:
         elif event.kind == "link_down":
             self._peers.pop(event.peer, None)
             self._pending = [one for one in self._pending if one.arrival.peer != event.peer]
-            logger.warning(
-                "The link to attention instance %d is down: %s", event.peer, event.reason
-            )
+            logger.info("The link to attention instance %d is down: %s", event.peer, event.reason)
         elif event.kind == "drain":
             self._is_draining = True
 

@@ -269,7 +269,8 @@ class StepLoop:
                 continue
             if link.peer in step.waiting.values() or rank in step.unsent:
                 self._fail(lane, step, f"the link to FFN instance {link.peer} is down")
-        logger.warning("The link to FFN instance %d is down: %s", link.peer, link.reason)
+        level = logging.INFO if self._is_draining else logging.WARNING
+        logger.log(level, "The link to FFN instance %d is down: %s", link.peer, link.reason)
 
     def _rank_of(self, instance_id: int) -> int | None:
         for rank, peer in self._peers.items():

@@ -1,1 +1,1 @@
-"""One file per operation: the torch reference beside the CUDA launcher."""
+"""One operation per module: its torch reference and its CUDA launcher. Imports nothing itself."""
