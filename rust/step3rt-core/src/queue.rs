@@ -74,6 +74,8 @@ mod tests {
         );
         assert_eq!((queue.num_requests(), queue.num_sequences()), (2, 3));
         queue.remove(rank(0, 1), slots[2], RequestId(8));
+        assert!(queue.contains(rank(0, 2), slots[1]));
+        assert!(!queue.contains(rank(0, 1), slots[2]));
         assert_eq!(
             queue.num_requests(),
             2,

@@ -372,6 +372,16 @@ mod tests {
     }
 
     #[test]
+    fn prompt_logprobs_that_nobody_asked_for_are_not_sent() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        sequence.sampling.prompt_logprobs = None;
+        let mut events = Vec::new();
+        let taken = (asked(2, false), Some(output(None, &[2])));
+        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
+        assert_eq!(events, []);
+    }
+
+    #[test]
     fn the_last_token_decides_whether_a_sequence_is_finished() {
         let mut sequence = Sequence::for_tests(&[1, 2], &[7]);
         sequence.sampling.stop_tokens = vec![TokenId(7)];
