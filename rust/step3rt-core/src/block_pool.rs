@@ -8,7 +8,7 @@
 
 use std::borrow::Cow;
 
-use crate::ids::{BlockId, TokenId};
+use crate::ids::{BlockId, TenantId, TokenId};
 pub use crate::prefix_cache::NodeId;
 use crate::prefix_cache::PrefixCache;
 
@@ -33,11 +33,11 @@ pub struct BlockPool {
 }
 
 /// A beginning that is in the cache.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachedPrefix {
     /// In table order.
     pub blocks: Vec<BlockId>,
-    /// The content of the last of them, [`NodeId::ROOT`] if there are none.
+    /// The content of the last of them, the tenant's root if there are none.
     pub node: NodeId,
     /// How many of the blocks somebody uses already, so that sharing them takes no room.
     pub num_used_blocks: u64,
@@ -80,13 +80,18 @@ impl BlockPool {
         }
     }
 
-    /// The longest beginning that is cached of a sequence with these full blocks. Nothing changes;
+    /// The longest beginning that is cached of a tenant's sequence with these full blocks. Nothing changes;
     /// whoever wants it must [`Self::share`] it before anything is allocated.
     pub fn find_prefix<'a>(
         &self,
+        tenant: TenantId,
         full_blocks: impl Iterator<Item = Cow<'a, [TokenId]>>,
     ) -> CachedPrefix {
-        let mut prefix = CachedPrefix::default();
+        let mut prefix = CachedPrefix {
+            blocks: Vec::new(),
+            node: NodeId::Root(tenant),
+            num_used_blocks: 0,
+        };
         for tokens in full_blocks {
             let Some((block, node)) = self.cache.find(prefix.node, &tokens) else {
                 break;
@@ -202,13 +207,15 @@ mod tests {
     }
 
     const BLOCK: usize = 2;
+    const TENANT: TenantId = TenantId(3);
 
     fn tokens(ids: &[u32]) -> Vec<TokenId> {
         ids.iter().copied().map(TokenId).collect()
     }
 
     fn find(pool: &BlockPool, tokens: &[TokenId]) -> CachedPrefix {
-        pool.find_prefix(tokens.chunks_exact(BLOCK).map(Cow::Borrowed))
+        let blocks = tokens.chunks_exact(BLOCK).map(Cow::Borrowed);
+        pool.find_prefix(TENANT, blocks)
     }
 
     /// Fills a whole sequence's blocks as a scheduler would after computing them.
@@ -251,6 +258,16 @@ mod tests {
     }
 
     #[test]
+    fn tenants_do_not_find_each_others_beginnings() {
+        let mut pool = BlockPool::new(8);
+        let blocks = fill(&mut pool, &[1, 2, 3, 4]);
+        let content = [tokens(&[1, 2])];
+        let find = |tenant| pool.find_prefix(tenant, content.iter().map(Cow::from));
+        assert_eq!(find(TENANT).blocks, blocks[..1]);
+        assert_eq!(find(TenantId(4)).blocks, []);
+    }
+
+    #[test]
     fn a_returned_beginning_is_found_until_its_block_is_needed() {
         let mut pool = BlockPool::new(4);
         let blocks = fill(&mut pool, &[1, 2, 3, 4, 5, 6]);
@@ -282,8 +299,11 @@ mod tests {
         let [a, b] = pool.allocate(2).unwrap()[..] else {
             panic!("two blocks were asked for");
         };
-        let node = pool.publish(NodeId::ROOT, &tokens(&[1, 2]), a);
-        assert_eq!(pool.publish(NodeId::ROOT, &tokens(&[1, 2]), b), node);
+        let node = pool.publish(NodeId::Root(TENANT), &tokens(&[1, 2]), a);
+        assert_eq!(
+            pool.publish(NodeId::Root(TENANT), &tokens(&[1, 2]), b),
+            node
+        );
         assert_eq!(find(&pool, &tokens(&[1, 2])).blocks, [a]);
         pool.release(&[b]);
         assert_eq!(pool.num_free_blocks(), 3);

@@ -16,6 +16,7 @@ pub mod config;
 mod draft;
 mod ending;
 pub mod error;
+mod fair_share;
 pub mod ids;
 mod instance;
 mod lane;

@@ -8,23 +8,24 @@
 //! Tokens are compared and not only hashed: a collision would serve one client with another's past.
 //!
 //! ```text
-//!   ROOT ── [tok 0..64) n1 ──┬── [tok 64..128) n2
+//!   root ── [tok 0..64) n1 ──┬── [tok 64..128) n2
 //!                            └── [other 64..128) n3
 //! ```
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::ids::{BlockId, TokenId};
+use crate::ids::{BlockId, TenantId, TokenId};
 
 /// A block's content with everything before it. Never reused, so that the children of a node that
 /// was forgotten are never taken for those of another.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NodeId(u64);
-
-impl NodeId {
-    /// The beginning of every sequence.
-    pub const ROOT: Self = Self(0);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NodeId {
+    /// The beginning of every sequence of a tenant. Tenants share nothing: that a prompt is
+    /// answered sooner would tell one that another has sent it.
+    Root(TenantId),
+    /// A content of at least one block.
+    Content(u64),
 }
 
 #[derive(Debug)]
@@ -63,7 +64,7 @@ impl PrefixCache {
             return node;
         }
         self.num_nodes_ever += 1;
-        let node = NodeId(self.num_nodes_ever);
+        let node = NodeId::Content(self.num_nodes_ever);
         let tokens: Arc<[TokenId]> = tokens.into();
         children.insert(Arc::clone(&tokens), node);
         let before = self.by_block.insert(block, node);

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::Failure;
-use crate::ids::{RequestId, SequenceId, TimeNs, TokenId};
+use crate::ids::{RequestId, SequenceId, TenantId, TimeNs, TokenId};
 use crate::request::{FinishReason, RequestEvent, Usage};
 use crate::stay::{AfterStep, Asked, Stay};
 use crate::step::{SamplingState, SequenceJoin, SequenceOutput, TokenLogprob};
@@ -32,6 +32,7 @@ pub(crate) struct Sequence {
     pub(crate) request: RequestId,
     /// Which of the request's `n`.
     pub(crate) index: u32,
+    pub(crate) tenant: TenantId,
     pub(crate) rank: Rank,
     pub(crate) prompt: Arc<[TokenId]>,
     /// Starts with the resumed tokens.
@@ -44,6 +45,8 @@ pub(crate) struct Sequence {
     pub(crate) first_token: Option<TimeNs>,
     /// A recomputed prompt gives its logprobs again; the client gets them once.
     pub(crate) num_prompt_logprobs_sent: u32,
+    /// Whether its tenant has paid for the prompt; computing it again is nobody's fault.
+    pub(crate) is_charged: bool,
     /// `None` while it waits for a place.
     pub(crate) stay: Option<Stay>,
 }
@@ -130,10 +133,7 @@ impl Sequence {
         if output.is_corrupt {
             return Err(Failure::CorruptLogits { index, position });
         }
-        let stay = self
-            .stay
-            .as_mut()
-            .expect("a sequence in a step has a place");
+        let stay = self.stay.as_mut().expect("a sequence in a step stays");
         let follows = stay.num_computed_tokens == asked.num_computed_tokens;
         if !follows || output.token.is_some() != asked.samples {
             return Err(Failure::MismatchedOutput { index, position });
@@ -193,10 +193,7 @@ impl Sequence {
         if self.sampling.prompt_logprobs.is_none() || logprobs.is_empty() {
             return;
         }
-        let stay = self
-            .stay
-            .as_mut()
-            .expect("a sequence in a step has a place");
+        let stay = self.stay.as_mut().expect("a sequence in a step stays");
         let before = stay.num_prompt_logprobs;
         stay.num_prompt_logprobs += num_tokens(&logprobs);
         let offset = self.num_prompt_logprobs_sent;
@@ -229,6 +226,7 @@ mod tests {
             Self {
                 request: RequestId(0),
                 index: 0,
+                tenant: TenantId(0),
                 rank: Rank {
                     priority: 0,
                     arrival: 0,
@@ -251,6 +249,7 @@ mod tests {
                 planned: None,
                 first_token: None,
                 num_prompt_logprobs_sent: 0,
+                is_charged: false,
                 stay: None,
             }
         }

@@ -66,6 +66,7 @@ impl Stay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::TenantId;
 
     impl Stay {
         /// Computed nothing yet, in a step, without blocks.
@@ -84,7 +85,7 @@ mod tests {
                 after_step: AfterStep::Stays,
                 num_prompt_logprobs: 0,
                 num_published_blocks: 0,
-                node: NodeId::ROOT,
+                node: NodeId::Root(TenantId(0)),
                 num_leaving_blocks: 0,
             }
         }
