@@ -7,10 +7,10 @@
 //! a prompt in chunks, a decode, a resumed stream, and what is computed again after a preemption
 //! or a loss differ in how far apart the two counters are, and in nothing else.
 //!
-//! A sequence waits in one line by rank, stays on the (instance, lane) where the least KV is in
-//! use, and leaves when it ends, when others that rank before it need its blocks, or when its
-//! instance is lost. In the last two cases it keeps its tokens and waits again, so its stream goes
-//! on without a gap.
+//! A sequence waits for its turn, stays on the (instance, lane) where the least KV is in use, and
+//! leaves when it ends, when others that rank before it need its blocks, or when its instance is
+//! lost. In the last two cases it keeps its tokens and waits again, so its stream goes on without a
+//! gap.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -328,9 +328,10 @@ impl Scheduler {
         }
     }
 
-    /// Gives places: by priority, then to the tenant that was served least, then to the oldest. It stops at the first that finds no room, or a
-    /// stream of short requests would keep a long one waiting for ever; those whom no present
-    /// instance could ever serve wait for a recovery and hold nobody up.
+    /// Gives places: by priority, then to the tenant that was served least, then to the oldest.
+    /// It stops at the first that finds no room, or a stream of short requests would keep a long
+    /// one waiting for ever; those whom no present instance could ever serve wait for a recovery
+    /// and hold nobody up.
     pub(crate) fn give_places(&mut self) {
         if !self.cluster.is_complete() {
             return;
