@@ -80,8 +80,8 @@ impl BlockPool {
         }
     }
 
-    /// The longest beginning that is cached of a tenant's sequence with these full blocks. Nothing changes;
-    /// whoever wants it must [`Self::share`] it before anything is allocated.
+    /// The longest beginning that is cached of a tenant's sequence with these full blocks. Nothing
+    /// changes; whoever wants it must [`Self::share`] it before anything is allocated.
     pub fn find_prefix<'a>(
         &self,
         tenant: TenantId,

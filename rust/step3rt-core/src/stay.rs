@@ -1,6 +1,7 @@
 //! Owns what a sequence has while it has a place: its blocks, and how far it is computed there.
 //!
-//! It never outlives the place; what a sequence keeps is in [`Sequence`](crate::sequence::Sequence).
+//! It never outlives the place; what a sequence keeps is in
+//! [`Sequence`](crate::sequence::Sequence).
 
 use crate::block_pool::NodeId;
 use crate::ids::{BlockId, InstanceId, LaneId, SequenceId};
