@@ -211,6 +211,7 @@ impl Scheduler {
         let mut outputs = output.outputs.into_iter();
         let mut ended = Vec::new();
         let mut generated = TokenCount::default();
+        self.events.reserve(in_flight.chunks.len());
         for &(slot, asked) in &in_flight.chunks {
             let output = outputs.next();
             let sequence = &mut self.sequences[slot];
