@@ -172,6 +172,12 @@ impl Instance {
         (stay.num_published_blocks, stay.node) = (num_full, node);
     }
 
+    /// Lets nobody start from what `sequence` has computed, since it went wrong.
+    pub(crate) fn distrust(&mut self, sequence: &Sequence) {
+        let stay = sequence.stay.as_ref().expect("it was in a step");
+        self.pool.unpublish(&stay.blocks);
+    }
+
     /// The sequence that must leave next for the others to be able to grow: the youngest of the
     /// lowest priority. `None` when all demand can be met.
     ///

@@ -106,7 +106,18 @@ impl PrefixCache {
     /// blocks last to first, so what follows a beginning is forgotten before the beginning is.
     pub(crate) fn forget_one(&mut self) -> Option<BlockId> {
         let (_, node) = self.idle.pop_first()?;
-        let content = self.nodes.remove(&node).expect("idle names live nodes");
+        Some(self.remove(node))
+    }
+
+    /// Forgets what `block`, which is in use, holds. What followed it is found no more.
+    pub(crate) fn forget(&mut self, block: BlockId) {
+        if let Some(&node) = self.by_block.get(&block) {
+            self.remove(node);
+        }
+    }
+
+    fn remove(&mut self, node: NodeId) -> BlockId {
+        let content = self.nodes.remove(&node).expect("the callers know it");
         self.by_block.remove(&content.block);
         let siblings = self.children.get_mut(&content.parent);
         let siblings = siblings.expect("a live node is a child");
@@ -114,7 +125,7 @@ impl PrefixCache {
         if siblings.is_empty() {
             self.children.remove(&content.parent);
         }
-        Some(content.block)
+        content.block
     }
 
     /// Blocks that hold something and that nobody uses.

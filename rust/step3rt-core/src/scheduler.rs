@@ -79,7 +79,7 @@ pub struct SchedulerStats {
     pub num_waiting: usize,
     /// Sequences with a place.
     pub num_running: usize,
-    /// Per attention instance: free and total KV blocks.
+    /// Per attention instance: free and total KV blocks. Free ones may hold cached beginnings.
     pub kv_blocks: Vec<(InstanceId, u32, u32)>,
     /// Steps planned and not answered.
     pub num_steps_in_flight: usize,
@@ -222,19 +222,22 @@ impl Scheduler {
             if end.is_ok() {
                 generated.count(sequence.tenant, u64::from(asked.samples));
                 instance.publish_full_blocks(sequence, self.config.block_size_tokens);
+            } else {
+                instance.distrust(sequence);
             }
+            let continuation = (sequence.request, sequence.index);
             match end {
                 Ok(None) => {}
-                Ok(Some(reason)) => ended.push((sequence.request, sequence.index, Ok(reason))),
-                Err(failure) => ended.push((sequence.request, sequence.index, Err(failure))),
+                Ok(Some(reason)) => ended.push((continuation, Ok(reason))),
+                Err(failure) => ended.push((continuation, Err(failure))),
             }
         }
         self.fair_share.charge_generated(generated);
         self.end_step(key.instance, &in_flight, false);
-        for (request, index, end) in ended {
+        for (continuation, end) in ended {
             match end {
-                Ok(reason) => self.finish(now, (request, index), reason),
-                Err(failure) => self.fail(request, failure),
+                Ok(reason) => self.finish(now, continuation, reason),
+                Err(failure) => self.fail(continuation.0, failure),
             }
         }
     }
