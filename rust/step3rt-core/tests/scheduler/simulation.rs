@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
 
@@ -40,6 +40,7 @@ struct Shape {
     max_tokens: u32,
     n: u32,
     priority: i32,
+    tenant: u64,
     deadline_ms: Option<u64>,
     prompt_logprobs: Option<u32>,
     min_tokens: u32,
@@ -57,11 +58,12 @@ fn shape() -> impl Strategy<Value = Op> {
         prop::option::weighted(0.3, Just(0_u32)),
         0_u32..4,
         0_u32..5,
+        0_u64..3,
     );
     (sizes, resumed, options).prop_map(|(sizes, resumed, options)| {
         let (num_prompt_tokens, max_tokens, n, priority) = sizes;
         let (resumed, num_common_tokens) = resumed;
-        let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens) = options;
+        let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens, tenant) = options;
         Op::Submit(Box::new(Shape {
             num_prompt_tokens,
             num_common_tokens,
@@ -69,6 +71,7 @@ fn shape() -> impl Strategy<Value = Op> {
             max_tokens,
             n,
             priority,
+            tenant,
             deadline_ms,
             prompt_logprobs,
             min_tokens,
@@ -105,6 +108,7 @@ impl Shape {
         }
         request.n = self.n;
         request.priority = self.priority;
+        request.tenant = TenantId(self.tenant);
         request.sampling.prompt_logprobs = self.prompt_logprobs;
         request.sampling.min_tokens = self.min_tokens;
         request.sampling.stop_tokens = (0..self.num_stop_tokens).map(TokenId).collect();
@@ -241,7 +245,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     let pools = prop::collection::vec(8_u32..24, 0..3);
     let ops = prop::collection::vec(op(), 1..150);
     let mut runner = TestRunner::new(ProptestConfig {
-        cases: 400,
+        cases: 300,
         source_file: Some(file!()),
         ..ProptestConfig::default()
     });
@@ -255,7 +259,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     let reached = reached.into_inner();
     assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
     assert!(reached.num_comebacks > 1_000, "too few lost their places");
-    assert!(reached.num_shared > 1_000, "too few shared a beginning");
+    assert!(reached.num_shared > 500, "too few shared a beginning");
     assert!(
         reached.num_doomed > 100,
         "too few steps were planned in vain"

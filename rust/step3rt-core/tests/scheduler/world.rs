@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, InstanceId, LaneId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, LaneId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::Request;
 use step3rt_core::scheduler::{Event, Scheduler};
 use step3rt_core::step::{SamplingState, SequenceChunk, StepKey, StepOutput, StepPlan};
@@ -63,6 +63,7 @@ pub(crate) fn request(id: u64, num_prompt_tokens: u32, max_tokens: u32) -> Reque
         },
         max_tokens,
         priority: 0,
+        tenant: TenantId(0),
         deadline: None,
     }
 }
