@@ -117,7 +117,11 @@ impl Coordinator {
                 vocab_size: limits.vocab_size,
             });
         }
-        let chat_template = ChatTemplate::new(&checkpoint).map_err(StartError::ChatTemplate)?;
+        let special_tokens = tokenizer
+            .as_ref()
+            .map_or_else(Vec::new, |tokenizer| tokenizer.special_tokens());
+        let chat_template =
+            ChatTemplate::new(&checkpoint, special_tokens).map_err(StartError::ChatTemplate)?;
         let listeners = Listeners::bind(&config)?;
         Ok(Self {
             config,
