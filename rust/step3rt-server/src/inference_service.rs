@@ -23,6 +23,7 @@ use crate::continuation::TextRules;
 use crate::deadline::grpc_timeout;
 use crate::detokenizer::Detokenizer;
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
+use crate::internal_error::without_diagnostics;
 use crate::live_requests::EVENT_BOUND;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -78,7 +79,7 @@ impl InferenceServer {
                 ErrorKind::UnsupportedFeature,
                 field,
                 "the served checkpoint has no tokenizer.json, so text has no meaning here. Send \
-                 token ids.",
+                 token ids",
             )
         })
     }
@@ -93,7 +94,7 @@ impl InferenceServer {
         Err(Refusal::of_field(
             ErrorKind::ModelNotFound,
             "model",
-            format!("{asked:?} is not served here, {served:?} is. Name it, or leave it out."),
+            format!("{asked:?} is not served here, {served:?} is. Name it, or leave it out"),
         ))
     }
 
@@ -106,7 +107,7 @@ impl InferenceServer {
                     Refusal::of_field(
                         ErrorKind::UnsupportedFeature,
                         "chat",
-                        "the served checkpoint has no chat template. Send text or token ids.",
+                        "the served checkpoint has no chat template. Send text or token ids",
                     )
                 })?;
                 let text = template
@@ -137,7 +138,13 @@ impl InferenceServer {
             let _place = self.long_texts.acquire().await;
             tokio::task::spawn_blocking(move || text.encode(&tokenizer))
                 .await
-                .map_err(|_| Refusal::new(ErrorKind::Internal, "the tokenizer failed."))?
+                .map_err(|panic| {
+                    let refusal = Refusal::new(ErrorKind::Internal, panic.to_string());
+                    Refusal {
+                        error: without_diagnostics(refusal.error),
+                        ..refusal
+                    }
+                })?
         };
         encoded.map_err(|error| {
             Refusal::of_field(ErrorKind::InvalidParameter, field, error.to_string())
@@ -320,6 +327,6 @@ fn too_large(field: &str, num_bytes: usize, max: usize) -> Refusal {
     Refusal::of_field(
         ErrorKind::InvalidParameter,
         field,
-        format!("{num_bytes} bytes of text exceed the limit of {max}. Send it in parts."),
+        format!("{num_bytes} bytes of text exceed the limit of {max}. Send it in parts"),
     )
 }

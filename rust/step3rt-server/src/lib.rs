@@ -20,6 +20,7 @@ pub mod drive_handle;
 pub mod health;
 pub mod inference_service;
 pub mod instance_list;
+pub mod internal_error;
 pub mod listeners;
 pub mod live_requests;
 pub mod node_service;
