@@ -27,7 +27,6 @@ use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 use tracing::{error, info, warn};
 
-use crate::chat_template::ChatTemplate;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::clock::Clock;
 use crate::config::{ConfigError, CoordinatorConfig};
@@ -40,7 +39,8 @@ use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
 use crate::registry::{Registry, RegistryConfig};
 use crate::shutdown::StopSignal;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::chat_template::ChatTemplate;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
 
 /// Streams of one connection: what one busy client may have open.
 const MAX_CONCURRENT_STREAMS: u32 = 1_024;

@@ -16,17 +16,17 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::chat_template::{Chat, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::clock::Clock;
-use crate::continuation::TextRules;
 use crate::deadline::grpc_timeout;
-use crate::detokenizer::Detokenizer;
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
 use crate::internal_error::without_diagnostics;
 use crate::live_requests::EVENT_BOUND;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::chat_template::{Chat, ChatTemplate};
+use crate::text::continuation::TextRules;
+use crate::text::detokenizer::Detokenizer;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
 
 /// Texts above this are tokenised on a thread of their own: it takes about a millisecond.
 const MAX_INLINE_TEXT_BYTES: usize = 16 * 1024;

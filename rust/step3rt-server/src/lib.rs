@@ -6,15 +6,11 @@
 //! Reading order: [`config`], [`coordinator`] (how the parts are put together), [`drive`] (the
 //! loop), [`registry`], [`inference_service`], [`response_stream`].
 
-pub mod chat_template;
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
-pub mod continuation;
 pub mod coordinator;
 pub mod deadline;
-pub mod defuse;
-pub mod detokenizer;
 pub mod drive;
 pub mod drive_handle;
 pub mod health;
@@ -26,15 +22,13 @@ pub mod live_requests;
 pub mod node_service;
 pub mod notify;
 pub mod outbox;
-pub mod python_json;
 pub mod random;
 pub mod registry;
 pub mod response_stream;
 pub mod sessions;
 pub mod shutdown;
-pub mod stop_strings;
 pub mod telemetry;
-pub mod tokenizer;
+pub mod text;
 
 use std::time::Duration;
 

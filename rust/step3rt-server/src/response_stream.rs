@@ -19,10 +19,10 @@ use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 use tonic::metadata::MetadataValue;
 
-use crate::continuation::{Continuation, TextRules};
 use crate::drive_handle::{DriveHandle, Message};
 use crate::internal_error::without_diagnostics;
 use crate::outbox::{Outbox, Piece};
+use crate::text::continuation::{Continuation, TextRules};
 
 /// Responses that the transport may hold before it has room on the wire: enough to keep it busy,
 /// few enough that waiting responses are merged.

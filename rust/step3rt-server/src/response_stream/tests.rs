@@ -6,7 +6,7 @@ use tonic_types::StatusExt;
 
 use super::*;
 use crate::live_requests::EVENT_BOUND;
-use crate::tokenizer::tests::byte_tokenizer;
+use crate::text::tokenizer::tests::byte_tokenizer;
 
 const ID: RequestId = RequestId(9);
 

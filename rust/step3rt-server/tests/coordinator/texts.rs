@@ -8,7 +8,7 @@ use step3rt_server::config::{ConfigError, CoordinatorConfig};
 use step3rt_server::coordinator::StartError;
 use step3rt_server::listeners::ListenError;
 use step3rt_server::registry::HelloError;
-use step3rt_server::tokenizer::TokenizerError;
+use step3rt_server::text::tokenizer::TokenizerError;
 
 fn in_use() -> io::Error {
     io::Error::from(io::ErrorKind::AddrInUse)

@@ -9,8 +9,8 @@ use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
-use crate::defuse::defuse;
-use crate::python_json::tojson;
+use crate::text::defuse::defuse;
+use crate::text::python_json::tojson;
 
 /// Instructions that one rendering may take. Real templates take some hundreds per message.
 const FUEL: u64 = 2_000_000;
@@ -78,7 +78,7 @@ impl ChatTemplate {
         }))
     }
 
-    /// The prompt text of `chat`, cut at every [`SEPARATOR`](crate::defuse::SEPARATOR); the error
+    /// The prompt text of `chat`, cut at every [`SEPARATOR`](crate::text::defuse::SEPARATOR); the error
     /// says what is wrong with it.
     pub fn render(&self, chat: Chat<'_>) -> Result<String, String> {
         let mut messages = parse_list("chat.messages_json", chat.messages_json)?;
@@ -216,13 +216,13 @@ mod tests {
             .expect("compiles")
             .expect("present");
         let text = template.render(Chat {
-            messages_json: include_str!("../tests/fixtures/chat/messages.json"),
-            tools_json: include_str!("../tests/fixtures/chat/tools.json"),
+            messages_json: include_str!("../../tests/fixtures/chat/messages.json"),
+            tools_json: include_str!("../../tests/fixtures/chat/tools.json"),
             add_generation_prompt: true,
         });
         assert_eq!(
             text.expect("renders"),
-            include_str!("../tests/fixtures/chat/prompt.txt")
+            include_str!("../../tests/fixtures/chat/prompt.txt")
         );
     }
 }

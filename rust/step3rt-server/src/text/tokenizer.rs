@@ -1,6 +1,6 @@
 //! Text to token ids, and the bytes of every token id.
 //!
-//! It never decodes a stream: that is [`crate::detokenizer`], which reads the bytes here.
+//! It never decodes a stream: that is [`crate::text::detokenizer`], which reads the bytes here.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use step3rt_core::ids::TokenId;
 use thiserror::Error;
 use tokenizers::decoders::DecoderWrapper;
 
-use crate::defuse::SEPARATOR;
+use crate::text::defuse::SEPARATOR;
 
 /// A checkpoint's byte-level tokenizer.
 pub struct Tokenizer {
