@@ -46,6 +46,7 @@ impl Bench {
             block_size_tokens: 64,
             max_model_len: 65_536,
             max_tokens_per_micro_batch: per_lane + 8 * NUM_PROMPT_TOKENS,
+            max_steps_in_flight: 1,
             max_sequences_per_lane: per_lane + per_lane.div_ceil(8),
             max_waiting_requests: num_sequences,
             recovery_timeout_ms: 1_000,

@@ -84,16 +84,24 @@ impl Scheduler {
             num_blocks(stay.num_computed_tokens, block_size_tokens) <= stay.blocks.len() as u64,
             "sequence {id} has computed tokens outside its blocks"
         );
+        let plannable = sequence.num_plannable_tokens();
         ensure!(
-            !runs || stay.num_demanded_blocks == num_blocks(known, block_size_tokens),
-            "sequence {id} demands {} blocks for {known} tokens",
+            num_blocks(plannable, block_size_tokens) <= stay.num_demanded_blocks
+                && stay.blocks.len() as u64 <= stay.num_demanded_blocks,
+            "sequence {id} demands {} blocks for {plannable} tokens",
             stay.num_demanded_blocks
         );
         let in_flight = lane.in_flight.iter().flat_map(|step| &step.chunks);
-        let is_held = in_flight.clone().any(|&(other, _)| other == slot);
+        let held_by = in_flight.filter(|&&(other, _)| other == slot).count();
         ensure!(
-            stay.is_in_flight == is_held && (runs || is_held),
-            "sequence {id} does not know whether a step holds it"
+            stay.num_steps_in_flight as usize == held_by && (runs || held_by > 0),
+            "sequence {id} does not know which steps hold it"
+        );
+        ensure!(
+            held_by > 0
+                || (stay.num_planned_tokens == stay.num_computed_tokens
+                    && stay.num_pending_samples == 0),
+            "sequence {id} waits for steps that are over"
         );
         Ok(())
     }

@@ -122,6 +122,7 @@ mod tests {
             block_size_tokens: 4,
             max_model_len: 64,
             max_tokens_per_micro_batch: 8,
+            max_steps_in_flight: 1,
             max_sequences_per_lane: 2,
             max_waiting_requests: 8,
             recovery_timeout_ms: 1_000,

@@ -13,6 +13,9 @@ pub struct SchedulerConfig {
     pub max_model_len: u32,
     /// Most tokens (prefill and decode together) of one lane's step; every slot has this size.
     pub max_tokens_per_micro_batch: u32,
+    /// Steps of one lane that may be planned and not answered, 1 to 4. With 2, the instance has
+    /// the next step before the last one's tokens are back, and never waits for a plan.
+    pub max_steps_in_flight: u8,
     /// Most sequences of one lane.
     pub max_sequences_per_lane: u32,
     /// Most requests that wait for a place.
@@ -24,6 +27,10 @@ pub struct SchedulerConfig {
 /// Most lanes of one attention instance. The pipeline has three stages; more than two lanes per
 /// stage only add slots and latency.
 pub const MAX_LANES: u8 = 8;
+
+/// Most steps of one lane in flight. One ahead hides the round trip; what runs further ahead is
+/// only more to throw away when a sequence stops.
+pub const MAX_STEPS_IN_FLIGHT: u8 = 4;
 
 impl SchedulerConfig {
     /// Checks every setting against its range and against each other.
@@ -39,6 +46,11 @@ impl SchedulerConfig {
         if self.max_model_len < 2 {
             return Err(ConfigError::ContextTooShort {
                 max_model_len: self.max_model_len,
+            });
+        }
+        if self.max_steps_in_flight == 0 || self.max_steps_in_flight > MAX_STEPS_IN_FLIGHT {
+            return Err(ConfigError::StepsInFlight {
+                max_steps_in_flight: self.max_steps_in_flight,
             });
         }
         if self.max_sequences_per_lane == 0 {
@@ -84,6 +96,16 @@ pub enum ConfigError {
         /// As given.
         max_model_len: u32,
     },
+    /// See [`SchedulerConfig::max_steps_in_flight`].
+    #[error(
+        "`max_steps_in_flight` is {max_steps_in_flight}. A lane needs one step to work, and what \
+         runs far ahead is thrown away when sequences stop. Set `max_steps_in_flight` between 1 \
+         and {MAX_STEPS_IN_FLIGHT}"
+    )]
+    StepsInFlight {
+        /// As given.
+        max_steps_in_flight: u8,
+    },
     /// See [`SchedulerConfig::max_sequences_per_lane`].
     #[error(
         "`max_sequences_per_lane` is 0. A lane without sequences never has work. Set \
@@ -121,6 +143,7 @@ mod tests {
             block_size_tokens: 64,
             max_model_len: 4096,
             max_tokens_per_micro_batch: 256,
+            max_steps_in_flight: 4,
             max_sequences_per_lane: 256,
             max_waiting_requests: 100,
             recovery_timeout_ms: 10_000,
@@ -141,6 +164,7 @@ mod tests {
             block_size_tokens: 1,
             max_model_len: 2,
             max_tokens_per_micro_batch: 1,
+            max_steps_in_flight: 1,
             max_sequences_per_lane: 1,
             max_waiting_requests: 1,
             recovery_timeout_ms: 0,
@@ -158,6 +182,8 @@ mod tests {
             with(|c| c.num_lanes = 9),
             with(|c| c.block_size_tokens = 0),
             with(|c| c.max_model_len = 1),
+            with(|c| c.max_steps_in_flight = 0),
+            with(|c| c.max_steps_in_flight = 5),
             with(|c| c.max_sequences_per_lane = 0),
             with(|c| c.max_sequences_per_lane = 257),
             with(|c| c.max_waiting_requests = 0),

@@ -6,12 +6,13 @@
 use crate::block_pool::{BlockPool, CachedPrefix};
 use crate::cluster::Vacancy;
 use crate::config::SchedulerConfig;
+use crate::draft::{Draft, num_tokens_to_plan};
 use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
 use crate::lane::{InFlight, Lane};
 use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
 use crate::stay::{AfterStep, Asked, Stay};
-use crate::step::{SequenceChunk, StepKey, StepPlan};
+use crate::step::{StepKey, StepPlan};
 
 /// A newcomer leaves this share of the pool to those that grow, or it would take the last blocks
 /// and lose its place, with all that was computed, a step later.
@@ -54,7 +55,7 @@ impl Instance {
         &mut self.lanes[usize::from(lane.0)]
     }
 
-    /// Blocks that are in use, or will be for the tokens that its sequences know. Places are given
+    /// Blocks that are in use, or will be for what its sequences can be planned to. Places are given
     /// so that this stays within the pool, and [`Self::overcommitted`] restores it when sequences
     /// have grown. A shared block counts once.
     pub(crate) fn num_demanded_blocks(&self) -> u64 {
@@ -79,19 +80,21 @@ impl Instance {
         let Vacancy { lane, prefix } = place.vacancy;
         let CachedPrefix { blocks, node, .. } = prefix;
         self.pool.share(&blocks);
-        let num_computed_tokens = blocks.len() as u64 * u64::from(place.block_size_tokens);
+        let num_blocks_computed = u32::try_from(blocks.len()).expect("ids of blocks are u32");
+        let num_computed_tokens = num_blocks_computed * place.block_size_tokens;
         let stay = Stay {
             id: place.id,
             instance: self.id,
             lane,
             is_told: false,
-            num_computed_tokens: u32::try_from(num_computed_tokens)
-                .expect("a cached prefix is shorter than the sequence"),
+            num_computed_tokens,
+            num_planned_tokens: num_computed_tokens,
+            num_pending_samples: 0,
             num_published_blocks: blocks.len(),
             node,
             blocks,
             num_demanded_blocks: num_blocks(sequence.num_known_tokens(), place.block_size_tokens),
-            is_in_flight: false,
+            num_steps_in_flight: 0,
             after_step: AfterStep::Stays,
             num_prompt_logprobs: 0,
             num_leaving_blocks: 0,
@@ -100,8 +103,8 @@ impl Instance {
         sequence.stay = Some(stay);
     }
 
-    /// Takes the place of `sequence` away. Its blocks return now or, if a step in flight uses
-    /// them, when that step ends; `after` says what becomes of it then. True if it is gone now.
+    /// Takes the place of `sequence` away. Its blocks return now or, if steps in flight use them,
+    /// when those end; `after` says what becomes of it then. True if it is gone now.
     pub(crate) fn leave(&mut self, sequence: &mut Sequence, after: AfterStep) -> bool {
         let rank = sequence.rank;
         let stay = sequence.stay.as_mut().expect("only who stays can leave");
@@ -111,13 +114,13 @@ impl Instance {
             if stay.is_told {
                 lane.left.push(stay.id);
             }
-            if stay.is_in_flight {
+            if stay.num_steps_in_flight > 0 {
                 let is_sole_owner = |block: &&BlockId| self.pool.num_owners(**block) == 1;
                 stay.num_leaving_blocks = stay.blocks.iter().filter(is_sole_owner).count() as u64;
                 self.num_leaving_blocks += stay.num_leaving_blocks;
             }
         }
-        if stay.is_in_flight {
+        if stay.num_steps_in_flight > 0 {
             stay.after_step = after;
             return false;
         }
@@ -125,16 +128,26 @@ impl Instance {
         true
     }
 
-    /// Notes that no step holds `sequence` any more. If it was to leave, it is gone now, and what
-    /// becomes of it is returned.
-    pub(crate) fn end_step_of(&mut self, sequence: &mut Sequence) -> AfterStep {
+    /// Notes that a step that asked `asked` of `sequence` is over. If that was the last one and
+    /// the sequence was to leave, it is gone now, and what becomes of it is returned.
+    pub(crate) fn end_step_of(
+        &mut self,
+        sequence: &mut Sequence,
+        asked: Asked,
+        has_failed: bool,
+    ) -> AfterStep {
         let stay = sequence.stay.as_mut().expect("a sequence in a step stays");
-        stay.is_in_flight = false;
-        let after = stay.after_step;
-        if after != AfterStep::Stays {
-            self.end_stay(sequence);
+        stay.num_steps_in_flight -= 1;
+        stay.num_pending_samples -= u32::from(asked.samples);
+        if has_failed {
+            stay.num_planned_tokens = stay.num_planned_tokens.min(asked.num_computed_tokens);
         }
-        after
+        let after = stay.after_step;
+        if after != AfterStep::Stays && stay.num_steps_in_flight == 0 {
+            self.end_stay(sequence);
+            return after;
+        }
+        AfterStep::Stays
     }
 
     fn end_stay(&mut self, sequence: &mut Sequence) {
@@ -143,21 +156,8 @@ impl Instance {
         self.pool.release(&stay.blocks);
     }
 
-    /// Takes note of what `sequence` has computed and learned: full blocks can be shared from now
-    /// on, and a longer sequence needs more of them.
-    pub(crate) fn note_progress(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
-        self.publish_full_blocks(sequence, block_size_tokens);
-        let num_blocks = num_blocks(sequence.num_known_tokens(), block_size_tokens);
-        let stay = sequence.stay.as_mut().expect("only who stays progresses");
-        if stay.after_step == AfterStep::Stays && num_blocks > stay.num_demanded_blocks {
-            let lane = &mut self.lanes[usize::from(stay.lane.0)];
-            lane.num_demanded_blocks += num_blocks - stay.num_demanded_blocks;
-            lane.num_promised_blocks += num_blocks - stay.num_demanded_blocks;
-            stay.num_demanded_blocks = num_blocks;
-        }
-    }
-
-    fn publish_full_blocks(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+    /// Lets others share the blocks that `sequence` has filled.
+    pub(crate) fn publish_full_blocks(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
         let stay = sequence.stay.as_ref().expect("only who stays progresses");
         let num_full = (stay.num_computed_tokens / block_size_tokens) as usize;
         let (published, mut node) = (stay.num_published_blocks, stay.node);
@@ -200,22 +200,13 @@ impl Instance {
     ) -> Option<LanePlan> {
         let Self { pool, lanes, .. } = self;
         let lane_state = &mut lanes[usize::from(lane.0)];
-        let mut draft = Draft {
-            pool,
-            block_size_tokens: config.block_size_tokens,
-            budget_tokens: config.max_tokens_per_micro_batch,
-            asked: Vec::with_capacity(lane_state.running.len()),
-            chunks: Vec::with_capacity(lane_state.running.len()),
-            joined: Vec::new(),
-            newcomers: Vec::new(),
-            num_granted_blocks: 0,
-        };
+        let mut draft = Draft::new(pool, config, lane_state.running.len());
         let mut prefills = Vec::new();
         for &(_, slot) in &lane_state.running {
-            if num_tokens_to_compute(&sequences[slot]) == 1 {
-                draft.add(slot, &mut sequences[slot]);
-            } else {
-                prefills.push(slot);
+            match num_tokens_to_plan(&sequences[slot]) {
+                0 => {}
+                1 => draft.add(slot, &mut sequences[slot]),
+                _ => prefills.push(slot),
             }
         }
         for slot in prefills {
@@ -224,11 +215,14 @@ impl Instance {
         if draft.chunks.is_empty() && lane_state.left.is_empty() {
             return None;
         }
+        lane_state.num_demanded_blocks += draft.num_new_demanded_blocks;
+        lane_state.num_promised_blocks += draft.num_new_demanded_blocks;
         lane_state.num_promised_blocks -= draft.num_granted_blocks;
         let step = lane_state.next_step();
-        lane_state.in_flight = Some(InFlight {
+        lane_state.in_flight.push_back(InFlight {
             step,
             chunks: draft.asked,
+            is_doomed: false,
         });
         Some(LanePlan {
             newcomers: draft.newcomers,
@@ -253,68 +247,6 @@ pub(crate) struct Place {
     pub(crate) id: SequenceId,
     pub(crate) vacancy: Vacancy,
     pub(crate) block_size_tokens: u32,
-}
-
-/// A plan in the making.
-struct Draft<'a> {
-    pool: &'a mut BlockPool,
-    block_size_tokens: u32,
-    budget_tokens: u32,
-    asked: Vec<(Slot, Asked)>,
-    chunks: Vec<SequenceChunk>,
-    joined: Vec<crate::step::SequenceJoin>,
-    newcomers: Vec<Slot>,
-    num_granted_blocks: u64,
-}
-
-impl Draft<'_> {
-    /// Adds as much of `sequence` as budget and blocks allow; nothing if they allow nothing.
-    fn add(&mut self, slot: Slot, sequence: &mut Sequence) {
-        let num_to_compute = num_tokens_to_compute(sequence);
-        let num_new_tokens = num_to_compute.min(self.budget_tokens);
-        if num_new_tokens == 0 {
-            return;
-        }
-        let stay = sequence.stay.as_mut().expect("only who stays is planned");
-        let end = stay.num_computed_tokens + num_new_tokens;
-        // A failed step leaves its grants with the sequence, so there may be more than needed.
-        let num_new_blocks =
-            num_blocks(end, self.block_size_tokens).saturating_sub(stay.blocks.len() as u64);
-        let num_new_blocks = u32::try_from(num_new_blocks).expect("a quotient of u32");
-        let Some(new_blocks) = self.pool.allocate(num_new_blocks) else {
-            return;
-        };
-        self.budget_tokens -= num_new_tokens;
-        self.num_granted_blocks += u64::from(num_new_blocks);
-        stay.blocks.extend_from_slice(&new_blocks);
-        stay.is_in_flight = true;
-        let asked = Asked {
-            sequence: stay.id,
-            num_new_tokens,
-            samples: num_new_tokens == num_to_compute,
-        };
-        self.asked.push((slot, asked));
-        let mut chunk = SequenceChunk {
-            sequence: stay.id,
-            num_computed_tokens: stay.num_computed_tokens,
-            num_new_tokens,
-            new_blocks,
-            samples: asked.samples,
-        };
-        if !stay.is_told {
-            stay.is_told = true;
-            chunk.new_blocks.clone_from(&stay.blocks); // those of a cached beginning too
-            let id = stay.id;
-            self.newcomers.push(slot);
-            self.joined.push(sequence.join(id));
-        }
-        self.chunks.push(chunk);
-    }
-}
-
-fn num_tokens_to_compute(sequence: &Sequence) -> u32 {
-    let stay = sequence.stay.as_ref().expect("only who stays is planned");
-    sequence.num_known_tokens() - stay.num_computed_tokens
 }
 
 /// Blocks that `num_tokens` tokens fill, the last one perhaps in part.

@@ -1,6 +1,8 @@
-//! Owns the running set of one micro-batch lane and its step in flight.
+//! Owns the running set of one micro-batch lane and its steps in flight.
 //!
 //! It never touches sequences or blocks: [`Instance`](crate::instance::Instance) does.
+
+use std::collections::VecDeque;
 
 use crate::ids::{SequenceId, StepId, TimeNs};
 use crate::sequence::Rank;
@@ -17,11 +19,12 @@ pub(crate) struct Lane {
     pub(crate) running: Vec<(Rank, Slot)>,
     /// Sequences that the instance has yet to forget.
     pub(crate) left: Vec<SequenceId>,
-    /// Blocks that all known tokens of the running set need.
+    /// Blocks that all plannable tokens of the running set need.
     pub(crate) num_demanded_blocks: u64,
     /// Those of them that are not granted yet.
     pub(crate) num_promised_blocks: u64,
-    pub(crate) in_flight: Option<InFlight>,
+    /// Oldest first: an instance answers the steps of a lane in their order.
+    pub(crate) in_flight: VecDeque<InFlight>,
     num_steps: u64,
     /// Since when no step succeeded, if the last one failed.
     failing_since: Option<TimeNs>,
@@ -34,6 +37,8 @@ pub(crate) struct InFlight {
     pub(crate) step: StepId,
     /// In the plan's order.
     pub(crate) chunks: Vec<(Slot, Asked)>,
+    /// An earlier step failed, so this one has nothing to start from and will fail too.
+    pub(crate) is_doomed: bool,
 }
 
 impl Lane {
@@ -52,12 +57,15 @@ impl Lane {
         self.num_promised_blocks -= stay.num_promised_blocks();
     }
 
-    /// Whether a step may be planned at `now`.
-    pub(crate) fn is_ready(&mut self, now: TimeNs) -> bool {
+    /// Whether a step may be planned at `now`: not while a doomed one is in flight, because what
+    /// its sequences start from is known again only when it has failed.
+    pub(crate) fn is_ready(&mut self, now: TimeNs, max_steps_in_flight: u8) -> bool {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
         }
-        self.in_flight.is_none() && self.retry_at.is_none()
+        self.in_flight.len() < usize::from(max_steps_in_flight)
+            && !self.in_flight.iter().any(|step| step.is_doomed)
+            && self.retry_at.is_none()
     }
 
     /// When [`Self::is_ready`] turns true by itself.
@@ -72,9 +80,9 @@ impl Lane {
         step
     }
 
-    /// Ends the step in flight if it is `step`: an answer to any other one is stale.
+    /// Ends the oldest step in flight if it is `step`: an answer to any other one is stale.
     pub(crate) fn take_step(&mut self, step: StepId) -> Option<InFlight> {
-        self.in_flight.take_if(|in_flight| in_flight.step == step)
+        self.in_flight.pop_front_if(|oldest| oldest.step == step)
     }
 
     pub(crate) fn note_success(&mut self) {
@@ -85,6 +93,9 @@ impl Lane {
     /// Notes a failed step; returns since when steps have been failing. The first failure is
     /// retried at once (the cause may be gone), later ones after a pause.
     pub(crate) fn note_failure(&mut self, now: TimeNs) -> TimeNs {
+        for later in &mut self.in_flight {
+            later.is_doomed = true;
+        }
         if self.failing_since.is_some() {
             self.retry_at = Some(now.plus_ms(STEP_RETRY_MS));
         }
@@ -116,31 +127,52 @@ mod tests {
         assert_eq!((lane.num_demanded_blocks, lane.num_promised_blocks), (6, 6));
     }
 
-    #[test]
-    fn only_the_step_in_flight_can_end_and_only_once() {
-        let mut lane = Lane::default();
+    fn plan_step(lane: &mut Lane) -> StepId {
         let step = lane.next_step();
-        lane.in_flight = Some(InFlight {
+        lane.in_flight.push_back(InFlight {
             step,
             chunks: Vec::new(),
+            is_doomed: false,
         });
-        assert!(!lane.is_ready(TimeNs(0)));
-        assert!(lane.take_step(StepId(1)).is_none());
-        assert!(lane.take_step(step).is_some());
-        assert!(lane.take_step(step).is_none());
-        assert!(lane.is_ready(TimeNs(0)));
-        assert_eq!(lane.next_step(), StepId(1));
+        step
+    }
+
+    #[test]
+    fn only_the_oldest_step_in_flight_can_end_and_only_once() {
+        let mut lane = Lane::default();
+        let first = plan_step(&mut lane);
+        assert!(!lane.is_ready(TimeNs(0), 1));
+        assert!(lane.is_ready(TimeNs(0), 2));
+        let second = plan_step(&mut lane);
+        assert!(!lane.is_ready(TimeNs(0), 2));
+        assert!(lane.take_step(second).is_none());
+        assert!(lane.take_step(first).is_some());
+        assert!(lane.take_step(first).is_none());
+        assert!(lane.take_step(second).is_some());
+        assert_eq!(lane.next_step(), StepId(2));
+    }
+
+    #[test]
+    fn a_failure_dooms_the_later_steps_and_nothing_is_planned_on_them() {
+        let mut lane = Lane::default();
+        let first = plan_step(&mut lane);
+        let second = plan_step(&mut lane);
+        lane.take_step(first).unwrap();
+        lane.note_failure(TimeNs(1));
+        assert!(!lane.is_ready(TimeNs(1), 2));
+        assert!(lane.take_step(second).unwrap().is_doomed);
+        assert!(lane.is_ready(TimeNs(1), 2));
     }
 
     #[test]
     fn retries_after_the_first_wait_and_a_success_forgets_the_failures() {
         let mut lane = Lane::default();
         assert_eq!(lane.note_failure(TimeNs(5)), TimeNs(5));
-        assert!(lane.is_ready(TimeNs(5)));
+        assert!(lane.is_ready(TimeNs(5), 1));
         assert_eq!(lane.note_failure(TimeNs(7)), TimeNs(5));
         assert_eq!(lane.retry_at(), Some(TimeNs(7).plus_ms(STEP_RETRY_MS)));
-        assert!(!lane.is_ready(TimeNs(8)));
-        assert!(lane.is_ready(TimeNs(7).plus_ms(STEP_RETRY_MS)));
+        assert!(!lane.is_ready(TimeNs(8), 1));
+        assert!(lane.is_ready(TimeNs(7).plus_ms(STEP_RETRY_MS), 1));
         lane.note_success();
         assert_eq!(lane.note_failure(TimeNs(9)), TimeNs(9));
     }

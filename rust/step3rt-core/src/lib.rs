@@ -6,13 +6,14 @@
 //!
 //! Reading order: [`step`] (what a decision looks like), [`request`] (what a client asks and is
 //! told), [`scheduler`] (how a decision is made); then, inwards, `cluster` (which instance and
-//! lane), `instance` (one lane's next step), `lane`, `sequence`, `stay`, and [`block_pool`].
+//! lane), `instance` and `draft` (one lane's next step), `lane`, `sequence`, `stay`, and [`block_pool`].
 
 mod admission;
 mod audit;
 pub mod block_pool;
 mod cluster;
 pub mod config;
+mod draft;
 mod ending;
 pub mod error;
 pub mod ids;

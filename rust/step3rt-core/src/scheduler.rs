@@ -142,29 +142,22 @@ impl Scheduler {
         }
     }
 
-    /// Plans every lane that has work and no step in flight.
+    /// Plans every lane that has work, up to `max_steps_in_flight` steps ahead of its results.
     pub fn plan(&mut self, now: TimeNs) -> Vec<StepPlan> {
         self.expire_deadlines(now);
         self.expire_recovery(now);
         if !self.cluster.is_complete() {
             return Vec::new();
         }
-        self.evict();
-        self.give_places();
-        let (mut plans, mut newcomers) = (Vec::new(), Vec::new());
-        for instance in self.cluster.instances.values_mut() {
-            for lane in instance.lane_ids() {
-                if !instance.lane_mut(lane).is_ready(now) {
-                    continue;
-                }
-                let planned = instance.plan_lane(lane, &self.config, &mut self.sequences);
-                let Some(planned) = planned else { continue };
-                newcomers.extend(planned.newcomers);
-                plans.push(planned.plan);
+        let mut plans = Vec::new();
+        for _ in 0..self.config.max_steps_in_flight {
+            self.evict();
+            self.give_places();
+            let num_before = plans.len();
+            self.plan_lanes(now, &mut plans);
+            if plans.len() == num_before {
+                break;
             }
-        }
-        for slot in newcomers {
-            self.note_start(now, slot);
         }
         plans
     }
@@ -199,7 +192,7 @@ impl Scheduler {
             kv_blocks: instances
                 .map(|i| (i.id, i.pool.num_free_blocks(), i.pool.num_blocks()))
                 .collect(),
-            num_steps_in_flight: lanes.filter(|lane| lane.in_flight.is_some()).count(),
+            num_steps_in_flight: lanes.map(|lane| lane.in_flight.len()).sum(),
         }
     }
 
@@ -221,7 +214,7 @@ impl Scheduler {
             }
             let end = sequence.accept(now, (asked, output), &mut self.events);
             if end.is_ok() {
-                instance.note_progress(sequence, self.config.block_size_tokens);
+                instance.publish_full_blocks(sequence, self.config.block_size_tokens);
             }
             match end {
                 Ok(None) => {}
@@ -229,7 +222,7 @@ impl Scheduler {
                 Err(failure) => ended.push((sequence.request, sequence.index, Err(failure))),
             }
         }
-        self.end_step(key.instance, &in_flight);
+        self.end_step(key.instance, &in_flight, false);
         for (request, index, end) in ended {
             match end {
                 Ok(reason) => self.finish(now, (request, index), reason),
@@ -242,7 +235,10 @@ impl Scheduler {
         let Some(in_flight) = self.take_step(key) else {
             return;
         };
-        self.end_step(key.instance, &in_flight);
+        self.end_step(key.instance, &in_flight, true);
+        if in_flight.is_doomed {
+            return; // it says no more than the failure before it
+        }
         let instance = self.cluster.instances.get_mut(&key.instance);
         let lane = instance.expect("take_step found it").lane_mut(key.lane);
         let failing_since = lane.note_failure(now);
@@ -270,16 +266,36 @@ impl Scheduler {
     }
 
     /// Lets those go who were only waiting for this step to end.
-    fn end_step(&mut self, instance: InstanceId, in_flight: &InFlight) {
+    fn end_step(&mut self, instance: InstanceId, in_flight: &InFlight, has_failed: bool) {
         let instance = self.cluster.instances.get_mut(&instance);
         let instance = instance.expect("take_step found it");
-        for &(slot, _) in &in_flight.chunks {
+        for &(slot, asked) in &in_flight.chunks {
             let sequence = &mut self.sequences[slot];
-            match instance.end_step_of(sequence) {
+            match instance.end_step_of(sequence, asked, has_failed) {
                 AfterStep::Stays => {}
                 AfterStep::Waits => self.queue.insert(sequence.rank, slot, sequence.request),
                 AfterStep::Ends => drop(self.sequences.remove(slot)),
             }
+        }
+    }
+
+    /// Plans one step of every lane that may have one.
+    fn plan_lanes(&mut self, now: TimeNs, plans: &mut Vec<StepPlan>) {
+        let mut newcomers = Vec::new();
+        for instance in self.cluster.instances.values_mut() {
+            for lane in instance.lane_ids() {
+                let max_steps = self.config.max_steps_in_flight;
+                if !instance.lane_mut(lane).is_ready(now, max_steps) {
+                    continue;
+                }
+                let planned = instance.plan_lane(lane, &self.config, &mut self.sequences);
+                let Some(planned) = planned else { continue };
+                newcomers.extend(planned.newcomers);
+                plans.push(planned.plan);
+            }
+        }
+        for slot in newcomers {
+            self.note_start(now, slot);
         }
     }
 

@@ -61,6 +61,16 @@ impl Sequence {
         self.num_prompt_tokens() + self.num_generated_tokens()
     }
 
+    /// How far it can be planned: to the last token that it knows or that a step in flight samples.
+    /// Its very last token ends it and is never computed.
+    pub(crate) fn num_plannable_tokens(&self) -> u32 {
+        let pending = self
+            .stay
+            .as_ref()
+            .map_or(0, |stay| stay.num_pending_samples);
+        (self.num_known_tokens() + pending).min(self.max_known_tokens - 1)
+    }
+
     /// The tokens of its block `index`, which is full.
     pub(crate) fn full_block(&self, index: usize, block_size_tokens: u32) -> Cow<'_, [TokenId]> {
         let start = index * block_size_tokens as usize;
@@ -120,13 +130,14 @@ impl Sequence {
         if output.is_corrupt {
             return Err(Failure::CorruptLogits { index, position });
         }
-        if output.token.is_some() != asked.samples {
-            return Err(Failure::MismatchedOutput { index, position });
-        }
         let stay = self
             .stay
             .as_mut()
             .expect("a sequence in a step has a place");
+        let follows = stay.num_computed_tokens == asked.num_computed_tokens;
+        if !follows || output.token.is_some() != asked.samples {
+            return Err(Failure::MismatchedOutput { index, position });
+        }
         stay.num_computed_tokens += asked.num_new_tokens;
         self.accept_prompt_logprobs(output.prompt_logprobs, events);
         let Some(token) = output.token else {
@@ -268,6 +279,7 @@ mod tests {
     fn asked(num_new_tokens: u32, samples: bool) -> Asked {
         Asked {
             sequence: SequenceId(1),
+            num_computed_tokens: 0,
             num_new_tokens,
             samples,
         }
@@ -313,7 +325,10 @@ mod tests {
         let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
         let mut corrupt = output(Some(9), &[5]);
         corrupt.is_corrupt = true;
+        let mut elsewhere = asked(2, true);
+        elsewhere.num_computed_tokens = 1;
         let wrong = [
+            (elsewhere, Some(output(Some(9), &[5]))),
             (asked(3, true), None),
             (asked(3, true), Some(output(None, &[5]))),
             (asked(2, false), Some(output(Some(9), &[5]))),
@@ -338,8 +353,10 @@ mod tests {
         let taken = (asked(3, false), Some(output(None, &[2, 3])));
         assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
         let mut sequence = sequence.moved_in(); // it lost its place and got another
-        for logprobs in [&[2][..], &[3, 4], &[5]] {
-            let taken = (asked(1, false), Some(output(None, logprobs)));
+        for (start, logprobs) in (0..).zip([&[2][..], &[3, 4], &[5]]) {
+            let mut asked = asked(1, false);
+            asked.num_computed_tokens = start;
+            let taken = (asked, Some(output(None, logprobs)));
             assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), Ok(None));
         }
         let sent: Vec<(u32, Vec<u32>)> = events

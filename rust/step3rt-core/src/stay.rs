@@ -13,23 +13,28 @@ pub(crate) struct Stay {
     pub(crate) lane: LaneId,
     /// Whether the instance has been told of it (a plan has it in `joined`).
     pub(crate) is_told: bool,
+    /// Those whose K and V are in the cache.
     pub(crate) num_computed_tokens: u32,
+    /// The same when all steps in flight have succeeded.
+    pub(crate) num_planned_tokens: u32,
+    /// Tokens that the steps in flight will sample: known to the instance before they are here.
+    pub(crate) num_pending_samples: u32,
     /// In table order.
     pub(crate) blocks: Vec<BlockId>,
-    /// Blocks that all known tokens need: what the lane counts for it, granted or not.
+    /// Blocks that all plannable tokens need: what the lane counts for it, granted or not.
     pub(crate) num_demanded_blocks: u64,
-    pub(crate) is_in_flight: bool,
+    pub(crate) num_steps_in_flight: u32,
     pub(crate) after_step: AfterStep,
     pub(crate) num_prompt_logprobs: u32,
     /// How many of `blocks`, from the first on, are in the prefix cache, and the content that they
     /// have together.
     pub(crate) num_published_blocks: usize,
     pub(crate) node: NodeId,
-    /// Blocks that return when the step in flight ends, while it is leaving.
+    /// Blocks that return when the steps in flight end, while it is leaving.
     pub(crate) num_leaving_blocks: u64,
 }
 
-/// What happens when the step in flight ends; a step that runs cannot be recalled, so blocks that
+/// What happens when the steps in flight end; a step that runs cannot be recalled, so blocks that
 /// it writes stay owned until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterStep {
@@ -45,12 +50,14 @@ pub(crate) enum AfterStep {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
     pub(crate) sequence: SequenceId,
+    /// Where the chunk starts.
+    pub(crate) num_computed_tokens: u32,
     pub(crate) num_new_tokens: u32,
     pub(crate) samples: bool,
 }
 
 impl Stay {
-    /// Blocks that it will be granted for the tokens it knows.
+    /// Blocks that it will still be granted.
     pub(crate) fn num_promised_blocks(&self) -> u64 {
         self.num_demanded_blocks - self.blocks.len() as u64
     }
@@ -69,9 +76,11 @@ mod tests {
                 lane: LaneId(0),
                 is_told: true,
                 num_computed_tokens: 0,
+                num_planned_tokens: 0,
+                num_pending_samples: 0,
                 blocks: Vec::new(),
                 num_demanded_blocks,
-                is_in_flight: true,
+                num_steps_in_flight: 1,
                 after_step: AfterStep::Stays,
                 num_prompt_logprobs: 0,
                 num_published_blocks: 0,

@@ -21,14 +21,19 @@ pub struct StepKey {
 
 /// The next step of one lane.
 ///
-/// Applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`. Every plan
-/// is answered once, with a [`StepOutput`] or a failure, also one that has only `left`.
+/// Steps of a lane take place in their order; several may be on their way to the instance. Each is
+/// applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`. Every plan
+/// is answered once, in order, with a [`StepOutput`] or a failure, also one that has only `left`.
 ///
-/// A plan's `left`, `joined` and `new_blocks` take effect when the instance receives it, even if
-/// the compute then fails: a failed step leaves no sequence further than it was, but the instance
-/// keeps what it was told. So every delta is sent exactly once, and the plan that redoes a failed
-/// step has only the chunks again. This is safe because plans of one incarnation arrive in order
-/// or the incarnation ends, and with it all that it was told.
+/// **A step that fails.** `left`, `joined` and `new_blocks` take effect when a step's turn comes,
+/// even if the compute then fails: a failed step leaves no sequence further than it was, but the
+/// instance keeps what it was told. So every delta is sent exactly once, and the plan that redoes a
+/// failed step has only the chunks again. This is safe because plans of one incarnation arrive in
+/// order or the incarnation ends, and with it all that it was told.
+///
+/// **What follows it.** A step planned before the failure was known may have a chunk that starts
+/// where its sequence is not. The instance fails such a step whole, and the scheduler plans
+/// nothing on that lane until it has.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepPlan {
     /// Which step this is.
@@ -36,8 +41,8 @@ pub struct StepPlan {
     /// Sequences that the lane forgets. Their blocks may belong to others already: no chunk of
     /// theirs comes any more.
     pub left: Vec<SequenceId>,
-    /// Sequences that the lane learns, with an empty block table. An id joins once in a
-    /// coordinator's life.
+    /// Sequences that the lane learns, with an empty block table; where a sequence is at first,
+    /// its first chunk says, which is in the same plan. An id joins once in a coordinator's life.
     pub joined: Vec<SequenceJoin>,
     /// Work, in this order; never empty unless `left` is not.
     pub chunks: Vec<SequenceChunk>,
@@ -56,7 +61,8 @@ pub struct SequenceJoin {
     pub sampling: SamplingState,
 }
 
-/// Computes known tokens `[num_computed_tokens, num_computed_tokens + num_new_tokens)`:
+/// Computes tokens `[num_computed_tokens, num_computed_tokens + num_new_tokens)`, which the
+/// instance knows when the step's turn comes; the last one may have been sampled by the step before.
 ///
 /// ```text
 ///   0          num_computed_tokens        known

@@ -93,6 +93,9 @@ pub struct CoordinatorConfig {
     pub log_format: LogFormat,
 }
 
+/// Instances take one step of a lane at a time.
+const MAX_STEPS_IN_FLIGHT: u8 = 1;
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
@@ -330,6 +333,7 @@ impl CoordinatorConfig {
             block_size_tokens: self.block_size_tokens,
             max_model_len,
             max_tokens_per_micro_batch: self.max_tokens_per_micro_batch,
+            max_steps_in_flight: MAX_STEPS_IN_FLIGHT,
             max_sequences_per_lane: self
                 .max_sequences_per_lane
                 .min(self.max_tokens_per_micro_batch),

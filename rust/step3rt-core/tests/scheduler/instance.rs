@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::{BlockId, Epoch, LaneId, SequenceId, StepId, TokenId};
 use step3rt_core::step::{
-    SamplingState, SequenceJoin, SequenceOutput, StepOutput, StepPlan, TokenLogprob,
+    SamplingState, SequenceChunk, SequenceJoin, SequenceOutput, StepPlan, TokenLogprob,
 };
 
 pub(crate) const VOCAB_SIZE: u32 = 50;
@@ -41,8 +41,7 @@ struct Known {
     lane: LaneId,
     tokens: Vec<TokenId>,
     num_prompt_tokens: usize,
-    /// `None` until a step of it succeeds: what it starts from is then in the cache.
-    num_computed: Option<usize>,
+    num_computed: usize,
     sampling: SamplingState,
     table: Vec<BlockId>,
 }
@@ -76,7 +75,7 @@ impl Instance {
         self.known.len()
     }
 
-    /// Takes a plan's deltas, as soon as the plan arrives.
+    /// Takes a plan's deltas, when the steps of its lane before it are over.
     pub(crate) fn receive(&mut self, plan: &StepPlan) {
         let lane = plan.key.lane;
         let next = self.next_steps.entry(lane).or_default();
@@ -95,7 +94,9 @@ impl Instance {
             assert_eq!(known.lane, lane, "sequence {id} leaves another lane");
         }
         for join in &plan.joined {
-            self.learn(lane, join);
+            let mut chunks = plan.chunks.iter();
+            let first = chunks.find(|chunk| chunk.sequence == join.sequence);
+            self.learn(lane, join, first.expect("a join comes with work"));
         }
         let num_tokens: u32 = plan.chunks.iter().map(|chunk| chunk.num_new_tokens).sum();
         assert!(num_tokens <= self.config.max_tokens_per_micro_batch);
@@ -117,27 +118,36 @@ impl Instance {
         }
     }
 
-    fn learn(&mut self, lane: LaneId, join: &SequenceJoin) {
+    fn learn(&mut self, lane: LaneId, join: &SequenceJoin, first: &SequenceChunk) {
         let id = join.sequence;
         assert!(self.ever_known.insert(id), "sequence {id} joins twice");
         let known = Known {
             lane,
             tokens: join.tokens.clone(),
             num_prompt_tokens: join.num_prompt_tokens as usize,
-            num_computed: None,
+            num_computed: first.num_computed_tokens as usize,
             sampling: join.sampling.clone(),
             table: Vec::new(),
         };
         self.known.insert(id, known);
     }
 
+    /// Whether every chunk starts where its sequence is; if not, an earlier step failed.
+    pub(crate) fn can_start(&self, plan: &StepPlan) -> bool {
+        let mut chunks = plan.chunks.iter();
+        chunks.all(|chunk| {
+            let known = &self.known[&chunk.sequence];
+            known.num_computed == chunk.num_computed_tokens as usize
+        })
+    }
+
     /// Carries a plan out, as late as its answer.
-    pub(crate) fn compute(&mut self, plan: &StepPlan) -> StepOutput {
+    pub(crate) fn compute(&mut self, plan: &StepPlan) -> Vec<SequenceOutput> {
         let outputs = plan.chunks.iter().map(|chunk| {
             let start = chunk.num_computed_tokens as usize;
             let known = self.write_kv(chunk.sequence, start, chunk.num_new_tokens as usize);
             let end = start + chunk.num_new_tokens as usize;
-            known.num_computed = Some(end);
+            known.num_computed = end;
             let samples = end == known.tokens.len();
             assert_eq!(
                 samples, chunk.samples,
@@ -159,10 +169,7 @@ impl Instance {
                 is_corrupt: false,
             }
         });
-        StepOutput {
-            key: plan.key,
-            outputs: outputs.collect(),
-        }
+        outputs.collect()
     }
 
     /// Fails a plan half way: KV is written, and nothing else has happened.
@@ -177,11 +184,7 @@ impl Instance {
     fn write_kv(&mut self, id: SequenceId, start: usize, num_new: usize) -> &mut Known {
         let block_size = self.config.block_size_tokens as usize;
         let known = self.known.get_mut(&id).expect("checked when it arrived");
-        assert_eq!(
-            start,
-            known.num_computed.unwrap_or(start),
-            "sequence {id} jumps"
-        );
+        assert_eq!(start, known.num_computed, "sequence {id} jumps");
         assert!(num_new >= 1 && start + num_new <= known.tokens.len());
         let mut hash = prefix_hash(&[]);
         for (index, token) in known.tokens[..start + num_new].iter().enumerate() {

@@ -1,6 +1,7 @@
 //! The scheduler as the drive loop sees it, against instances that keep KV memory.
 
 mod admission;
+mod ahead;
 mod batching;
 mod clients;
 mod endings;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::{Epoch, RequestId, TimeNs, TokenId};
 use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
@@ -167,9 +168,7 @@ fn apply(world: &mut World, op: &Op, num_requests: &mut u64) {
         }
         Op::AnswerTorn(index) => {
             if let Some(index) = pick(*index, world.in_flight.len()) {
-                let mut output = world.compute(index);
-                output.outputs.pop();
-                world.handle(Event::StepDone(output));
+                world.answer_torn(index);
             }
         }
         Op::Lose(id) => world.lose(*id),
@@ -188,6 +187,7 @@ struct Reached {
     /// At least so many joins were not the first of their sequence.
     num_comebacks: usize,
     num_shared: usize,
+    num_doomed: usize,
 }
 
 impl Reached {
@@ -196,6 +196,7 @@ impl Reached {
         let first_joins: usize = started.map(|stream| stream.tokens.len()).sum();
         self.num_comebacks += world.num_joins.saturating_sub(first_joins);
         self.num_shared += world.num_shared_joins;
+        self.num_doomed += world.num_doomed;
         for stream in world.clients.streams.values() {
             let reasons = stream.finished.iter().flatten().map(|(reason, _)| reason);
             for reason in reasons {
@@ -213,8 +214,12 @@ impl Reached {
     }
 }
 
-fn check_history(pools: &[u32], ops: &[Op]) -> World {
-    let mut world = World::new(config(), pools);
+fn check_history(max_steps_in_flight: u8, pools: &[u32], ops: &[Op]) -> World {
+    let config = SchedulerConfig {
+        max_steps_in_flight,
+        ..config()
+    };
+    let mut world = World::new(config, pools);
     let mut num_requests = 0;
     for op in ops {
         apply(&mut world, op, &mut num_requests);
@@ -240,8 +245,10 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
         source_file: Some(file!()),
         ..ProptestConfig::default()
     });
-    let result = runner.run(&(pools, ops), |(pools, ops)| {
-        reached.borrow_mut().note(&check_history(&pools, &ops));
+    let result = runner.run(&(1_u8..4, pools, ops), |(max_steps, pools, ops)| {
+        reached
+            .borrow_mut()
+            .note(&check_history(max_steps, &pools, &ops));
         Ok(())
     });
     result.unwrap_or_else(|failure| panic!("{failure}"));
@@ -249,6 +256,10 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
     assert!(reached.num_comebacks > 1_000, "too few lost their places");
     assert!(reached.num_shared > 1_000, "too few shared a beginning");
+    assert!(
+        reached.num_doomed > 100,
+        "too few steps were planned in vain"
+    );
     let kinds: Vec<&str> = reached.failures.keys().map(String::as_str).collect();
     let all = [
         "Cancelled",

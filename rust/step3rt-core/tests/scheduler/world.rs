@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, LaneId, RequestId, TimeNs, TokenId};
 use step3rt_core::request::Request;
 use step3rt_core::scheduler::{Event, Scheduler};
 use step3rt_core::step::{SamplingState, SequenceChunk, StepKey, StepOutput, StepPlan};
@@ -19,6 +19,9 @@ pub(crate) struct World {
     pub(crate) instances: BTreeMap<InstanceId, Instance>,
     /// Plans that arrived and are not answered, oldest first.
     pub(crate) in_flight: Vec<StepPlan>,
+    /// Whether the step computed last had nothing to start from.
+    is_doomed: bool,
+    pub(crate) num_doomed: usize,
     pub(crate) num_joins: usize,
     /// Joins of sequences whose beginning was in the cache.
     pub(crate) num_shared_joins: usize,
@@ -31,6 +34,7 @@ pub(crate) fn config() -> SchedulerConfig {
         block_size_tokens: 4,
         max_model_len: 64,
         max_tokens_per_micro_batch: 8,
+        max_steps_in_flight: 1,
         max_sequences_per_lane: 4,
         max_waiting_requests: 8,
         recovery_timeout_ms: 1_000,
@@ -63,6 +67,10 @@ pub(crate) fn request(id: u64, num_prompt_tokens: u32, max_tokens: u32) -> Reque
     }
 }
 
+fn lane_of(plan: &StepPlan) -> (InstanceId, LaneId) {
+    (plan.key.instance, plan.key.lane)
+}
+
 impl World {
     /// No instance, no experts.
     pub(crate) fn empty(config: SchedulerConfig) -> Self {
@@ -73,6 +81,8 @@ impl World {
             clients: Clients::default(),
             instances: BTreeMap::new(),
             in_flight: Vec::new(),
+            is_doomed: false,
+            num_doomed: 0,
             num_joins: 0,
             num_shared_joins: 0,
             next_epoch: 1,
@@ -125,16 +135,15 @@ impl World {
         self.check();
         for plan in &plans {
             let key = plan.key;
-            let lane_is_idle =
-                |other: &StepPlan| (other.key.instance, other.key.lane) != (key.instance, key.lane);
+            let on_lane = |other: &&StepPlan| lane_of(other) == lane_of(plan);
+            let num_before = self.in_flight.iter().filter(on_lane).count();
             assert!(
-                self.in_flight.iter().all(lane_is_idle),
-                "two steps on a lane"
+                num_before < usize::from(self.config.max_steps_in_flight),
+                "too many steps on a lane"
             );
-            let instance = self.instances.get_mut(&key.instance);
+            let instance = self.instances.get(&key.instance);
             let instance = instance.expect("plans go to present instances");
             assert_eq!(instance.epoch, key.epoch);
-            instance.receive(plan);
             let is_new = |id| plan.joined.iter().any(|join| join.sequence == id);
             let is_shared =
                 |chunk: &&SequenceChunk| chunk.num_computed_tokens > 0 && is_new(chunk.sequence);
@@ -145,30 +154,70 @@ impl World {
         plans
     }
 
-    /// Lets the step at `index` of those in flight end; returns its output.
+    /// Lets the step at `index` of those in flight end, or an older one of its lane; returns its
+    /// output. One that has nothing to start from fails, as an instance would let it.
     pub(crate) fn answer(&mut self, index: usize) -> StepOutput {
         let output = self.compute(index);
-        self.handle(Event::StepDone(output.clone()));
+        self.tell(&output);
         output
+    }
+
+    /// The same with an output that lost its last entry.
+    pub(crate) fn answer_torn(&mut self, index: usize) {
+        let mut output = self.compute(index);
+        output.outputs.pop();
+        self.tell(&output);
+    }
+
+    fn tell(&mut self, output: &StepOutput) {
+        if self.is_doomed {
+            let key = output.key;
+            let reason = "an earlier step failed".to_owned();
+            self.handle(Event::StepFailed { key, reason });
+        } else {
+            self.handle(Event::StepDone(output.clone()));
+        }
     }
 
     /// The same without telling the scheduler.
     pub(crate) fn compute(&mut self, index: usize) -> StepOutput {
-        let plan = self.in_flight.remove(index);
-        let instance = self.instances.get_mut(&plan.key.instance);
-        instance.expect("in flight").compute(&plan)
+        let (plan, instance) = self.take(index);
+        let is_doomed = !instance.can_start(&plan);
+        let outputs = if is_doomed {
+            Vec::new()
+        } else {
+            instance.compute(&plan)
+        };
+        self.is_doomed = is_doomed;
+        self.num_doomed += usize::from(is_doomed);
+        StepOutput {
+            key: plan.key,
+            outputs,
+        }
     }
 
     pub(crate) fn fail(&mut self, index: usize) -> StepKey {
-        let plan = self.in_flight.remove(index);
-        let instance = self.instances.get_mut(&plan.key.instance);
-        instance.expect("in flight").fail(&plan);
+        let (plan, instance) = self.take(index);
+        if instance.can_start(&plan) {
+            instance.fail(&plan);
+        }
         let key = plan.key;
         self.handle(Event::StepFailed {
             key,
             reason: "a peer went away".to_owned(),
         });
         key
+    }
+
+    /// Takes the oldest step of a lane in flight, and lets the instance take its deltas.
+    fn take(&mut self, index: usize) -> (StepPlan, &mut Instance) {
+        let lane = lane_of(&self.in_flight[index]);
+        let oldest = self.in_flight.iter().position(|plan| lane_of(plan) == lane);
+        let plan = self.in_flight.remove(oldest.expect("it is there itself"));
+        let instance = self.instances.get_mut(&plan.key.instance);
+        let instance = instance.expect("steps end with their instance");
+        instance.receive(&plan);
+        (plan, instance)
     }
 
     /// Plans once and answers everything in flight, oldest first; returns what was planned.
