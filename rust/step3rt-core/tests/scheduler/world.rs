@@ -170,6 +170,16 @@ impl World {
         self.tell(&output);
     }
 
+    /// The same with an output whose last logits were not finite.
+    pub(crate) fn answer_corrupt(&mut self, index: usize) {
+        let mut output = self.compute(index);
+        if let Some(last) = output.outputs.last_mut() {
+            last.is_corrupt = true;
+            last.token = None;
+        }
+        self.tell(&output);
+    }
+
     fn tell(&mut self, output: &StepOutput) {
         if self.is_doomed {
             let key = output.key;
