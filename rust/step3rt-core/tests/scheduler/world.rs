@@ -242,7 +242,7 @@ impl World {
 
     /// Steps until nothing is left to do.
     pub(crate) fn run(&mut self) {
-        for _ in 0..100_000 {
+        for _ in 0..5_000 {
             let was_idle = self.in_flight.is_empty();
             if self.step().is_empty() && was_idle {
                 return;
