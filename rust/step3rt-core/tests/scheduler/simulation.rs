@@ -24,6 +24,8 @@ enum Op {
     AnswerStale(usize),
     /// An answer that lost its last outputs.
     AnswerTorn(usize),
+    /// An answer whose last logits were not finite.
+    AnswerCorrupt(usize),
     Lose(u32),
     /// Comes up, or comes back before its loss was noticed.
     Ready(u32, u32),
@@ -90,7 +92,8 @@ fn op() -> impl Strategy<Value = Op> {
         12 => any_index.clone().prop_map(Op::Answer),
         2 => any_index.clone().prop_map(Op::Fail),
         1 => any_index.clone().prop_map(Op::AnswerStale),
-        1 => any_index.prop_map(Op::AnswerTorn),
+        1 => any_index.clone().prop_map(Op::AnswerTorn),
+        1 => any_index.prop_map(Op::AnswerCorrupt),
         1 => (0_u32..3).prop_map(Op::Lose),
         1 => (0_u32..3, 8_u32..24).prop_map(|(id, blocks)| Op::Ready(id, blocks)),
         1 => prop::bool::weighted(0.7).prop_map(Op::Experts),
@@ -173,6 +176,11 @@ fn apply(world: &mut World, op: &Op, num_requests: &mut u64) {
         Op::AnswerTorn(index) => {
             if let Some(index) = pick(*index, world.in_flight.len()) {
                 world.answer_torn(index);
+            }
+        }
+        Op::AnswerCorrupt(index) => {
+            if let Some(index) = pick(*index, world.in_flight.len()) {
+                world.answer_corrupt(index);
             }
         }
         Op::Lose(id) => world.lose(*id),

@@ -170,6 +170,16 @@ impl World {
         self.tell(&output);
     }
 
+    /// The same with an output whose last logits were not finite.
+    pub(crate) fn answer_corrupt(&mut self, index: usize) {
+        let mut output = self.compute(index);
+        if let Some(last) = output.outputs.last_mut() {
+            last.is_corrupt = true;
+            last.token = None;
+        }
+        self.tell(&output);
+    }
+
     fn tell(&mut self, output: &StepOutput) {
         if self.is_doomed {
             let key = output.key;
@@ -232,7 +242,7 @@ impl World {
 
     /// Steps until nothing is left to do.
     pub(crate) fn run(&mut self) {
-        for _ in 0..100_000 {
+        for _ in 0..5_000 {
             let was_idle = self.in_flight.is_empty();
             if self.step().is_empty() && was_idle {
                 return;
