@@ -20,8 +20,6 @@ constexpr int kProducerRegs = 24;  // 24 * 128 + 240 * 256 = 64,512 of 65,536 re
 constexpr int kConsumerRegs = 240;
 constexpr int kMergeRegs = 32;  // accumulators exchanged per warpgroup and round
 constexpr int kBarrierConsumers = 1;
-constexpr int kBarrierConsumer0 = 2;
-constexpr int kBarrierConsumer1 = 3;
 
 // Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
 //   query or merge | ring of consumer 0 | ring of consumer 1 | stats | barriers
@@ -45,6 +43,7 @@ struct MfaShared {
   uint64_t empty[2][kStages];  // completes when the four warps of the consumer are done
   uint64_t query_full;
   uint64_t query_empty;
+  uint64_t consumer_step[2];  // the 128 threads of one consumer meet
   int is_last_arrival;
 };
 
@@ -71,6 +70,8 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
     }
     mbarrier_init(&shared.query_full, 1);
     mbarrier_init(&shared.query_empty, kConsumerWarps);
+    mbarrier_init(&shared.consumer_step[0], kWarpgroupThreads);
+    mbarrier_init(&shared.consumer_step[1], kWarpgroupThreads);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -154,15 +155,6 @@ __device__ __forceinline__ void mfa_acquire(uint64_t* barrier, uint32_t parity) 
 __device__ __forceinline__ void mfa_release(uint64_t* barrier) {
   __syncwarp();
   if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(barrier);
-}
-
-// Barrier among the 128 threads of one consumer.
-__device__ __forceinline__ void mfa_sync_consumer(int consumer) {
-  if (consumer == 0) {
-    bar_sync<kBarrierConsumer0, kWarpgroupThreads>();
-  } else {
-    bar_sync<kBarrierConsumer1, kWarpgroupThreads>();
-  }
 }
 
 // ---- online softmax ------------------------------------------------------------------------
