@@ -51,6 +51,10 @@ ATTENTION_SHAPES = ((128, 4096), (256, 4096), (256, 8192), (128, 32768))
 
 ROPE_TOKENS = (128, 256)
 ROPE_LAUNCHES = 20
+ROPE_L2_BATCHES = 2
+"""Rotated batches that stay in L2, where the projection before leaves the queries."""
+ROPE_HBM_BATCHES = 10
+"""Rotated batches beyond the L2."""
 
 Launch = Callable[[], None]
 
@@ -109,7 +113,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
                 torch.cuda.empty_cache()
         if options.only in f"rope_append_{kv_format}":
             for num_tokens in ROPE_TOKENS:
-                yield _rope_row(kv_format, num_tokens)
+                yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)
+            yield _rope_row(kv_format, num_tokens, f"T{num_tokens} from HBM", ROPE_HBM_BATCHES)
 
 
 def measure_us(launches: Sequence[Launch]) -> float:
@@ -251,8 +256,8 @@ class _AttentionBench:
                 )
 
 
-def _rope_row(kv_format: str, num_tokens: int) -> Row:
-    """Times RoPE and append, one token per sequence; queries of 10 launches rotate."""
+def _rope_row(kv_format: str, num_tokens: int, name: str, num_batches: int) -> Row:
+    """Times RoPE and append, one token per sequence; `num_batches` sets of queries rotate."""
     device = torch.device("cuda", torch.cuda.current_device())
     table = rotation_table(65536, 5e5, device)
     shape = (num_tokens, PADDED_HEADS, HEAD_DIM)
@@ -263,7 +268,7 @@ def _rope_row(kv_format: str, num_tokens: int) -> Row:
     if kv_format == "fp8":
         cache_shape, cache_dtype = fp8_cache_shape(num_tokens), torch.uint8
     cache = torch.zeros(cache_shape, dtype=cache_dtype, device=device)
-    for _ in range(ROPE_LAUNCHES // 2):
+    for _ in range(num_batches):
         fused = torch.randn(num_tokens, 2560, device=device).bfloat16()
         q = torch.randn(shape, device=device).bfloat16()
         tokens = RopeTokens(q, fused[:, 2048:], positions, slots)
@@ -279,10 +284,10 @@ def _rope_row(kv_format: str, num_tokens: int) -> Row:
             rope_append_fp8(tokens, table, (out, scales), cache)
 
         launches.append(launch_fp8 if kv_format == "fp8" else launch_bf16)
-    us = measure_us(launches * 2)
+    us = measure_us(launches * (ROPE_LAUNCHES // num_batches))
     moved_bytes = q.numel() * (2 + out.element_size() if kv_format == "fp8" else 4)
-    name = f"rope_append_{kv_format}"
-    return Row(name, f"T{num_tokens}", round(us, 2), round(moved_bytes / us / 1e3), 0.0)
+    kernel = f"rope_append_{kv_format}"
+    return Row(kernel, name, round(us, 2), round(moved_bytes / us / 1e3), 0.0)
 
 
 def _varied_lengths(count: int, mean: int) -> list[int]:

@@ -15,6 +15,7 @@ from step3rt.ops.mfa_schedule import HEAD_DIM
 
 _BF16_KERNEL = launch.Kernel("fused/sm90_bf16_rope_append.cu", num_threads=256, is_dependent=True)
 _FP8_KERNEL = launch.Kernel("fused/sm90_fp8_rope_append.cu", num_threads=256, is_dependent=True)
+_HEADS_PER_CTA = 32
 
 # struct RopeParams of kernels/fused/rope.cuh.
 _PARAMS_DTYPE = np.dtype(
@@ -37,7 +38,8 @@ class RopeTokens:
 
     `q` bf16[T, N, 256], contiguous. `kv` bf16[T, 512], K then V; rows may be further apart, as in
     a slice of the fused projection. `positions` i32[T]: rows of the rotation table. `slots` i32[T]:
-    KV block * 64 + offset in the block, or -1 for a token that is not appended.
+    KV block * 64 + offset in the block, or -1 for a token that is not appended. The last two must
+    be older than the previous kernel of the stream: they are read before it ends.
     """
 
     q: torch.Tensor
@@ -73,7 +75,7 @@ def rope_append_bf16(
     launch.check_tensor("q_out", q_out, tokens.q.shape, torch.bfloat16, device)
     launch.check_tensor("kv_cache", kv_cache, bf16_cache_shape(-1), torch.bfloat16, device)
     arguments = (params, launch.pointer(q_out), launch.pointer(kv_cache))
-    _BF16_KERNEL.launch(device, tokens.q.shape[0], arguments)
+    _BF16_KERNEL.launch(device, _num_ctas(tokens), arguments)
 
 
 def rope_append_fp8(
@@ -112,7 +114,7 @@ def rope_append_fp8(
         np.float32(1 / k_scale),
         np.float32(1 / v_scale),
     )
-    _FP8_KERNEL.launch(device, tokens.q.shape[0], arguments)
+    _FP8_KERNEL.launch(device, _num_ctas(tokens), arguments)
 
 
 def reference_rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
@@ -126,12 +128,20 @@ def reference_rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> to
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
+def _num_ctas(tokens: RopeTokens) -> int:
+    num_tokens, num_heads, _ = tokens.q.shape
+    return num_tokens * -(-num_heads // _HEADS_PER_CTA)
+
+
 def _checked_params(tokens: RopeTokens, table: torch.Tensor) -> Any:
     device = tokens.q.device
     launch.check_tensor("q", tokens.q, (-1, -1, HEAD_DIM), torch.bfloat16, device)
-    num_tokens = tokens.q.shape[0]
-    if num_tokens == 0:
-        raise ValueError("`q` has no tokens. A launch needs one. Skip it for an empty batch.")
+    num_tokens, num_heads, _ = tokens.q.shape
+    if num_tokens == 0 or num_heads == 0:
+        raise ValueError(
+            f"`q` has {num_tokens} tokens of {num_heads} heads. A launch needs one of each. Skip "
+            "it for an empty batch."
+        )
     launch.check_tensor("positions", tokens.positions, (num_tokens,), torch.int32, device)
     launch.check_tensor("slots", tokens.slots, (num_tokens,), torch.int32, device)
     launch.check_tensor("table", table, (-1, HEAD_DIM), torch.float32, device)
@@ -150,6 +160,6 @@ def _checked_params(tokens: RopeTokens, table: torch.Tensor) -> Any:
     params["positions"] = tokens.positions.data_ptr()
     params["slots"] = tokens.slots.data_ptr()
     params["cos_sin"] = table.data_ptr()
-    params["num_heads"] = tokens.q.shape[1]
+    params["num_heads"] = num_heads
     params["kv_stride"] = kv.stride(0)
     return params
