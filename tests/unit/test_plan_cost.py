@@ -227,7 +227,7 @@ def test_impossible_configs_are_refused(config: dict[str, object], message: str)
 
 
 def test_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="deepseek-v3.*or give the path"):
+    with pytest.raises(ConfigError, match=r"deepseek-v3.*or give the path"):
         load_model("step4")
 
 
