@@ -137,7 +137,7 @@ class Model:
 
     @property
     def active_params(self) -> int:
-        """Weights that one token multiplies with: all but the input table, of which it reads a row."""
+        """Weights that one token multiplies with: all but the input table."""
         active = sum(group.count * group.ffn.active_params for group in self.groups)
         return self.attention_params + active + self.embedding_params
 

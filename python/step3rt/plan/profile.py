@@ -14,17 +14,19 @@ from step3rt.config import load_toml
 from step3rt.errors import ConfigError
 
 DEFAULT_PROFILE = "paper-h800"
-_SHARES = [
-    "attention_bytes_bf16",
-    "attention_bytes_fp8",
-    "attention_flops",
-    "linear_bytes",
-    "linear_flops",
-    "moe_bytes",
-    "moe_flops",
-    "nic_share",
-    "nvlink_share",
-]
+_SHARES = frozenset(
+    (
+        "attention_bytes_bf16",
+        "attention_bytes_fp8",
+        "attention_flops",
+        "linear_bytes",
+        "linear_flops",
+        "moe_bytes",
+        "moe_flops",
+        "nic_share",
+        "nvlink_share",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

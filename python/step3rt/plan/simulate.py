@@ -134,11 +134,11 @@ class _Pipeline:
         self.a2f_us, self.f2a_us = times.a2f[:, 0], times.f2a[:, 0]
         self.latency_us = times.latency / 2
         gpus = deployment.num_attention_gpus
-        self.attention_free = np.zeros((windows, gpus))
-        self.ffn_free = np.zeros((windows, self.layers[0][0].places))
-        self.a2f_free = np.zeros((windows, 1))
-        self.f2a_free = np.zeros((windows, 1))
-        self.back = [np.zeros((windows, 1)) for _ in range(self.lanes)]
+        self.attention_free: Floats = np.zeros((windows, gpus))
+        self.ffn_free: Floats = np.zeros((windows, self.layers[0][0].places))
+        self.a2f_free: Floats = np.zeros((windows, 1))
+        self.f2a_free: Floats = np.zeros((windows, 1))
+        self.back: list[Floats] = [np.zeros((windows, 1)) for _ in range(self.lanes)]
         self.forget_statistics()
 
     def forget_statistics(self) -> None:
@@ -196,7 +196,8 @@ class _Pipeline:
         self.busy_us["attention"] += float(took.mean())
         self.busy_us["a2f"] += float(wire_us.mean())
         self.num_events += 1
-        return sent + self.latency_us[index]
+        arrived: Floats = sent + self.latency_us[index]
+        return arrived
 
     def _ffn(
         self,
@@ -277,7 +278,8 @@ class _LayerTimes:
         """Attention stage of each lane and GPU: [windows, lanes, gpus]."""
         linear = np.hypot(self.linear_bytes_us, self.linear_flops_us * sequences)
         core = self.token_us * tokens + self.sequence_us * sequences
-        return self.profile.attention_fixed_us + linear + core
+        time: Floats = self.profile.attention_fixed_us + linear + core
+        return time
 
     def ffn_us(self, repeat: int, tokens: Floats, rng: np.random.Generator) -> Floats:
         """FFN stage of each place for `tokens` [windows] of the micro-batch: [windows, places]."""

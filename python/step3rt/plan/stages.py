@@ -261,14 +261,17 @@ def _colocated_us(ffn: FfnLayer, deployment: Deployment, profile: Profile) -> tu
     return max(between, within), profile.nic_latency_us + profile.nvlink_latency_us
 
 
-def step_us(times: StageTimes, deployment: Deployment) -> Floats:
+def step_us(times: StageTimes, deployment: Deployment, lanes: Floats | None = None) -> Floats:
     """Mean microseconds of one step without jitter: [sizes].
+
+    Takes the deployment's lanes, or `lanes` [sizes] if given.
 
     Each layer takes as long as its slowest resource needs for all lanes, or as one lane's way
     through all stages, whichever is longer: the maximum cycle mean of the pipeline. The LM head is
     one more piece of attention work in front of one layer, for each lane in turn.
     """
-    lanes = deployment.lanes
+    if lanes is None:
+        lanes = np.full(times.head.shape, float(deployment.lanes))
 
     def period(head_us: Floats | float) -> Floats:
         own = times.attention + head_us
