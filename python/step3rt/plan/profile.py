@@ -14,7 +14,7 @@ from step3rt.config import load_toml
 from step3rt.errors import ConfigError
 
 DEFAULT_PROFILE = "paper-h800"
-_SHARES = frozenset(
+SHARES = frozenset(
     (
         "attention_bytes_bf16",
         "attention_bytes_fp8",
@@ -120,8 +120,8 @@ def _build(values: dict[str, Any], source: str) -> Profile:
     checked: dict[str, Any] = {"source": str(values.get("source", source))}
     for name in known[1:]:
         value = values.get(name)
-        high = 1.0 if name in _SHARES else 1e6
-        low = 1e-3 if name in _SHARES else 0.0
+        high = 1.0 if name in SHARES else 1e6
+        low = 1e-3 if name in SHARES else 0.0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not is_number or not low <= value <= high:
             raise ConfigError(

@@ -53,6 +53,7 @@ class Target:
         percentile: which TPOT must hold it: "p50" or "p99".
         placement: only this one; None looks at both.
         lanes: only so many; None looks at 1 to 4.
+        ffn_parallelism: only this one; None looks at both.
     """
 
     context_tokens: int
@@ -60,6 +61,7 @@ class Target:
     percentile: str = "p99"
     placement: Placement | None = None
     lanes: int | None = None
+    ffn_parallelism: FfnParallelism | None = None
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -153,6 +155,8 @@ def search(
 def deployments(inventory: Inventory, target: Target) -> Iterator[tuple[Deployment, int]]:
     """Every deployment unit that the inventory holds, with the number of units, of one lane."""
     parallelisms: tuple[FfnParallelism, ...] = ("ep", "tp_ep")
+    if target.ffn_parallelism is not None:
+        parallelisms = (target.ffn_parallelism,)
     for attention_card, attention_count in inventory.cards:
         if target.placement != "disaggregated":
             for gpus in _sizes(attention_card, attention_count):

@@ -102,6 +102,37 @@ def simulate(
     return _summary(deployment, load, tpot_us, pipeline, steps)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One piece of work of one lane: stage, lane, begin and end in microseconds."""
+
+    stage: str
+    lane: int
+    begin_us: float
+    end_us: float
+
+
+def timeline(
+    model: Model,
+    deployment: Deployment,
+    profile: Profile,
+    workload: Workload,
+    precision: Precision,
+    *,
+    seed: int = 0,
+) -> tuple[Span, ...]:
+    """All stages of one step in steady state: of the last GPU of each side to finish."""
+    rng = np.random.default_rng(seed)
+    steps = _WARM_UP_STEPS + 1
+    load = draw_load(workload, deployment.lanes, deployment.num_attention_gpus, steps, rng)
+    pipeline = _Pipeline(model, deployment, profile, workload, precision, 1, rng)
+    for step in range(steps):
+        if step == _WARM_UP_STEPS:
+            pipeline.spans = []
+        pipeline.step(load, np.array([step]))
+    return tuple(pipeline.spans or ())
+
+
 class _Pipeline:
     """All windows' state: when each resource is free, in microseconds of its window."""
 
@@ -139,6 +170,7 @@ class _Pipeline:
         self.a2f_free: Floats = np.zeros((windows, 1))
         self.f2a_free: Floats = np.zeros((windows, 1))
         self.back: list[Floats] = [np.zeros((windows, 1)) for _ in range(self.lanes)]
+        self.spans: list[Span] | None = None
         self.forget_statistics()
 
     def forget_statistics(self) -> None:
@@ -176,6 +208,13 @@ class _Pipeline:
                         self._ffn(lane, here, layer, repeat, index, total, scale)
         return began
 
+    def _record(self, stage: str, lane: int, end: Floats, took: Floats | float) -> None:
+        if self.spans is not None:
+            last = int(end.argmax())
+            length_us = float(np.broadcast_to(took, end.shape).flat[last])
+            end_us = float(end.flat[last])
+            self.spans.append(Span(stage, lane, end_us - length_us, end_us))
+
     def _jitter(self, shape: tuple[int, ...], gpus: float = 1.0) -> Floats | float:
         """Exponential delays; of `gpus` GPUs that must all be done, the longest."""
         if not self.profile.jitter_us:
@@ -196,6 +235,8 @@ class _Pipeline:
         self.busy_us["attention"] += float(took.mean())
         self.busy_us["a2f"] += float(wire_us.mean())
         self.num_events += 1
+        self._record("attention", lane, self.attention_free, took)
+        self._record("a2f", lane, sent, wire_us)
         arrived: Floats = sent + self.latency_us[index]
         return arrived
 
@@ -224,12 +265,15 @@ class _Pipeline:
         self.back[lane] = returned + self.latency_us[index]
         self.busy_us["ffn"] += float(took.mean())
         self.busy_us["f2a"] += float(wire_us.mean())
+        self._record("ffn", lane, done, took)
+        self._record("f2a", lane, returned, wire_us)
 
     def _head(self, lane: int) -> Floats:
         """LM head and sampler of one lane; returns when its last GPU was done, [windows]."""
         self.attention_free = np.maximum(self.attention_free, self.back[lane]) + self.head_us
         self.back[lane] = self.attention_free
         self.busy_us["head"] += self.head_us
+        self._record("head", lane, self.attention_free, self.head_us)
         done: Floats = self.attention_free.max(axis=1)
         return done
 
