@@ -3,6 +3,7 @@
 Owns the translation from a deployment to `ServeConfig`; never decides (`verdict` does).
 """
 
+import json
 from pathlib import Path
 
 from step3rt.config import ServeConfig, build
@@ -65,11 +66,10 @@ def cluster_toml(
     ]
     if limit is not None:
         comments.append(f"Limited by {limit.name}: {limit.change} would bring {limit.gain:+.0%}.")
-    lines = [f"# {comment}" for comment in comments]
-    lines += [
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
-        for name, value in settings.items()
-    ]
+    # A command may hold any character; a comment ends with its line.
+    lines = [f"# {' '.join(comment.split())}" for comment in comments]
+    # A JSON string is a TOML basic string.
+    lines += [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     return "\n".join(lines) + "\n"
 
 
