@@ -26,12 +26,13 @@ examples:
   step3rt plan simulate --attention-gpus 16 --ffn-gpus 16 --ffn-parallelism tp_ep --batch 6144
   step3rt plan search --gpus h800:32 --context 4096 --plot front.svg
   step3rt plan search --gpus h200:4 --profile peers-h200 --emit cluster.toml
+  step3rt plan kernels docs/results/kernels-h200.json --hardware h200 --save h200.toml
   step3rt plan compare docs/results/decode-*.json --save fitted.toml
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command and its four subcommands."""
+    """Adds the command and its subcommands."""
     parser = subparsers.add_parser(
         "plan",
         help="cost, throughput and best placement of a deployment, predicted",
@@ -44,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_simulate(commands)
     _add_search(commands)
     _add_compare(commands)
+    _add_kernels(commands)
 
 
 def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -118,6 +120,16 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--hardware", metavar="CARD", help="default: what the file's machine names")
     parser.add_argument("--save", type=Path, metavar="FILE", help="fit, and write the profile")
     parser.set_defaults(run=_run_compare)
+
+
+def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("kernels", help="a profile from measured kernels")
+    parser.add_argument("result", type=Path, metavar="KERNELS.json", help="of bench kernels")
+    _add_profile(parser)
+    parser.add_argument("--hardware", required=True, metavar="CARD", help="what it ran on")
+    parser.add_argument("--hardware-file", type=Path, metavar="TOML", help="more cards or prices")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the profile")
+    parser.set_defaults(run=_run_kernels)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, has_context: bool = True) -> None:
@@ -283,6 +295,25 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     if fitted is not None:
         save_profile(fitted, arguments.save)
         print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
+    return 0
+
+
+def _run_kernels(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from step3rt.plan.hardware import pick_hardware
+    from step3rt.plan.kernel_profile import profile_from_kernels
+    from step3rt.plan.profile import load_profile, save_profile
+
+    card = pick_hardware(arguments.hardware, _cards(arguments))
+    before = load_profile(arguments.profile)
+    after = profile_from_kernels(arguments.result, card, before)
+    save_profile(after, arguments.save)
+    stated = asdict(before)
+    for name, value in asdict(after).items():
+        if name != "source" and value != stated[name]:
+            print(f"{name:<22} {stated[name]:>8.3g} -> {value:.3g}")
+    print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
     return 0
 
 

@@ -130,18 +130,7 @@ class _Values:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError("it is not a JSON object")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"The result file {str(path)!r} cannot be read: {error}. Predictions are compared "
-                "with what `step3rt bench decode` wrote. Give such a file"
-            ) from error
-        self.values: dict[str, Any] = values
+        self.values = read_json_object(path, "decode")
 
     def error(self, key: str, what: str) -> ConfigError:
         return ConfigError(
@@ -159,7 +148,7 @@ class _Values:
         value = self.values.get(key)
         if inner is not None:
             value = value.get(inner) if isinstance(value, dict) else None
-        if not _is_positive(value):
+        if not is_positive(value):
             raise self.error(key, f"has no number above 0{f' as {inner}' if inner else ''}")
         return float(value)  # type: ignore[arg-type]
 
@@ -168,9 +157,30 @@ class _Values:
         value = stages.get(name) if isinstance(stages, dict) else None
         if isinstance(value, dict):
             value = value.get("us")
-        return float(value) if _is_positive(value) else None  # type: ignore[arg-type]
+        return float(value) if is_positive(value) else None  # type: ignore[arg-type]
 
 
-def _is_positive(value: object) -> bool:
+def read_json_object(path: Path, benchmark: str) -> dict[str, Any]:
+    """The object in a file that `step3rt bench` wrote.
+
+    Raises:
+        ConfigError: unreadable, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The result file {str(path)!r} cannot be read: {error}. The planner compares with "
+            f"what `step3rt bench {benchmark}` wrote. Give such a file"
+        ) from error
+    return values
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value is a finite number above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value > 0  # type: ignore[operator,arg-type]

@@ -253,6 +253,8 @@ def _advise(choices: list[Choice], target: Target) -> tuple[str, str]:
     afd = _combined_rate(choices, "disaggregated")
     colocated = _combined_rate(choices, "colocated")
     compared = f"{afd:,.0f} tokens/s/GPU disaggregated against {colocated:,.0f} colocated"
+    if len({item.candidate.deployment.ffn_card.key for item in choices}) > 1:
+        compared += " (each kind of card by itself where that is better)"
     if target.placement is not None:
         advice = "disaggregate" if afd else "colocate"
         return advice, f"Only {target.placement} deployments were looked at."
