@@ -52,16 +52,27 @@ def test_every_unit_fits_the_inventory() -> None:
         assert all(used[key] <= counts[key] for key in used)
 
 
-def test_the_front_is_not_dominated_and_holds_the_best() -> None:
+def test_no_point_of_the_front_is_dominated_and_it_holds_the_best() -> None:
     target = Target(context_tokens=4096)
-    found = search(STEP3, inventory(h800=32), target, PAPER, FP8)
-    tpot_ms = [point.tpot_ms for point in found.front]
-    rates = [point.tokens_per_s for point in found.front]
-    assert tpot_ms == sorted(tpot_ms)
-    assert rates == sorted(rates)
-    assert len(set(rates)) == len(rates)
+    found = search(STEP3, inventory(h800=24, h20=8), target, PAPER, FP8)
+    merits = np.array([(-p.tpot_ms, p.tokens_per_s, 1 / p.usd_per_1m_tokens) for p in found.front])
+    for point in merits:
+        is_better = (merits >= point).all(axis=1) & (merits > point).any(axis=1)
+        assert not is_better.any()
     best = max(point.tokens_per_s for point in found.front if point.tpot_ms <= target.tpot_ms)
     assert found.best[0].tokens_per_s == pytest.approx(best)
+
+
+def test_usd_count_the_cards_in_use_and_rates_all_cards() -> None:
+    found = search(STEP3, inventory(h800=31), Target(context_tokens=4096), PAPER, FP8)
+    for candidate in found.best:
+        used = candidate.num_units * candidate.deployment.num_gpus
+        usd_per_s = used * CARDS["h800"].usd_per_hour / 3600
+        assert used <= 31
+        assert candidate.usd_per_1m_tokens == pytest.approx(
+            1e6 * usd_per_s / candidate.tokens_per_s
+        )
+        assert candidate.tokens_per_s_per_gpu == pytest.approx(candidate.tokens_per_s / 31)
 
 
 def test_the_paper_deployment_is_what_the_search_finds_for_32_h800() -> None:

@@ -31,6 +31,7 @@ _NAMES = {
     "pangu-pro-moe": "Pangu Pro",
 }
 PAPER_CARDS = ("h800", "h20", "a800", "910b")
+_SHOWN_TPOT = 2.0  # times the target: beyond it, the front says nothing about the choice
 _SUFFIXES = (".svg", ".png")
 _STAGE_COLOURS = {
     "head": "#8c6d31",
@@ -62,39 +63,37 @@ def draw_costs(path: Path, figure: str, cards: dict[str, Hardware]) -> None:
 
 
 def draw_front(path: Path, verdict: Verdict, target: Target) -> None:
-    """Draws TPOT against tokens/s/GPU of the Pareto front, with the choices.
+    """Draws TPOT against tokens/s/GPU and against USD of the Pareto fronts, with the choices.
 
     Raises:
         ConfigError: as for `draw_costs`.
     """
-    canvas, (axis,) = _canvas(path)
-    for placement, colour in (("colocated", "#54a24b"), ("disaggregated", "#4c78a8")):
-        points = [p for p in verdict.found.front if p.deployment.placement == placement]
-        axis.plot(
-            [p.tpot_ms for p in points],
-            [p.tokens_per_s_per_gpu for p in points],
-            "o",
-            markersize=3,
-            color=colour,
-            label=f"front, {placement}",
-        )
-        choice = verdict.of(placement)
-        if choice is not None:
-            x, y = choice.result.tpot_ms["mean"], choice.candidate.tokens_per_s_per_gpu
-            axis.plot([x], [y], "*", markersize=12, color=colour)
-            axis.annotate(
-                choice.candidate.deployment.label,
-                (x, y),
-                xytext=(6, -12),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axis.axvline(target.tpot_ms, color="#888888", linestyle="--", linewidth=1)
-    axis.set_xlim(0, 2.5 * target.tpot_ms)
-    axis.set_xlabel("TPOT (ms)")
-    axis.set_ylabel("tokens/s/GPU, all GPUs counted")
-    axis.set_title(f"{target.context_tokens} tokens of context")
-    axis.legend(fontsize=8)
+    canvas, axes = _canvas(path, columns=2, width=10.0)
+    within = [p for p in verdict.found.front if p.tpot_ms <= _SHOWN_TPOT * target.tpot_ms]
+    for axis, merit in zip(axes, ("tokens_per_s_per_gpu", "usd_per_1m_tokens"), strict=True):
+        for placement, colour in (("colocated", "#54a24b"), ("disaggregated", "#4c78a8")):
+            points = [p for p in within if p.deployment.placement == placement]
+            x, y = [p.tpot_ms for p in points], [getattr(p, merit) for p in points]
+            axis.plot(x, y, "o", markersize=3, color=colour, label=placement)
+            choice = verdict.of(placement)
+            if choice is not None:
+                place = (choice.result.tpot_ms["mean"], getattr(choice.candidate, merit))
+                axis.plot(*place, "*", markersize=12, color=colour)
+                axis.annotate(
+                    choice.candidate.deployment.label,
+                    place,
+                    xytext=(-6, 6 if placement == "colocated" else -12),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize=8,
+                )
+        axis.axvline(target.tpot_ms, color="#888888", linestyle="--", linewidth=1)
+        axis.set_xlim(0, _SHOWN_TPOT * target.tpot_ms)
+        axis.set_xlabel("TPOT (ms)")
+    axes[0].set_ylabel("tokens/s/GPU, all cards counted")
+    axes[1].set_ylabel("USD per 1M tokens, cards in use")
+    axes[1].set_yscale("log")
+    axes[1].legend(fontsize=8, title=f"{target.context_tokens} tokens of context", title_fontsize=8)
     _save(canvas, path)
 
 

@@ -172,7 +172,7 @@ def verdict_text(verdict: Verdict, target: Target) -> str:
             f"{candidate.num_units} x {candidate.deployment.label}, {candidate.batch} sequences a "
             f"unit ({candidate.max_batch} fit in memory)",
             f"  {candidate.tokens_per_s_per_gpu:,.0f} tokens/s/GPU over all cards, "
-            f"{candidate.usd_per_1m_tokens:.3f} USD per 1M tokens, TPOT p50 "
+            f"{candidate.usd_per_1m_tokens:.3f} USD per 1M tokens of those in use, TPOT p50 "
             f"{result.tpot_ms['p50']:.1f} p99 {result.tpot_ms['p99']:.1f} ms",
             f"  limited by {_limits_text(choice)}",
         ]

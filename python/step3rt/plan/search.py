@@ -37,11 +37,6 @@ class Inventory:
         """Cards of all kinds."""
         return sum(count for _, count in self.cards)
 
-    @property
-    def usd_per_hour(self) -> float:
-        """Price of all cards, used or idle."""
-        return sum(card.usd_per_hour * count for card, count in self.cards)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -93,7 +88,7 @@ class Candidate:
         tpot_ms: expected mean, jitter included.
         tokens_per_s: of all units.
         tokens_per_s_per_gpu: over all cards of the inventory, idle ones included.
-        usd_per_1m_tokens: of all cards of the inventory.
+        usd_per_1m_tokens: of the cards in use; the others may be given back.
     """
 
     deployment: Deployment
@@ -112,7 +107,8 @@ class SearchResult:
 
     Attributes:
         best: the best candidate of each placement that has one, most tokens first.
-        front: the Pareto front of TPOT against tokens/s/GPU over all batches, fastest first.
+        front: the Pareto fronts of TPOT against tokens/s/GPU and of TPOT against USD per token,
+            over all batches, fastest first.
         num_evaluated: deployments looked at.
     """
 
@@ -273,6 +269,12 @@ class _Sweep:
     tpot_ms: Floats
     tokens_per_s: Floats
 
+    @property
+    def usd_per_1m_tokens(self) -> Floats:
+        usd_per_s = self.num_units * self.deployment.usd_per_hour / 3600
+        usd: Floats = TOKENS_PER_PRICE * usd_per_s / self.tokens_per_s
+        return usd
+
     def candidate(self, index: int, inventory: Inventory) -> Candidate:
         rate = float(self.tokens_per_s[index])
         return Candidate(
@@ -283,7 +285,7 @@ class _Sweep:
             tpot_ms=float(self.tpot_ms[index]),
             tokens_per_s=rate,
             tokens_per_s_per_gpu=rate / inventory.num_gpus,
-            usd_per_1m_tokens=TOKENS_PER_PRICE * inventory.usd_per_hour / 3600 / rate,
+            usd_per_1m_tokens=float(self.usd_per_1m_tokens[index]),
         )
 
 
@@ -348,17 +350,21 @@ def _evaluate_grids(
 
 
 def _front(sweeps: list[_Sweep], inventory: Inventory) -> tuple[Candidate, ...]:
-    """Those that no other beats in both TPOT and tokens per second."""
+    """Those that no other beats in TPOT and rate, or that no other beats in TPOT and price."""
     if not sweeps:
         return ()
     tpot_ms = np.concatenate([sweep.tpot_ms for sweep in sweeps])
     rate = np.concatenate([sweep.tokens_per_s for sweep in sweeps])
+    cheapness = 1 / np.concatenate([sweep.usd_per_1m_tokens for sweep in sweeps])
     owner = np.concatenate([np.full(len(s.tpot_ms), i) for i, s in enumerate(sweeps)])
     index = np.concatenate([np.arange(len(sweep.tpot_ms)) for sweep in sweeps])
-    order = np.lexsort((-rate, tpot_ms))
-    best_before = np.concatenate(([0.0], np.maximum.accumulate(rate[order])[:-1]))
-    on_front = order[rate[order] > best_before]
-    return tuple(sweeps[owner[i]].candidate(int(index[i]), inventory) for i in on_front)
+    chosen = set[int]()
+    for goodness in (rate, cheapness):
+        order = np.lexsort((-goodness, tpot_ms))
+        best_before = np.concatenate(([0.0], np.maximum.accumulate(goodness[order])[:-1]))
+        chosen |= set(order[goodness[order] > best_before].tolist())
+    ranked = sorted(chosen, key=lambda item: float(tpot_ms[item]))
+    return tuple(sweeps[owner[i]].candidate(int(index[i]), inventory) for i in ranked)
 
 
 def with_batch(candidate: Candidate, batch: int, tpot_ms: float) -> Candidate:
