@@ -11,7 +11,7 @@ from step3rt.errors import ConfigError
 from step3rt.plan.cost import afd_cost, token_cost
 from step3rt.plan.hardware import Hardware
 from step3rt.plan.hf_config import load_model
-from step3rt.plan.search import Target
+from step3rt.plan.search import Candidate, Target
 from step3rt.plan.simulate import Span
 from step3rt.plan.verdict import Verdict
 
@@ -71,8 +71,9 @@ def draw_front(path: Path, verdict: Verdict, target: Target) -> None:
     canvas, axes = _canvas(path, columns=2, width=10.0)
     within = [p for p in verdict.found.front if p.tpot_ms <= _SHOWN_TPOT * target.tpot_ms]
     for axis, merit in zip(axes, ("tokens_per_s_per_gpu", "usd_per_1m_tokens"), strict=True):
+        front = _front_in(within, merit)
         for placement, colour in (("colocated", "#54a24b"), ("disaggregated", "#4c78a8")):
-            points = [p for p in within if p.deployment.placement == placement]
+            points = [p for p in front if p.deployment.placement == placement]
             x, y = [p.tpot_ms for p in points], [getattr(p, merit) for p in points]
             axis.plot(x, y, "o", markersize=3, color=colour, label=placement)
             choice = verdict.of(placement)
@@ -95,6 +96,16 @@ def draw_front(path: Path, verdict: Verdict, target: Target) -> None:
     axes[1].set_yscale("log")
     axes[1].legend(fontsize=8, title=f"{target.context_tokens} tokens of context", title_fontsize=8)
     _save(canvas, path)
+
+
+def _front_in(points: Sequence[Candidate], merit: str) -> list[Candidate]:
+    """Of points sorted by TPOT, those that improve on all faster ones in `merit` alone."""
+    sign = -1 if merit.startswith("usd") else 1
+    kept: list[Candidate] = []
+    for point in points:
+        if not kept or sign * getattr(point, merit) > sign * getattr(kept[-1], merit):
+            kept.append(point)
+    return kept
 
 
 def draw_timeline(path: Path, spans: Sequence[Span], num_layers: int = 4) -> None:

@@ -176,6 +176,14 @@ def verdict_text(verdict: Verdict, target: Target) -> str:
             f"{result.tpot_ms['p50']:.1f} p99 {result.tpot_ms['p99']:.1f} ms",
             f"  limited by {_limits_text(choice)}",
         ]
+    if verdict.choices:
+        cheapest = min(verdict.choices, key=lambda choice: choice.candidate.usd_per_1m_tokens)
+        if cheapest is not verdict.choices[0]:
+            lines.append(
+                f"cheapest per token, if idle cards are given back: "
+                f"{cheapest.candidate.deployment.label}, "
+                f"{cheapest.candidate.usd_per_1m_tokens:.3f} USD per 1M tokens"
+            )
     lines.append(
         f"{verdict.found.num_evaluated} deployments evaluated, the best simulated; target "
         f"{target.percentile} TPOT {target.tpot_ms:g} ms at {target.context_tokens} tokens"
