@@ -57,9 +57,20 @@ def test_cost_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert {key: values[key] for key in promised} == promised
 
 
-def test_cost_of_all_cards_without_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_without_a_choice_is_on_the_papers_cards(capsys: pytest.CaptureFixture[str]) -> None:
     values = run(capsys, "cost")
-    assert set(values["usd_per_1m_tokens"]) == set(load_hardware())
+    assert list(values["usd_per_1m_tokens"]) == ["h800", "h20", "a800", "910b"]
+    assert values["afd_usd_per_1m_tokens"]["total"] == pytest.approx(0.055, abs=5e-4)
+    least = [round(value, 3) for value in values["min_moe_sparsity"].values()]
+    assert least == [0.058, 0.007, 0.031, 0.034]
+    every = run(capsys, "cost", "--hardware", "all")
+    assert set(every["usd_per_1m_tokens"]) == set(load_hardware())
+
+
+def test_a_batch_beyond_memory_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    unit = ["--colocated-gpus", "8", "--batch", "4000", "--steps", "8", "--context", "4096"]
+    assert main(["plan", "simulate", *unit]) == 0
+    assert "warning: 801 sequences fit in memory, 4000 were" in capsys.readouterr().out
 
 
 def test_cost_tells_where_the_paper_disagrees_with_itself(
@@ -173,6 +184,12 @@ def test_front_and_timeline_are_drawn(tmp_path: Path) -> None:
         (["search", "--gpus", "h800"], EX_USAGE, "Write it like h20:8,h800:8"),
         (["search", "--gpus", "h800:8,h800:8"], EX_USAGE, "comes once"),
         (["search", "--gpus", "h800:0"], EX_USAGE, "count above 0"),
+        (["search", "--gpus", "h800:8", "--lanes", "0"], EX_USAGE, "has 0 lanes"),
+        (
+            ["simulate", "--batch", "1000000000000", "--colocated-gpus", "8"],
+            EX_USAGE,
+            "a batch at most 10000000",
+        ),
         (["simulate", "--batch", "8"], EX_USAGE, "incomplete or given twice"),
         (["simulate", "--batch", "8", "--ffn-gpus", "8"], EX_USAGE, "incomplete"),
         (["simulate", "--batch", "8", "--colocated-gpus", "-1"], EX_USAGE, "Correct the counts"),

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from step3rt.errors import ConfigError
 from step3rt.plan.cost import afd_cost, min_moe_sparsity, token_cost
 from step3rt.plan.hardware import Hardware, load_hardware, pick_hardware
@@ -224,6 +226,56 @@ def test_impossible_configs_are_refused(config: dict[str, object], message: str)
     sizes = {"hidden_size": 64, "vocab_size": 10, "intermediate_size": 8}
     with pytest.raises(ConfigError, match=message):
         parse_config("x", sizes | config)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "intermediate_size",
+                "vocab_size",
+                "share_q_dim",
+                "kv_lora_rank",
+                "q_lora_rank",
+                "v_head_dim",
+                "qk_rope_head_dim",
+                "qk_nope_head_dim",
+                "num_experts",
+                "num_experts_per_tok",
+                "moe_intermediate_size",
+                "n_shared_experts",
+                "first_k_dense_replace",
+                "moe_layer_freq",
+                "moe_layers_enum",
+                "attn_type_list",
+                "no_rope_layers",
+                "attention_chunk_size",
+                "layer_types",
+                "sliding_window",
+                "mlp_only_layers",
+                "text_config",
+            ]
+        ),
+        st.integers(-1, 70)
+        | st.sampled_from([None, True, 1.5, "1,2", [0, 1], [1] * 70, "x", 1 << 50]),
+    )
+)
+def test_any_config_is_a_model_with_a_cost_or_an_error(config: dict[str, object]) -> None:
+    sizes = {"hidden_size": 64, "vocab_size": 10, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    try:
+        model = parse_config("x", sizes | config)
+    except ConfigError:
+        return
+    cost = token_cost(model, 100)
+    assert cost.kv_bytes > 0
+    assert cost.attn_flops > 0
+    assert model.sparsity is None or 0 < model.sparsity <= 1
 
 
 def test_unknown_model_names_the_known_ones() -> None:

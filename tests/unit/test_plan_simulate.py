@@ -14,7 +14,7 @@ from step3rt.plan.hf_config import load_model
 from step3rt.plan.profile import load_profile, save_profile
 from step3rt.plan.simulate import simulate
 from step3rt.plan.stages import stage_times, step_us
-from step3rt.plan.workload import Workload, draw_load
+from step3rt.plan.workload import Lengths, Workload, draw_load
 
 CARDS = load_hardware()
 STEP3 = load_model("step3")
@@ -169,9 +169,10 @@ def test_a_slow_network_becomes_the_bottleneck() -> None:
 
 def test_spread_and_stationary_lengths_keep_the_mean_context() -> None:
     rng = np.random.default_rng(0)
-    for lengths in ("fixed", "spread", "stationary"):
+    lengths: Lengths
+    for lengths, steps in (("fixed", 50), ("spread", 50), ("stationary", 4000)):
         workload = Workload(batch=4096, context_tokens=8192, lengths=lengths)
-        load = draw_load(workload, 2, 8, 50, rng)
+        load = draw_load(workload, 2, 8, steps, rng)
         assert load.sequences.sum(axis=(1, 2)) == pytest.approx(4096)
         mean = load.tokens.sum() / load.sequences.sum()
         assert mean == pytest.approx(8192, rel=0.03)
@@ -208,7 +209,7 @@ def test_memory_bounds_the_batch() -> None:
     [
         ({"steps": 0}, "from 1 to 1000000"),
         ({"batch": 8}, "at least one sequence each"),
-        ({"lanes": 9}, "from 1 to 8"),
+        ({"lanes": 9}, "takes 1 to 8"),
         ({"arrivals": 1.0}, "never finish"),
     ],
 )

@@ -52,7 +52,11 @@ def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = commands.add_parser("cost", help="theoretical cost of a token (the paper's tables)")
     _add_common(parser)
     parser.add_argument(
-        "--hardware", action="append", default=[], metavar="CARD", help="default: all known cards"
+        "--hardware",
+        action="append",
+        default=[],
+        metavar="CARD",
+        help="may be given several times; all is every known card (default: those of the paper)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure (.svg, .png)")
     parser.add_argument(
@@ -167,11 +171,12 @@ def _add_model_of_time(parser: argparse.ArgumentParser) -> None:
 def _run_cost(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.cost import token_cost
-    from step3rt.plan.hardware import pick_hardware
+    from step3rt.plan.hardware import PAPER_CARDS, pick_hardware
 
     cards, model = _cards(arguments), _model(arguments)
     _check_context(arguments.context)
-    chosen = [pick_hardware(key, cards) for key in arguments.hardware] or list(cards.values())
+    keys = list(cards) if "all" in arguments.hardware else arguments.hardware or PAPER_CARDS
+    chosen = [pick_hardware(key, cards) for key in keys]
     cost = token_cost(model, arguments.context)
     values = report.cost_values(model, arguments.context, cost, chosen)
     print(json.dumps(values, indent=2) if arguments.json else report.cost_text(values))
@@ -184,6 +189,7 @@ def _run_cost(arguments: argparse.Namespace) -> int:
 
 def _run_simulate(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
+    from step3rt.plan.deployment import max_batch_by_memory
     from step3rt.plan.profile import load_profile
     from step3rt.plan.simulate import simulate, timeline
     from step3rt.plan.workload import Workload
@@ -205,10 +211,12 @@ def _run_simulate(arguments: argparse.Namespace) -> int:
     )
     what = (model, deployment, profile, workload, precision)
     result = simulate(*what, steps=arguments.steps, seed=arguments.seed)
+    max_batch = int(max_batch_by_memory(model, deployment, arguments.context, precision))
+    shown = (deployment, arguments.batch, max_batch, result)
     if arguments.json:
-        print(json.dumps(report.result_values(deployment, result), indent=2))
+        print(json.dumps(report.result_values(*shown), indent=2))
     else:
-        print(report.result_text(deployment, result))
+        print(report.result_text(*shown))
     if arguments.plot is not None:
         from step3rt.plan.plots import draw_timeline
 
@@ -248,7 +256,12 @@ def _run_search(arguments: argparse.Namespace) -> int:
         draw_front(arguments.plot, verdict, target)
     if arguments.report is not None:
         text = report.verdict_markdown(
-            verdict, target, model, command=command, profile_source=profile.source
+            verdict,
+            target,
+            model,
+            command=command,
+            profile_source=profile.source,
+            plot=None if arguments.plot is None else str(arguments.plot.absolute()),
         )
         write_text(arguments.report, text)
     if arguments.emit is not None:

@@ -18,6 +18,7 @@ FfnParallelism = Literal["ep", "tp_ep"]
 _RESERVED_BYTES = 4e9
 _USABLE_SHARE = 0.95
 _LM_HEAD_BYTES_PER_WEIGHT = 2  # the published FP8 checkpoint keeps embedding and LM head in BF16
+MAX_LANES = 8  # as `step3rt serve` has it
 MAX_GPUS = 65_536
 
 
@@ -61,9 +62,9 @@ class Deployment:
                 f"FFN GPUs ({self.placement}). Disaggregated ones have from 1 to {MAX_GPUS} of "
                 "each, colocated ones no FFN GPUs of their own. Correct the counts"
             )
-        if not 1 <= self.lanes <= 8:
+        if not 1 <= self.lanes <= MAX_LANES:
             raise InvalidArgument(
-                f"The deployment has {self.lanes} lanes. `step3rt serve` takes from 1 to 8. "
+                f"The deployment has {self.lanes} lanes. `step3rt serve` takes 1 to {MAX_LANES}. "
                 "Correct the number"
             )
 

@@ -13,6 +13,7 @@ from typing import Any
 from step3rt.config import load_toml
 from step3rt.errors import ConfigError
 
+PAPER_CARDS = ("h800", "h20", "a800", "910b")  # table 4; their prices are the paper's
 _SECONDS_PER_HOUR = 3600.0
 _OPTIONAL = ("fp8_flops", "nvlink_bytes_per_s")
 _PCIE_BYTES_PER_S = 2.5e10  # PCIe 4.0 x16, what a copy reaches

@@ -53,7 +53,7 @@ def load_model(name_or_path: str) -> Model:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"The model configuration {str(path)!r} cannot be read: {error}. The planner needs "
             "its sizes. Correct the file"
@@ -106,12 +106,18 @@ class _Sizes:
         )
 
     def get(self, *keys: str, default: int | None = None) -> int:
+        """The first of `keys` that has a value; it may be 0 where that is the default."""
+        low = 0 if default == 0 else 1
         for key in keys:
             value = self.values.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_SIZE:
-                raise self.error(key, repr(value))
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not low <= value < _MAX_SIZE
+            ):
+                raise self.error(key, repr(value)[:80])
             return value
         if default is None:
             raise self.error(keys[0], "nothing")
@@ -156,7 +162,7 @@ def _attention(sizes: _Sizes, kind: str) -> AttentionLayer:
     heads = sizes.get("num_attention_heads")
     if kind == "full" and sizes.values.get("kv_lora_rank"):
         return _mla(sizes, hidden, heads)
-    dim = sizes.get("head_dim", default=hidden // max(heads, 1))
+    dim = sizes.get("head_dim", default=max(hidden // heads, 1))
     width = heads * dim
     if kind == "linear":
         # Query, key, value, output gate and output projection, all of full width.
@@ -178,7 +184,7 @@ def _mla(sizes: _Sizes, hidden: int, heads: int) -> AttentionLayer:
     rope = sizes.get("qk_rope_head_dim")
     nope = sizes.get("qk_nope_head_dim")
     value = sizes.get("v_head_dim")
-    rank = sizes.get("q_lora_rank", default=0)
+    rank = sizes.get("q_lora_rank", default=0)  # null in small models: one full projection
     query = hidden * rank + rank * heads * (nope + rope) if rank else hidden * heads * (nope + rope)
     linear = (
         query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden
@@ -200,10 +206,14 @@ def _moe_layers(sizes: _Sizes, num_layers: int) -> set[int]:
         except ValueError as error:
             raise sizes.error("moe_layers_enum", repr(text[:80])) from error
     first_dense = sizes.get("first_k_dense_replace", "moe_layer_start_index", default=0)
-    last = sizes.get("moe_layer_end_index", default=num_layers - 1)
-    every = sizes.get("interleave_moe_layer_step", "decoder_sparse_step", default=1)
-    every = max(1, every, sizes.get("moe_layer_freq", "moe_layer_interval", default=1))
-    dense = sizes.values.get("mlp_only_layers") or ()
+    last = sizes.get("moe_layer_end_index", default=num_layers)
+    every = max(
+        sizes.get("interleave_moe_layer_step", "decoder_sparse_step", default=1),
+        sizes.get("moe_layer_freq", "moe_layer_interval", default=1),
+    )
+    dense = sizes.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise sizes.error("mlp_only_layers", repr(dense)[:80])
     return {
         layer
         for layer in layers
@@ -220,15 +230,17 @@ def _ffn(sizes: _Sizes, is_moe: bool) -> FfnLayer:
         "share_expert_dim",
         "shared_expert_intermediate_size",
         "shared_intermediate_size",
-        default=sizes.get("n_shared_experts", "moe_num_shared_experts", default=0) * width,
-    )
+        default=0,
+    ) or width * sizes.get("n_shared_experts", "moe_num_shared_experts", default=0)
     if str(sizes.values.get("model_type", "")).startswith("llama4"):
         shared = width  # always one shared expert, of which the config says nothing
-    num_experts = sizes.get(*_EXPERTS)
+    num_experts, top_k = sizes.get(*_EXPERTS), sizes.get(*_TOP_K)
+    if top_k > num_experts:
+        raise sizes.error(_TOP_K[0], f"{top_k} of {num_experts} experts")
     return FfnLayer(
         dense_params=3 * hidden * shared,
         expert_params=3 * hidden * width,
         num_experts=num_experts,
-        top_k=sizes.get(*_TOP_K),
+        top_k=top_k,
         router_params=hidden * num_experts,
     )

@@ -172,7 +172,7 @@ def read_json_object(path: Path, benchmark: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"The result file {str(path)!r} cannot be read: {error}. The planner compares with "
             f"what `step3rt bench {benchmark}` wrote. Give such a file"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from step3rt.errors import ConfigError
 from step3rt.plan.cost import afd_cost, token_cost
-from step3rt.plan.hardware import Hardware
+from step3rt.plan.hardware import PAPER_CARDS, Hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.plan.search import Candidate, Target
 from step3rt.plan.simulate import Span
@@ -30,7 +30,6 @@ _NAMES = {
     "ernie-4.5": "ERNIE 4.5",
     "pangu-pro-moe": "Pangu Pro",
 }
-PAPER_CARDS = ("h800", "h20", "a800", "910b")
 _SHOWN_TPOT = 2.0  # times the target: beyond it, the front says nothing about the choice
 _SUFFIXES = (".svg", ".png")
 _STAGE_COLOURS = {

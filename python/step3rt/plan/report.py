@@ -95,12 +95,15 @@ def deployment_values(deployment: Deployment) -> dict[str, Any]:
     }
 
 
-def result_values(deployment: Deployment, result: Result) -> dict[str, Any]:
+def result_values(
+    deployment: Deployment, batch: int, max_batch: int, result: Result
+) -> dict[str, Any]:
     """What `step3rt plan simulate --json` prints."""
-    return deployment_values(deployment) | asdict(result)
+    sizes = {"batch": batch, "max_batch": max_batch}
+    return deployment_values(deployment) | sizes | asdict(result)
 
 
-def result_text(deployment: Deployment, result: Result) -> str:
+def result_text(deployment: Deployment, batch: int, max_batch: int, result: Result) -> str:
     """What `step3rt plan simulate` prints."""
     stages = "  ".join(f"{name} {us:.0f} us" for name, us in result.stage_us.items())
     busy = "  ".join(f"{name} {share:.0%}" for name, share in result.busy.items())
@@ -112,6 +115,11 @@ def result_text(deployment: Deployment, result: Result) -> str:
         f"  stages, per layer and micro-batch: {stages}",
         f"  busy: {busy}",
     ]
+    if batch > max_batch:
+        lines.append(
+            f"  warning: {max_batch} sequences fit in memory, {batch} were simulated; take more "
+            "or larger attention GPUs, or a smaller batch"
+        )
     if result.waiting:
         lines.append(f"  {result.waiting} requests wait for room")
     return "\n".join(lines)
@@ -192,9 +200,15 @@ def verdict_text(verdict: Verdict, target: Target) -> str:
 
 
 def verdict_markdown(
-    verdict: Verdict, target: Target, model: Model, *, command: str, profile_source: str
+    verdict: Verdict,
+    target: Target,
+    model: Model,
+    *,
+    command: str,
+    profile_source: str,
+    plot: str | None = None,
 ) -> str:
-    """A short report of a search, with every number's conditions."""
+    """A short report of a search, with every number's conditions; `plot` is shown if given."""
     lines = [
         f"# {model.name}: {target.percentile} TPOT {target.tpot_ms:g} ms at "
         f"{target.context_tokens} tokens",
@@ -212,6 +226,8 @@ def verdict_markdown(
             f"{candidate.tokens_per_s_per_gpu:,.0f} | {candidate.usd_per_1m_tokens:.3f} | "
             f"{tpot['p50']:.1f} | {tpot['p99']:.1f} | {_limits_text(choice)} |"
         )
+    if plot is not None:
+        lines += ["", f"![TPOT against throughput and price](<{plot}>)"]
     lines += ["", "Pareto front:", "", "| TPOT ms | tokens/s/GPU | USD/1M | deployment | batch |"]
     lines.append("|---|---|---|---|---|")
     lines += [

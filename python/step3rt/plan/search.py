@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from step3rt.errors import InvalidArgument
 from step3rt.plan.architecture import Model
 from step3rt.plan.cost import TOKENS_PER_PRICE, Precision
-from step3rt.plan.deployment import Deployment, FfnParallelism, Placement, max_batch_by_memory
+from step3rt.plan.deployment import (
+    MAX_LANES,
+    Deployment,
+    FfnParallelism,
+    Placement,
+    max_batch_by_memory,
+)
 from step3rt.plan.hardware import Hardware
 from step3rt.plan.profile import Profile
 from step3rt.plan.stages import Floats, stage_times, step_us
@@ -68,6 +74,11 @@ class Target:
             raise InvalidArgument(
                 f"The target has a context of {self.context_tokens} tokens and {self.tpot_ms} ms "
                 "TPOT. Both are above 0. Correct them"
+            )
+        if self.lanes is not None and not 1 <= self.lanes <= MAX_LANES:
+            raise InvalidArgument(
+                f"The target has {self.lanes} lanes. `step3rt serve` takes from 1 to {MAX_LANES}. "
+                "Correct the number"
             )
         if self.percentile not in ("p50", "p99"):
             raise InvalidArgument(

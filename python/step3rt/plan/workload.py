@@ -13,6 +13,7 @@ from step3rt.errors import InvalidArgument
 
 Lengths = Literal["fixed", "spread", "stationary"]
 _SPREAD = 0.5  # "spread ±50 %" of the decode benchmark
+MAX_BATCH = 10_000_000  # each sequence of a workload has a length in memory
 MAX_CELLS = 200_000_000  # steps x lanes x GPUs that are kept, in memory of 8 bytes each
 
 
@@ -43,10 +44,11 @@ class Workload:
         Raises:
             InvalidArgument: a field is impossible or two contradict each other.
         """
-        if self.batch < 1 or self.context_tokens < 1 or self.output_tokens < 1:
+        if not 1 <= self.batch <= MAX_BATCH or self.context_tokens < 1 or self.output_tokens < 1:
             raise InvalidArgument(
                 f"The workload has batch {self.batch}, context {self.context_tokens} and output "
-                f"{self.output_tokens}. All are at least 1. Correct them"
+                f"{self.output_tokens}. All are at least 1, and a batch at most {MAX_BATCH}. "
+                "Correct them"
             )
         if self.arrivals_per_step is None:
             return
