@@ -93,6 +93,37 @@ PARAMETERS = {
 }
 
 
+CONFIG_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "share_q_dim",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "v_head_dim",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "moe_layers_enum",
+    "attn_type_list",
+    "no_rope_layers",
+    "attention_chunk_size",
+    "layer_types",
+    "sliding_window",
+    "mlp_only_layers",
+    "text_config",
+)
+
+
 @pytest.fixture(scope="module")
 def cards() -> list[Hardware]:
     known = load_hardware()
@@ -208,6 +239,13 @@ def test_a_checkpoint_directory_is_a_model(tmp_path: Path) -> None:
     assert cost.ffn_flops == 2 * 2 * (3 * 64 * 128)
 
 
+def test_llama4_without_a_list_of_layers_is_full_in_every_fourth() -> None:
+    sizes = {"hidden_size": 64, "vocab_size": 10, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 8, "num_attention_heads": 4, "attention_chunk_size": 16}
+    model = parse_config("x", sizes | {"no_rope_layers": []})
+    assert {g.attention.kind: g.count for g in model.groups} == {"gqa": 2, "window": 6}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -230,37 +268,7 @@ def test_impossible_configs_are_refused(config: dict[str, object], message: str)
 
 @given(
     st.dictionaries(
-        st.sampled_from(
-            [
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "intermediate_size",
-                "vocab_size",
-                "share_q_dim",
-                "kv_lora_rank",
-                "q_lora_rank",
-                "v_head_dim",
-                "qk_rope_head_dim",
-                "qk_nope_head_dim",
-                "num_experts",
-                "num_experts_per_tok",
-                "moe_intermediate_size",
-                "n_shared_experts",
-                "first_k_dense_replace",
-                "moe_layer_freq",
-                "moe_layers_enum",
-                "attn_type_list",
-                "no_rope_layers",
-                "attention_chunk_size",
-                "layer_types",
-                "sliding_window",
-                "mlp_only_layers",
-                "text_config",
-            ]
-        ),
+        st.sampled_from(CONFIG_KEYS),
         st.integers(-1, 70)
         | st.sampled_from([None, True, 1.5, "1,2", [0, 1], [1] * 70, "x", 1 << 50]),
     )

@@ -135,10 +135,11 @@ class _Sizes:
 def _attention_kinds(sizes: _Sizes, num_layers: int) -> list[str]:
     if types := sizes.list("attn_type_list", num_layers):
         return ["linear" if kind == 0 else "full" for kind in types]
-    if (ropes := sizes.list("no_rope_layers", num_layers)) and sizes.get(
-        "attention_chunk_size", default=0
-    ):
+    if sizes.get("attention_chunk_size", default=0):
         # The list has 1 where rotary positions are used, and there attention is chunked.
+        every = sizes.get("no_rope_layer_interval", default=4)
+        ropes = sizes.list("no_rope_layers", num_layers)
+        ropes = ropes or [(layer + 1) % every for layer in range(num_layers)]
         return ["window" if has_rope else "full" for has_rope in ropes]
     if types := sizes.list("layer_types", num_layers):
         names = {
