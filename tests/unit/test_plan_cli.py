@@ -153,6 +153,23 @@ def test_a_fitted_profile_is_saved_and_used(
     )
 
 
+def test_holdout_compares_with_files_that_the_fit_has_not_seen(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = []
+    for index, (batch, rate) in enumerate(((900, 3000.0), (500, 2100.0), (300, 1450.0))):
+        file = tmp_path / f"{index}.json"
+        tpot = {"p50": batch / rate / 4 * 1e3}
+        values = {"batch": batch, "tokens_per_s_per_gpu": rate, "tpot_ms": tpot, "stages": {}}
+        file.write_text(json.dumps(RESULT | values))
+        files.append(str(file))
+    found = run(capsys, "compare", *files, "--profile", "peers-h200", "--holdout")
+    for rows in (found["stated"]["rows"], found["fitted"]["rows"]):
+        assert {row["run"] for row in rows} == {"full-colocated-4 (1.json)"}
+    assert found["fitted"]["median_error"] < found["stated"]["median_error"]
+    assert main(["plan", "compare", files[0], "--holdout"]) == EX_USAGE
+
+
 @pytest.mark.parametrize("figure", ["1", "2", "5"])
 def test_figures_of_the_paper_are_drawn_the_same_every_time(tmp_path: Path, figure: str) -> None:
     pytest.importorskip("matplotlib")

@@ -132,7 +132,7 @@ def test_ten_thousand_steps_of_32_gpus_take_seconds() -> None:
     workload = Workload(batch=6144, context_tokens=4096, lengths="stationary")
     begin = time.process_time()
     result = simulate(STEP3, afd(16, 16), PAPER, workload, Precision(), steps=10_000)
-    assert time.process_time() - begin < 30
+    assert time.process_time() - begin < 15
     assert result.num_steps == 10_000
 
 

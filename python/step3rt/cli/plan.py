@@ -123,6 +123,9 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_profile(parser)
     parser.add_argument("--hardware", metavar="CARD", help="default: what the file's machine names")
     parser.add_argument("--save", type=Path, metavar="FILE", help="fit, and write the profile")
+    parser.add_argument(
+        "--holdout", action="store_true", help="fit to every other file, compare with the rest"
+    )
     parser.set_defaults(run=_run_compare)
 
 
@@ -229,13 +232,14 @@ def _run_search(arguments: argparse.Namespace) -> int:
 
     from step3rt.plan import report
     from step3rt.plan.emit import cluster_toml, write_text
+    from step3rt.plan.hardware import parse_inventory
     from step3rt.plan.profile import load_profile
     from step3rt.plan.search import Inventory, Target
     from step3rt.plan.verdict import decide
 
     model, profile = _model(arguments), load_profile(arguments.profile)
     precision = _precision(arguments, model)
-    inventory = Inventory(_inventory(arguments.gpus, _cards(arguments)))
+    inventory = Inventory(parse_inventory(arguments.gpus, _cards(arguments)))
     target = Target(
         context_tokens=arguments.context,
         tpot_ms=arguments.tpot_ms,
@@ -295,7 +299,15 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     cards, model, profile = _cards(arguments), _model(arguments), load_profile(arguments.profile)
     card = pick_hardware(arguments.hardware, cards) if arguments.hardware else None
     measurements = [load_measurement(path, cards, card) for path in arguments.results]
-    fitted = fit(model, measurements, profile) if arguments.save is not None else None
+    seen = measurements
+    if arguments.holdout:
+        if len(measurements) < 2:
+            raise InvalidArgument(
+                "--holdout needs two result files: one to fit to and one to compare with. Give more"
+            )
+        seen, measurements = measurements[::2], measurements[1::2]
+    is_fitted = arguments.save is not None or arguments.holdout
+    fitted = fit(model, seen, profile) if is_fitted else None
     profiles = {"stated": profile} | ({"fitted": fitted} if fitted is not None else {})
     rows = {name: compare(model, measurements, each) for name, each in profiles.items()}
     if arguments.json:
@@ -305,7 +317,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         for name, each in rows.items():
             print(f"{name} profile: {profiles[name].source}")
             print(report.comparison_text(each))
-    if fitted is not None:
+    if fitted is not None and arguments.save is not None:
         save_profile(fitted, arguments.save)
         print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
     return 0
@@ -348,14 +360,9 @@ def _check_context(context: int) -> None:
 
 
 def _precision(arguments: argparse.Namespace, model: "Model") -> "Precision":
-    from dataclasses import replace
+    from step3rt.plan.cost import paper_precision
 
-    from step3rt.plan.cost import DTYPE_BYTES, paper_precision
-
-    precision = paper_precision(model)
-    if arguments.kv_dtype is None:
-        return precision
-    return replace(precision, kv_bytes=DTYPE_BYTES[arguments.kv_dtype])
+    return paper_precision(model, arguments.kv_dtype)
 
 
 def _deployment(arguments: argparse.Namespace) -> "Deployment":
@@ -383,18 +390,3 @@ def _deployment(arguments: argparse.Namespace) -> "Deployment":
         "ffn_parallelism": arguments.ffn_parallelism,
     }
     return Deployment(**values)
-
-
-def _inventory(text: str, cards: "dict[str, Hardware]") -> "tuple[tuple[Hardware, int], ...]":
-    from step3rt.plan.hardware import pick_hardware
-
-    kinds: dict[str, tuple[Hardware, int]] = {}
-    for part in text.split(","):
-        key, _, count = part.strip().partition(":")
-        if not count.isdecimal() or int(count) < 1 or key.lower() in kinds:
-            raise InvalidArgument(
-                f"The inventory {text!r} has {part!r}. Each kind of card comes once, with a count "
-                "above 0. Write it like h20:8,h800:8"
-            )
-        kinds[key.lower()] = (pick_hardware(key, cards), int(count))
-    return tuple(kinds.values())

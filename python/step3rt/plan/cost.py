@@ -35,12 +35,18 @@ class Precision:
     state_bytes: float = 4.0
 
 
-def paper_precision(model: Model) -> Precision:
+def paper_precision(model: Model, kv_dtype: str | None = None) -> Precision:
     """The quantisation that section 4.1 of the Step-3 paper gives each family.
+
+    Args:
+        model: the model.
+        kv_dtype: another type for the KV of full attention layers, one of DTYPE_BYTES.
 
     FP8 throughout for MFA, MLA and GQA models (INT8 where a card has no FP8). Hybrids keep BF16
     KV in their full attention layers, FP8 KV in chunked ones, FP32 linear attention states.
     """
+    if kv_dtype is not None:
+        return Precision(kv_bytes=DTYPE_BYTES[kv_dtype])
     return Precision(kv_bytes=2.0 if model.is_hybrid else 1.0)
 
 

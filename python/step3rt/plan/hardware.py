@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.config import load_toml
-from step3rt.errors import ConfigError
+from step3rt.errors import ConfigError, InvalidArgument
 
 PAPER_CARDS = ("h800", "h20", "a800", "910b")  # table 4; their prices are the paper's
 _SECONDS_PER_HOUR = 3600.0
@@ -108,6 +108,28 @@ def pick_hardware(key: str, cards: dict[str, Hardware]) -> Hardware:
         f"The hardware {key!r} is unknown. Its peaks and price are needed. {hint} "
         "Add cards with --hardware-file"
     )
+
+
+def parse_inventory(text: str, cards: dict[str, Hardware]) -> tuple[tuple[Hardware, int], ...]:
+    """Cards and counts from text like "h20:8,h800:8".
+
+    Raises:
+        InvalidArgument: a kind has no count or comes twice.
+        ConfigError: a card is unknown.
+    """
+    kinds: dict[str, tuple[Hardware, int]] = {}
+    for part in text.split(","):
+        key, _, count = part.strip().partition(":")
+        if (
+            not (count.isascii() and count.isdecimal() and len(count) < 10 and int(count))
+            or key.lower() in kinds
+        ):
+            raise InvalidArgument(
+                f"The inventory {text!r} has {part!r}. Each kind of card comes once, with a count "
+                "above 0. Write it like h20:8,h800:8"
+            )
+        kinds[key.lower()] = (pick_hardware(key, cards), int(count))
+    return tuple(kinds.values())
 
 
 def _card(key: str, values: dict[str, Any], source: str) -> Hardware:
