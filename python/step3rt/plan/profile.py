@@ -13,7 +13,6 @@ from typing import Any
 from step3rt.config import load_toml
 from step3rt.errors import ConfigError
 
-DEFAULT_PROFILE = "paper-h800"
 SHARES = frozenset(
     (
         "attention_bytes_bf16",

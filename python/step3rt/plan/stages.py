@@ -30,25 +30,18 @@ class StageTimes:
 
     Attributes:
         counts: [groups] layers of each group.
-        attention_core: reading KV, scores and values.
-        attention_linear: projections.
         attention: the whole attention stage of the mean GPU.
         a2f, f2a: transfer time of the busiest GPU, latency aside: the slower of the network and
             the collective within an FFN host, which forwards pieces as they arrive.
-        ffn_bytes, ffn_flops: the two sides of the FFN's roofline on the busiest GPU.
         ffn: the whole FFN stage of the busiest GPU.
         latency: [groups] both directions' latencies together.
         head: LM head, sampling and scheduling; once a step.
     """
 
     counts: Floats
-    attention_core: Floats
-    attention_linear: Floats
     attention: Floats
     a2f: Floats
     f2a: Floats
-    ffn_bytes: Floats
-    ffn_flops: Floats
     ffn: Floats
     latency: Floats
     head: Floats
@@ -114,16 +107,12 @@ def stage_times(
             _US * 2 * size * params / (card.peak_flops * profile.linear_flops),
         )
         busiest = expected_busiest(group.ffn, deployment, profile, tokens)
-        ffn_bytes, ffn_flops = ffn_sides(group.ffn, deployment, profile, tokens, busiest)
+        sides = ffn_sides(group.ffn, deployment, profile, tokens, busiest)
         transfer = _transfers(model, group.ffn, deployment, profile, size)
         values = {
             "counts": float(group.count),
-            "attention_core": core,
-            "attention_linear": linear,
             "attention": core + linear + profile.attention_fixed_us,
-            "ffn_bytes": ffn_bytes,
-            "ffn_flops": ffn_flops,
-            "ffn": soft_roofline(ffn_bytes, ffn_flops) + profile.ffn_fixed_us,
+            "ffn": soft_roofline(*sides) + profile.ffn_fixed_us,
             **transfer,
         }
         for name, value in values.items():
