@@ -109,6 +109,20 @@ def test_one_host_is_told_not_to_use_afd() -> None:
     assert afd.limits[0].name == "FFN bandwidth"
 
 
+def test_a_dense_model_may_be_split_where_it_is_colocated() -> None:
+    """Eight copies of 32B weights leave no time; one copy over eight GPUs does."""
+    model = load_model("qwen3-32b")
+    target = Target(context_tokens=2048, tpot_ms=15, placement="colocated")
+    verdict = decide(model, inventory(h800=8), target, PAPER, FP8)
+    deployment = verdict.choices[0].candidate.deployment
+    assert deployment.ffn_parallelism == "tp_ep"
+    assert deployment.num_gpus > 1
+    copied = replace(target, ffn_parallelism="ep")
+    of_copies = search(model, inventory(h800=8), copied, PAPER, FP8).best
+    best = verdict.choices[0].candidate.tokens_per_s
+    assert all(item.tokens_per_s < 0.9 * best for item in of_copies)
+
+
 def test_little_scale_out_bandwidth_rules_afd_out() -> None:
     slow = replace(CARDS["h800"], nic_bytes_per_s=2e9)
     cards = Inventory(((slow, 32),))

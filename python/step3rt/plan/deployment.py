@@ -36,7 +36,8 @@ class Deployment:
         lanes: micro-batches in flight.
         ffn_parallelism: "ep" spreads experts over all FFN GPUs and sends tokens to owners only;
             "tp_ep" splits every expert over the GPUs of a host, and experts over hosts, and
-            sends every token to every host (the paper's deployment).
+            sends every token to every host (the paper's deployment). Colocated, experts are
+            always spread; "tp_ep" splits dense FFNs over all GPUs, "ep" copies them to each.
     """
 
     placement: Placement
@@ -103,7 +104,9 @@ class Deployment:
     def label(self) -> str:
         """Short name, e.g. "16A+16F h800 tp_ep x3"."""
         if self.is_colocated:
-            return f"{self.num_attention_gpus} colocated {self.attention_card.key} x{self.lanes}"
+            split = " split" if self.ffn_parallelism == "tp_ep" else ""
+            name = f"{self.num_attention_gpus} colocated {self.attention_card.key}"
+            return f"{name}{split} x{self.lanes}"
         cards = self.attention_card.key
         if self.ffn_card.key != cards:
             cards += f"/{self.ffn_card.key}"
@@ -123,7 +126,9 @@ def ffn_weight_bytes_per_gpu(model: Model, deployment: Deployment) -> float:
         if deployment.is_colocated:
             gpus = deployment.num_attention_gpus
             routed = max(ffn.num_experts / gpus, 1.0 if ffn.num_experts else 0.0)
-            total += group.count * (routed * ffn.expert_params + ffn.dense_params)
+            is_split = not ffn.num_experts and deployment.ffn_parallelism == "tp_ep"
+            dense = ffn.dense_params / (gpus if is_split else 1)
+            total += group.count * (routed * ffn.expert_params + dense)
             continue
         gpus = deployment.num_ffn_gpus
         if not ffn.num_experts:

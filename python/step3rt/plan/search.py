@@ -144,8 +144,10 @@ def search(
     best: dict[tuple[Placement, str, str], Candidate] = {}
     sweeps: list[_Sweep] = []
     for deployment, num_units in deployments(inventory, target):
-        if deployment.ffn_parallelism == "tp_ep" and model.sparsity is None:
-            continue  # a dense FFN is split over all GPUs either way
+        # A disaggregated dense FFN is split either way; colocated experts are spread either way.
+        is_dense = model.sparsity is None
+        if deployment.ffn_parallelism == "tp_ep" and is_dense != deployment.is_colocated:
+            continue
         for sweep in _sweeps(model, deployment, num_units, target, profile, precision):
             sweeps.append(sweep)
             within = np.flatnonzero(sweep.tpot_ms <= target.tpot_ms)
@@ -167,15 +169,17 @@ def deployments(inventory: Inventory, target: Target) -> Iterator[tuple[Deployme
     for attention_card, attention_count in inventory.cards:
         if target.placement != "disaggregated":
             for gpus in _sizes(attention_card, attention_count):
-                unit = Deployment(
-                    placement="colocated",
-                    attention_card=attention_card,
-                    ffn_card=attention_card,
-                    num_attention_gpus=gpus,
-                    num_ffn_gpus=0,
-                    lanes=1,
-                )
-                yield unit, attention_count // gpus
+                for parallelism in parallelisms:
+                    unit = Deployment(
+                        placement="colocated",
+                        attention_card=attention_card,
+                        ffn_card=attention_card,
+                        num_attention_gpus=gpus,
+                        num_ffn_gpus=0,
+                        lanes=1,
+                        ffn_parallelism=parallelism,
+                    )
+                    yield unit, attention_count // gpus
         if target.placement == "colocated":
             continue
         for ffn_card, ffn_count in inventory.cards:

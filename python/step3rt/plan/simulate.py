@@ -300,14 +300,13 @@ class _LayerTimes:
         params = group.attention.linear_params + group.ffn.router_params
         self.linear_bytes_us = 1e6 * params / (card.bytes_per_s * profile.linear_bytes)
         self.linear_flops_us = 2e6 * params / (card.peak_flops * profile.linear_flops)
-        if group.ffn.num_experts:
-            self.experts, self.places, self.gpus_of_place = expert_places(group.ffn, deployment)
+        # Dense layers run on the same places as the model's MoE layers.
+        moe = next((g.ffn for g in model.groups if g.ffn.num_experts), None)
+        if moe is not None:
+            self.experts, self.places, self.gpus_of_place = expert_places(moe, deployment)
         else:
-            self.experts = 1.0
-            moe = next((g.ffn for g in model.groups if g.ffn.num_experts), None)
-            _, self.places, self.gpus_of_place = (
-                expert_places(moe, deployment) if moe else (1.0, deployment.num_ffn_gpus or 1, 1.0)
-            )
+            self.places = deployment.num_ffn_gpus or deployment.num_attention_gpus
+            self.experts, self.gpus_of_place = 1.0, 1.0
         # Each layer has experts of its own popularity, which stays as it is; a gamma variate has
         # the mean and deviation that the profile states and is never negative.
         variance = profile.expert_skew**2 / self.experts

@@ -178,12 +178,11 @@ def ffn_sides(
     byte_us = _US / (card.bytes_per_s * profile.moe_bytes)
     flop_us = _US / (card.peak_flops * profile.moe_flops)
     if not ffn.num_experts:
-        # Split over all FFN GPUs; colocated, every GPU has a copy for its own tokens.
-        split = deployment.num_attention_gpus if deployment.is_colocated else 1
-        gpus = 1 if deployment.is_colocated else deployment.num_ffn_gpus
-        own = tokens / split
-        weight_bytes = np.full_like(tokens, ffn.dense_params / gpus)
-        return weight_bytes * byte_us, 2 * own * ffn.dense_params / gpus * flop_us
+        # A copy for each GPU's own tokens, or a part for all tokens: the FLOPs are the same.
+        gpus = deployment.num_ffn_gpus or deployment.num_attention_gpus
+        parts = 1 if deployment.is_colocated and deployment.ffn_parallelism == "ep" else gpus
+        weight_bytes = np.full_like(tokens, ffn.dense_params / parts)
+        return weight_bytes * byte_us, 2 * tokens / gpus * ffn.dense_params * flop_us
     experts, places, gpus_of_place = expert_places(ffn, deployment)
     copies = max(places / ffn.num_experts, 1.0)
     idle_share = (1 - ffn.top_k / ffn.num_experts) ** (tokens / copies)
@@ -210,7 +209,8 @@ def _transfers(
     is_split = not ffn.num_experts or deployment.ffn_parallelism == "tp_ep"
     host_us = _US / (deployment.ffn_card.host_bytes_per_s * profile.nvlink_share)
     if deployment.is_colocated:
-        if not ffn.num_experts or deployment.num_attention_gpus == 1:
+        is_copied = not ffn.num_experts and deployment.ffn_parallelism == "ep"
+        if is_copied or deployment.num_attention_gpus == 1:
             return {"a2f": 0 * size, "f2a": 0 * size, "latency": 0.0}
         byte_us, latency = _colocated_us(ffn, deployment, profile)
         busiest_us = size * byte_us
@@ -240,14 +240,16 @@ def _colocated_us(ffn: FfnLayer, deployment: Deployment, profile: Profile) -> tu
     """(microseconds per byte of a token, latency one way) of an all-to-all between all GPUs."""
     card, gpus = deployment.attention_card, deployment.num_attention_gpus
     hosts = deployment.num_ffn_hosts
+    is_split = not ffn.num_experts
+    copies = float(gpus) if is_split else _distinct(gpus, ffn.top_k)
     host_us = _US / (card.host_bytes_per_s * profile.nvlink_share)
     if hosts == 1:
-        return _distinct(gpus, ffn.top_k) * (gpus - 1) / gpus * host_us, profile.nvlink_latency_us
+        return copies * (gpus - 1) / gpus * host_us, profile.nvlink_latency_us
     # A token crosses to each host once and is handed on there over NVLink, both at a time.
+    host_copies = float(hosts) if is_split else _distinct(hosts, ffn.top_k)
     nic_us = _US / (card.nic_bytes_per_s * profile.nic_share)
-    between = _distinct(hosts, ffn.top_k) * (hosts - 1) / hosts * nic_us
-    within = _distinct(gpus, ffn.top_k) * host_us
-    return max(between, within), profile.nic_latency_us + profile.nvlink_latency_us
+    between = host_copies * (hosts - 1) / hosts * nic_us
+    return max(between, copies * host_us), profile.nic_latency_us + profile.nvlink_latency_us
 
 
 def step_us(times: StageTimes, deployment: Deployment, lanes: Floats | None = None) -> Floats:
