@@ -34,12 +34,17 @@ id!(
     StepId(u64)
 );
 id!(
-    /// A scheduled sequence. One request has `n` of them.
+    /// A sequence's stay on one lane. Never reused: a sequence that lost its place and got another
+    /// comes back under a new id, so that instances never confuse its two stays.
     SequenceId(u64)
 );
 id!(
     /// A client's request, as numbered by the coordinator (not the client's string).
     RequestId(u64)
+);
+id!(
+    /// Whose request it is, as far as shares and cached beginnings go.
+    TenantId(u64)
 );
 id!(
     /// One KV block of `block_size_tokens` tokens in an attention instance's pool.

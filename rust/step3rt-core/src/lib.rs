@@ -4,11 +4,37 @@
 //! starts a thread or uses `unsafe`: events and a time go in, plans and token events come out, so
 //! the same inputs always give the same plan.
 //!
-//! Reading order: [`step`] (what a decision looks like), [`scheduler`] (how it is made),
-//! [`sequence`], [`block_pool`].
+//! Reading order: [`step`] (what a decision looks like), [`request`] (what a client asks and is
+//! told), [`scheduler`] (how a decision is made). Then, inwards:
+//!
+//! | module | noun |
+//! | --- | --- |
+//! | `admission`, `queue`, `fair_share` | the way in, the lines, and whose turn it is |
+//! | `cluster` | which instance and lane a newcomer gets |
+//! | `instance`, `lane`, `draft` | who stays where, and one lane's next step |
+//! | `sequence`, `stay`, `sequence_table` | a continuation, and what it has while it has a place |
+//! | [`block_pool`], `prefix_cache` | KV blocks: free, shared, and what they hold |
+//! | `recovery`, `ending` | losses and returns; ends |
+//! | `audit` | the invariants, checked |
 
+mod admission;
+mod audit;
+pub mod block_pool;
+mod cluster;
 pub mod config;
+mod draft;
+mod ending;
 pub mod error;
+mod fair_share;
 pub mod ids;
+mod instance;
+mod lane;
+mod prefix_cache;
+mod queue;
+mod recovery;
+pub mod request;
 pub mod scheduler;
+mod sequence;
+mod sequence_table;
+mod stay;
 pub mod step;

@@ -2,37 +2,40 @@
 //!
 //! It never waits, reads a clock or talks to anybody: the drive loop feeds it events with a time
 //! and carries out what [`Scheduler::plan`] and [`Scheduler::take_events`] return.
+//!
+//! There is one notion of work: a sequence's computed tokens chase its known tokens. A new prompt,
+//! a prompt in chunks, a decode, a resumed stream, and what is computed again after a preemption
+//! or a loss differ in how far apart the two counters are, and in nothing else.
+//!
+//! A sequence waits for its turn, stays on the (instance, lane) where the least KV is in use, and
+//! leaves when it ends, when others that rank before it need its blocks, or when its instance is
+//! lost. In the last two cases it keeps its tokens and waits again, so its stream goes on without a
+//! gap.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::admission::LiveRequest;
+use crate::cluster::{Cluster, Need};
 use crate::config::SchedulerConfig;
-use crate::error::RequestError;
-use crate::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
-use crate::step::{SamplingState, StepKey, StepOutput, StepPlan, TokenLogprob};
+use crate::draft::num_tokens_to_plan;
+use crate::error::Failure;
+use crate::fair_share::{FairShare, TokenCount};
+use crate::ids::{Epoch, InstanceId, RequestId, SequenceId, TimeNs};
+use crate::instance::Place;
+use crate::lane::{InFlight, Lane};
+use crate::queue::WaitingQueue;
+use crate::recovery::Health;
+use crate::sequence::Sequence;
+use crate::sequence_table::{SequenceTable, Slot};
+use crate::stay::AfterStep;
+use crate::step::{StepKey, StepOutput, StepPlan};
 
-/// A validated request.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Request {
-    /// The coordinator's number for it.
-    pub id: RequestId,
-    /// At least one token.
-    pub prompt: Vec<TokenId>,
-    /// Tokens generated earlier (a resumed stream); the first new token has this position.
-    pub resumed: Vec<TokenId>,
-    /// How many continuations.
-    pub n: u32,
-    /// How to sample; sequence `i` of `n` uses `seed + i`.
-    pub sampling: SamplingState,
-    /// Most tokens to generate per continuation, at least 1.
-    pub max_tokens: u32,
-    /// Lower runs first.
-    pub priority: i32,
-    /// When the client stops caring.
-    pub deadline: Option<TimeNs>,
-}
+pub use crate::request::{FinishReason, Request, RequestEvent, Usage};
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// A client asks.
+    /// A client asks. The id must not be that of a live request; if it is, nothing happens.
     Submit(Request),
     /// A client left or aborted. Unknown ids are ignored.
     Cancel(RequestId),
@@ -69,64 +72,6 @@ pub enum Event {
     Drain,
 }
 
-/// What a client is told.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RequestEvent {
-    /// The request has a place and its first chunk is planned.
-    Started,
-    /// Prompt logprobs, in order, as chunks complete; `offset` counts from prompt token 1.
-    PromptLogprobs {
-        /// Index of `logprobs[0]`, 0 being the second prompt token.
-        offset: u32,
-        /// In order.
-        logprobs: Vec<TokenLogprob>,
-    },
-    /// One generated token.
-    Token {
-        /// Which of `n`.
-        index: u32,
-        /// Position in this continuation, from 0, without gap or duplicate.
-        position: u32,
-        /// The token.
-        token: TokenId,
-        /// When asked for.
-        logprob: Option<TokenLogprob>,
-    },
-    /// A continuation ended; nothing more comes for this index.
-    Finished {
-        /// Which of `n`.
-        index: u32,
-        /// Why.
-        reason: FinishReason,
-        /// What it took.
-        usage: Usage,
-    },
-    /// The request ended early; nothing more comes.
-    Failed(RequestError),
-}
-
-/// Why a continuation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// A stop id was sampled.
-    StopToken(TokenId),
-    /// A stop string matched (see [`Event::Stop`]).
-    StopString,
-    /// `max_tokens` or the context's end.
-    Length,
-}
-
-/// Token counts of a continuation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: u32,
-    /// Tokens generated.
-    pub completion_tokens: u32,
-    /// When it was submitted, first planned, got its first token, and ended.
-    pub times: [TimeNs; 4],
-}
-
 /// A snapshot for metrics and tests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerStats {
@@ -134,7 +79,7 @@ pub struct SchedulerStats {
     pub num_waiting: usize,
     /// Sequences with a place.
     pub num_running: usize,
-    /// Per attention instance: free and total KV blocks.
+    /// Per attention instance: free and total KV blocks. Free ones may hold cached beginnings.
     pub kv_blocks: Vec<(InstanceId, u32, u32)>,
     /// Steps planned and not answered.
     pub num_steps_in_flight: usize,
@@ -143,39 +88,299 @@ pub struct SchedulerStats {
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
+    pub(crate) config: SchedulerConfig,
+    pub(crate) cluster: Cluster,
+    pub(crate) sequences: SequenceTable,
+    pub(crate) requests: BTreeMap<RequestId, LiveRequest>,
+    pub(crate) queue: WaitingQueue,
+    pub(crate) fair_share: FairShare,
+    pub(crate) deadlines: BTreeSet<(TimeNs, RequestId)>,
+    pub(crate) health: Health,
+    pub(crate) is_draining: bool,
+    pub(crate) num_arrivals: u64,
+    num_stays: u64,
+    pub(crate) events: Vec<(RequestId, RequestEvent)>,
 }
 
 impl Scheduler {
-    /// An empty cluster.
+    /// An empty cluster. `config` has passed [`SchedulerConfig::validate`].
     #[must_use]
     pub fn new(config: SchedulerConfig) -> Self {
-        Self { config }
+        debug_assert_eq!(config.validate(), Ok(()));
+        Self {
+            config,
+            cluster: Cluster::default(),
+            sequences: SequenceTable::default(),
+            requests: BTreeMap::new(),
+            queue: WaitingQueue::default(),
+            fair_share: FairShare::default(),
+            deadlines: BTreeSet::new(),
+            health: Health::Down,
+            is_draining: false,
+            num_arrivals: 0,
+            num_stays: 0,
+            events: Vec::new(),
+        }
     }
 
     /// Takes one event into account. Refusals arrive as [`RequestEvent::Failed`].
-    pub fn handle(&mut self, _now: TimeNs, _event: Event) {
-        let _ = &self.config;
+    pub fn handle(&mut self, now: TimeNs, event: Event) {
+        match event {
+            Event::Submit(request) => self.submit(now, request),
+            Event::Cancel(request) => self.fail(request, Failure::Cancelled),
+            Event::Stop { request, index } => {
+                self.finish(now, (request, index), FinishReason::StopString);
+            }
+            Event::AttentionReady {
+                instance,
+                epoch,
+                num_kv_blocks,
+            } => self.attention_ready(now, (instance, epoch), num_kv_blocks),
+            Event::AttentionLost(instance) => self.attention_lost(now, instance),
+            Event::ExpertsComplete(has_all_experts) => {
+                self.experts_complete(now, has_all_experts);
+            }
+            Event::StepDone(output) => self.step_done(now, output),
+            Event::StepFailed { key, reason: _ } => self.step_failed(now, key),
+            Event::Drain => self.is_draining = true,
+        }
     }
 
-    /// Plans every lane that has work and no step in flight.
-    pub fn plan(&mut self, _now: TimeNs) -> Vec<StepPlan> {
-        Vec::new()
+    /// Plans every lane that has work, up to `max_steps_in_flight` steps ahead of its results.
+    pub fn plan(&mut self, now: TimeNs) -> Vec<StepPlan> {
+        self.expire_deadlines(now);
+        self.expire_recovery(now);
+        if !self.cluster.is_complete() {
+            return Vec::new();
+        }
+        let mut plans = Vec::new();
+        for _ in 0..self.config.max_steps_in_flight {
+            self.evict();
+            self.give_places();
+            let num_before = plans.len();
+            self.plan_lanes(now, &mut plans);
+            if plans.len() == num_before {
+                break;
+            }
+        }
+        plans
     }
 
     /// Takes what clients must be told, in order.
     pub fn take_events(&mut self) -> Vec<(RequestId, RequestEvent)> {
-        Vec::new()
+        std::mem::take(&mut self.events)
     }
 
     /// The next time at which [`Self::plan`] must be called even if nothing happens (deadlines,
-    /// recovery time-outs).
+    /// recovery time-outs, steps that are tried again).
     pub fn next_timer(&self) -> Option<TimeNs> {
-        None
+        let deadline = self.deadlines.first().map(|&(time, _)| time);
+        let lanes = self.cluster.instances.values().flat_map(|i| &i.lanes);
+        let retry = lanes
+            .filter(|_| self.cluster.is_complete())
+            .filter_map(Lane::retry_at)
+            .min();
+        [deadline, self.health.deadline(), retry]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// A snapshot.
     pub fn stats(&self) -> SchedulerStats {
-        SchedulerStats::default()
+        let instances = self.cluster.instances.values();
+        let lanes = instances.clone().flat_map(|instance| &instance.lanes);
+        SchedulerStats {
+            num_waiting: self.queue.num_requests(),
+            num_running: lanes.clone().map(|lane| lane.running.len()).sum(),
+            kv_blocks: instances
+                .map(|i| (i.id, i.pool.num_free_blocks(), i.pool.num_blocks()))
+                .collect(),
+            num_steps_in_flight: lanes.map(|lane| lane.in_flight.len()).sum(),
+        }
+    }
+
+    fn step_done(&mut self, now: TimeNs, output: StepOutput) {
+        let key = output.key;
+        let Some(in_flight) = self.take_step(key) else {
+            return;
+        };
+        let instance = self.cluster.instances.get_mut(&key.instance);
+        let instance = instance.expect("take_step found it");
+        instance.lane_mut(key.lane).note_success();
+        let mut outputs = output.outputs.into_iter();
+        let mut ended = Vec::new();
+        let mut generated = TokenCount::default();
+        self.events.reserve(in_flight.chunks.len());
+        for &(slot, asked) in &in_flight.chunks {
+            let output = outputs.next();
+            let sequence = &mut self.sequences[slot];
+            if !sequence.is_wanted() {
+                continue;
+            }
+            let end = sequence.accept(now, (asked, output), &mut self.events);
+            if end.is_ok() {
+                generated.count(sequence.tenant, u64::from(asked.samples));
+                instance.publish_full_blocks(sequence, self.config.block_size_tokens);
+            } else {
+                instance.distrust(sequence);
+            }
+            let continuation = (sequence.request, sequence.index);
+            match end {
+                Ok(None) => {}
+                Ok(Some(reason)) => ended.push((continuation, Ok(reason))),
+                Err(failure) => ended.push((continuation, Err(failure))),
+            }
+        }
+        self.fair_share.charge_generated(generated);
+        self.end_step(key.instance, &in_flight, false);
+        for (continuation, end) in ended {
+            match end {
+                Ok(reason) => self.finish(now, continuation, reason),
+                Err(failure) => self.fail(continuation.0, failure),
+            }
+        }
+    }
+
+    fn step_failed(&mut self, now: TimeNs, key: StepKey) {
+        let Some(in_flight) = self.take_step(key) else {
+            return;
+        };
+        self.end_step(key.instance, &in_flight, true);
+        if in_flight.is_doomed {
+            return; // it says no more than the failure before it
+        }
+        let instance = self.cluster.instances.get_mut(&key.instance);
+        let lane = instance.expect("take_step found it").lane_mut(key.lane);
+        let failing_since = lane.note_failure(now);
+        let recovery_timeout_ms = self.config.recovery_timeout_ms;
+        if failing_since.plus_ms(recovery_timeout_ms) > now {
+            return;
+        }
+        let running = lane.running.iter().map(|&(_, slot)| slot);
+        let requests: BTreeSet<_> = running.map(|slot| self.sequences[slot].request).collect();
+        for request in requests {
+            self.fail(
+                request,
+                Failure::StepsKeepFailing {
+                    recovery_timeout_ms,
+                },
+            );
+        }
+    }
+
+    /// The step in flight that `key` names, unless it is stale: of another incarnation, or
+    /// answered before.
+    fn take_step(&mut self, key: StepKey) -> Option<InFlight> {
+        let instance = self.cluster.incarnation(key)?;
+        instance.lane_mut(key.lane).take_step(key.step)
+    }
+
+    /// Lets those go who were only waiting for this step to end.
+    fn end_step(&mut self, instance: InstanceId, in_flight: &InFlight, has_failed: bool) {
+        let instance = self.cluster.instances.get_mut(&instance);
+        let instance = instance.expect("take_step found it");
+        for &(slot, asked) in &in_flight.chunks {
+            let sequence = &mut self.sequences[slot];
+            match instance.end_step_of(sequence, asked, has_failed) {
+                AfterStep::Stays => {}
+                AfterStep::Waits => self.queue.insert(slot, sequence),
+                AfterStep::Ends => drop(self.sequences.remove(slot)),
+            }
+        }
+    }
+
+    /// Plans one step of every lane that may have one.
+    fn plan_lanes(&mut self, now: TimeNs, plans: &mut Vec<StepPlan>) {
+        let mut newcomers = Vec::new();
+        for instance in self.cluster.instances.values_mut() {
+            for lane in instance.lane_ids() {
+                let max_steps = self.config.max_steps_in_flight;
+                if !instance.lane_mut(lane).is_ready(now, max_steps) {
+                    continue;
+                }
+                let planned = instance.plan_lane(lane, &self.config, &mut self.sequences);
+                let Some(planned) = planned else { continue };
+                newcomers.extend(planned.newcomers);
+                plans.push(planned.plan);
+            }
+        }
+        for slot in newcomers {
+            self.note_start(now, slot);
+        }
+    }
+
+    fn note_start(&mut self, now: TimeNs, slot: Slot) {
+        let sequence = &mut self.sequences[slot];
+        sequence.planned.get_or_insert(now);
+        let request = self.requests.get_mut(&sequence.request);
+        let request = request.expect("a running sequence has a live request");
+        if !std::mem::replace(&mut request.is_started, true) {
+            self.events.push((sequence.request, RequestEvent::Started));
+        }
+    }
+
+    /// Lets those sequences lose their places that others, ranked before them, have grown into.
+    fn evict(&mut self) {
+        for instance in self.cluster.instances.values_mut() {
+            while let Some(slot) = instance.overcommitted() {
+                let sequence = &mut self.sequences[slot];
+                if instance.leave(sequence, AfterStep::Waits) {
+                    self.queue.insert(slot, sequence);
+                }
+            }
+        }
+    }
+
+    /// Gives places: by priority, then to the tenant that was served least, then to the oldest.
+    /// It stops at the first that finds no room, or a stream of short requests would keep a long
+    /// one waiting for ever; those whom no present instance could ever serve wait for a recovery
+    /// and hold nobody up.
+    pub(crate) fn give_places(&mut self) {
+        if !self.cluster.is_complete() {
+            return;
+        }
+        let mut placed = Vec::new();
+        let mut turns = self.queue.turns();
+        while let Some(slot) = turns.take_one(&self.fair_share) {
+            let sequence = &self.sequences[slot];
+            let need = Need::of(sequence, self.config.block_size_tokens);
+            if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
+                continue;
+            }
+            let Some((id, vacancy)) = self.cluster.choose(sequence, &self.config) else {
+                break;
+            };
+            let place = Place {
+                id: SequenceId(self.num_stays),
+                vacancy,
+                block_size_tokens: self.config.block_size_tokens,
+            };
+            self.num_stays += 1;
+            let instance = self.cluster.instances.get_mut(&id);
+            let instance = instance.expect("choose names a present instance");
+            let sequence = &mut self.sequences[slot];
+            instance.join(slot, sequence, place);
+            if !std::mem::replace(&mut sequence.is_charged, true) {
+                let num_tokens = u64::from(num_tokens_to_plan(sequence));
+                self.fair_share.charge_prompt(sequence.tenant, num_tokens);
+            }
+            placed.push(slot);
+        }
+        for slot in placed {
+            self.queue.remove(slot, &self.sequences[slot]);
+        }
+    }
+
+    /// Whether another continuation of its request is computing the prompt, whose full blocks
+    /// this one can then share instead of computing them beside it.
+    fn awaits_sibling(&self, sequence: &Sequence) -> bool {
+        let num_shareable = (sequence.num_prompt_tokens() - 1) / self.config.block_size_tokens;
+        let siblings = self.requests[&sequence.request].slots();
+        let mut stays = siblings.filter_map(|slot| self.sequences[slot].stay.as_ref());
+        stays.any(|stay| {
+            let stays = stay.after_step == AfterStep::Stays;
+            stays && stay.num_published_blocks < num_shareable as usize
+        })
     }
 }

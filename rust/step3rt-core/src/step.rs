@@ -21,14 +21,28 @@ pub struct StepKey {
 
 /// The next step of one lane.
 ///
-/// Applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`.
+/// Steps of a lane take place in their order; several may be on their way to the instance. Each is
+/// applied in the order of its fields: forget `left`, learn `joined`, compute `chunks`. Every plan
+/// is answered once, in order, with a [`StepOutput`] or a failure, also one that has only `left`.
+///
+/// **A step that fails.** `left`, `joined` and `new_blocks` take effect when a step's turn comes,
+/// even if the compute then fails: a failed step leaves no sequence further than it was, but the
+/// instance keeps what it was told. So every delta is sent exactly once, and the plan that redoes a
+/// failed step has only the chunks again. This is safe because plans of one incarnation arrive in
+/// order or the incarnation ends, and with it all that it was told.
+///
+/// **What follows it.** A step planned before the failure was known may have a chunk that starts
+/// where its sequence is not. The instance fails such a step whole, and the scheduler plans
+/// nothing on that lane until it has.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepPlan {
     /// Which step this is.
     pub key: StepKey,
-    /// Sequences that the lane forgets.
+    /// Sequences that the lane forgets. Their blocks may belong to others already: no chunk of
+    /// theirs comes any more.
     pub left: Vec<SequenceId>,
-    /// Sequences that the lane learns.
+    /// Sequences that the lane learns, with an empty block table; where a sequence is at first,
+    /// its first chunk says, which is in the same plan. An id joins once in a coordinator's life.
     pub joined: Vec<SequenceJoin>,
     /// Work, in this order; never empty unless `left` is not.
     pub chunks: Vec<SequenceChunk>,
@@ -47,7 +61,8 @@ pub struct SequenceJoin {
     pub sampling: SamplingState,
 }
 
-/// Computes known tokens `[num_computed_tokens, num_computed_tokens + num_new_tokens)`:
+/// Computes tokens `[num_computed_tokens, num_computed_tokens + num_new_tokens)`, which the
+/// instance knows when the step's turn comes; the step before may have sampled the last of them.
 ///
 /// ```text
 ///   0          num_computed_tokens        known
@@ -57,11 +72,13 @@ pub struct SequenceJoin {
 pub struct SequenceChunk {
     /// The sequence.
     pub sequence: SequenceId,
-    /// Tokens whose K and V are in the cache already.
+    /// Tokens whose K and V are in the cache already: computed by earlier chunks or, at the start
+    /// of its first chunk, by another sequence with the same beginning.
     pub num_computed_tokens: u32,
     /// Tokens to compute now, at least 1.
     pub num_new_tokens: u32,
-    /// Blocks appended to the sequence's block table before the chunk is computed.
+    /// Blocks appended to the sequence's block table before the chunk is computed. Those that hold
+    /// computed tokens may be shared with other sequences; they are full and never written again.
     pub new_blocks: Vec<BlockId>,
     /// Whether the chunk ends at the last known token, so that a token is sampled.
     pub samples: bool,

@@ -1,0 +1,194 @@
+//! Owns the way in: what a request may ask, whether there is room for it, and the sequences that
+//! it becomes.
+//!
+//! It never gives places; an accepted request stands in line.
+
+use std::sync::Arc;
+
+use crate::cluster::Need;
+use crate::config::SchedulerConfig;
+use crate::error::Failure;
+use crate::ids::{RequestId, TimeNs};
+use crate::recovery::Health;
+use crate::request::{MAX_CONTINUATIONS, Request, RequestEvent};
+use crate::scheduler::Scheduler;
+use crate::sequence::{Rank, Sequence, num_tokens};
+use crate::sequence_table::Slot;
+
+/// A request that has not ended.
+#[derive(Debug)]
+pub(crate) struct LiveRequest {
+    /// By index; `None` has ended.
+    pub(crate) continuations: Vec<Option<Slot>>,
+    pub(crate) submitted: TimeNs,
+    pub(crate) deadline: Option<TimeNs>,
+    pub(crate) is_started: bool,
+}
+
+impl LiveRequest {
+    pub(crate) fn slot(&self, index: u32) -> Option<Slot> {
+        *self.continuations.get(index as usize)?
+    }
+
+    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.continuations.iter().copied().flatten()
+    }
+}
+
+/// The least and the most that a client is told to wait when the queue is full.
+const QUEUE_RETRY_MS: (u64, u64) = (100, 30_000);
+
+impl Scheduler {
+    pub(crate) fn submit(&mut self, now: TimeNs, request: Request) {
+        if self.requests.contains_key(&request.id) {
+            return; // ending it under this id would end the live request's stream
+        }
+        let id = request.id;
+        if let Err(failure) = self.accept(now, request) {
+            self.events.push((id, RequestEvent::Failed(failure.into())));
+        }
+    }
+
+    fn accept(&mut self, now: TimeNs, request: Request) -> Result<(), Failure> {
+        if self.is_draining {
+            return Err(Failure::Draining);
+        }
+        check(&request, &self.config)?;
+        let (id, deadline) = (request.id, request.deadline);
+        if deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(Failure::DeadlinePassed { after_ms: 0 });
+        }
+        let when = (now, self.num_arrivals);
+        let sequences = sequences_of(request, self.config.max_model_len, when);
+        let first = &sequences[0];
+        if let Some(reason) = first.finish_reason() {
+            // The client resumes a stream of which only the end was lost.
+            let finished = RequestEvent::Finished {
+                index: 0,
+                reason,
+                usage: first.usage(now),
+            };
+            self.events.push((id, RequestEvent::Started));
+            self.events.push((id, finished));
+            return Ok(());
+        }
+        self.check_room(now, first)?;
+        self.num_arrivals += sequences.len() as u64;
+        self.fair_share.arrive(first.tenant, sequences.len() as u64);
+        let mut live = LiveRequest {
+            continuations: Vec::with_capacity(sequences.len()),
+            submitted: now,
+            deadline,
+            is_started: false,
+        };
+        for sequence in sequences {
+            let slot = self.sequences.insert(sequence);
+            self.queue.insert(slot, &self.sequences[slot]);
+            live.continuations.push(Some(slot));
+        }
+        self.deadlines.extend(deadline.map(|time| (time, id)));
+        self.requests.insert(id, live);
+        Ok(())
+    }
+
+    /// Refuses what the cluster has no means or no room for. While it recovers from a loss,
+    /// requests wait with the others.
+    fn check_room(&mut self, now: TimeNs, sequence: &Sequence) -> Result<(), Failure> {
+        if self.health == Health::Down {
+            return Err(self.not_ready());
+        }
+        let need = Need::of(sequence, self.config.block_size_tokens);
+        if !self.cluster.instances.is_empty() && !self.cluster.can_ever_hold(need) {
+            return Err(self.exceeds_kv_pool(sequence));
+        }
+        let max = self.config.max_waiting_requests;
+        if self.queue.num_requests() >= max as usize {
+            self.give_places();
+        }
+        let waiting = self.queue.num_requests();
+        if waiting < max as usize {
+            return Ok(());
+        }
+        // How long the head of the line has waited is how long the line takes, roughly.
+        let head = self.queue.turns().take_one(&self.fair_share);
+        let head = head.expect("the queue is full");
+        let waited_ms = now.since_ns(self.sequences[head].submitted) / 1_000_000;
+        Err(Failure::QueueFull {
+            waiting,
+            max,
+            retry_after_ms: waited_ms.clamp(QUEUE_RETRY_MS.0, QUEUE_RETRY_MS.1),
+        })
+    }
+}
+
+/// Refuses what can never run, whatever the cluster.
+fn check(request: &Request, config: &SchedulerConfig) -> Result<(), Failure> {
+    if request.prompt.is_empty() {
+        return Err(Failure::EmptyPrompt);
+    }
+    if request.max_tokens == 0 {
+        return Err(Failure::NoTokensWanted);
+    }
+    if request.n == 0 || request.n > MAX_CONTINUATIONS {
+        return Err(Failure::ContinuationCount {
+            n: request.n,
+            max: MAX_CONTINUATIONS,
+        });
+    }
+    if request.n > 1 && !request.resumed.is_empty() {
+        return Err(Failure::ResumesMany {
+            n: request.n,
+            resumed: request.resumed.len(),
+        });
+    }
+    let max_model_len = config.max_model_len as usize;
+    let known = request.prompt.len() + request.resumed.len();
+    // A resumed stream may have reached the context's end; then only its end is missing.
+    if request.prompt.len() >= max_model_len || known > max_model_len {
+        return Err(Failure::PromptFillsContext {
+            known,
+            max_model_len: config.max_model_len,
+        });
+    }
+    Ok(())
+}
+
+/// The `n` continuations of a request that passed [`check`], ranked from `first_arrival` on.
+fn sequences_of(
+    request: Request,
+    max_model_len: u32,
+    (now, first_arrival): (TimeNs, u64),
+) -> Vec<Sequence> {
+    let prompt: Arc<[_]> = request.prompt.into();
+    let max_known_tokens = num_tokens(&prompt)
+        .saturating_add(request.max_tokens)
+        .min(max_model_len);
+    let id: RequestId = request.id;
+    let continuation = |index: u32| {
+        let mut sampling = request.sampling.clone();
+        sampling.seed = sampling.seed.wrapping_add(u64::from(index));
+        if index > 0 {
+            sampling.prompt_logprobs = None; // they are the same for all, and sent once
+        }
+        Sequence {
+            request: id,
+            index,
+            tenant: request.tenant,
+            rank: Rank {
+                priority: request.priority,
+                arrival: first_arrival + u64::from(index),
+            },
+            prompt: Arc::clone(&prompt),
+            generated: request.resumed.clone(),
+            sampling,
+            max_known_tokens,
+            submitted: now,
+            planned: None,
+            first_token: None,
+            num_prompt_logprobs_sent: 0,
+            is_charged: false,
+            stay: None,
+        }
+    };
+    (0..request.n).map(continuation).collect()
+}

@@ -1,0 +1,212 @@
+//! Owns the attention instances that can run steps and chooses where a newcomer stays.
+//!
+//! It never moves a sequence: rebalancing happens at joins only, because a KV cache does not move.
+
+use std::collections::BTreeMap;
+
+use crate::block_pool::CachedPrefix;
+use crate::config::SchedulerConfig;
+use crate::ids::{InstanceId, LaneId};
+use crate::instance::{Instance, num_blocks};
+use crate::sequence::Sequence;
+use crate::step::StepKey;
+
+#[derive(Debug, Default)]
+pub(crate) struct Cluster {
+    pub(crate) instances: BTreeMap<InstanceId, Instance>,
+    pub(crate) has_all_experts: bool,
+}
+
+impl Cluster {
+    /// Whether steps can run at all.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.has_all_experts && !self.instances.is_empty()
+    }
+
+    /// Whether a sequence can run to its end on some instance that is here.
+    pub(crate) fn can_ever_hold(&self, need: Need) -> bool {
+        need.at_most <= u64::from(self.largest_pool_blocks())
+    }
+
+    pub(crate) fn largest_pool_blocks(&self) -> u32 {
+        let pools = self.instances.values().map(|i| i.pool.num_blocks());
+        pools.max().unwrap_or(0)
+    }
+
+    /// The instance that a step's answer is about, unless the answer is of another incarnation.
+    pub(crate) fn incarnation(&mut self, key: StepKey) -> Option<&mut Instance> {
+        let instance = self.instances.get_mut(&key.instance)?;
+        let is_current = instance.epoch == key.epoch && instance.lane_ids().any(|l| l == key.lane);
+        is_current.then_some(instance)
+    }
+
+    /// The instance with room that has the least KV in use and to compute for `sequence`, so that
+    /// a cached beginning attracts; and its lane with the least KV. KV bytes and not sequences are
+    /// balanced, since attention time follows the bytes that it reads.
+    pub(crate) fn choose(
+        &self,
+        sequence: &Sequence,
+        config: &SchedulerConfig,
+    ) -> Option<(InstanceId, Vacancy)> {
+        let instances = self.instances.values();
+        let vacancies = instances.filter_map(|instance| {
+            let (cost, vacancy) = Self::vacancy(instance, sequence, config)?;
+            Some((cost, instance.id, vacancy))
+        });
+        let (_, id, vacancy) = vacancies.min_by_key(|&(cost, id, _)| (cost, id))?;
+        Some((id, vacancy))
+    }
+
+    /// What `instance` has to offer, and its KV in use and to compute with the newcomer.
+    fn vacancy(
+        instance: &Instance,
+        sequence: &Sequence,
+        config: &SchedulerConfig,
+    ) -> Option<(u64, Vacancy)> {
+        let need = Need::of(sequence, config.block_size_tokens);
+        if need.at_most > u64::from(instance.pool.num_blocks()) {
+            return None;
+        }
+        let max_sequences = config.max_sequences_per_lane as usize;
+        let lanes = instance.lane_ids().zip(&instance.lanes);
+        let (lane, _) = lanes
+            .filter(|(_, lane)| lane.running.len() < max_sequences)
+            .min_by_key(|(id, lane)| (lane.num_demanded_blocks, lane.running.len(), *id))?;
+        let blocks = sequence.reusable_blocks(config.block_size_tokens);
+        let prefix = instance.pool.find_prefix(sequence.tenant, blocks);
+        if !instance.has_room_for(need.now - prefix.num_used_blocks) {
+            return None;
+        }
+        let to_compute = need.now - prefix.blocks.len() as u64;
+        let cost = instance.num_demanded_blocks() + to_compute;
+        Some((cost, Vacancy { lane, prefix }))
+    }
+}
+
+/// Where on an instance a newcomer can stay, and what is cached of it there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Vacancy {
+    pub(crate) lane: LaneId,
+    pub(crate) prefix: CachedPrefix,
+}
+
+/// KV blocks that a newcomer needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need {
+    /// For the tokens it has.
+    pub(crate) now: u64,
+    /// For all it may grow to; the last token is never computed and needs none.
+    pub(crate) at_most: u64,
+}
+
+impl Need {
+    pub(crate) fn of(sequence: &Sequence, block_size_tokens: u32) -> Self {
+        Self {
+            now: num_blocks(sequence.num_known_tokens(), block_size_tokens),
+            at_most: num_blocks(sequence.max_known_tokens - 1, block_size_tokens),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block_pool::BlockPool;
+    use crate::ids::{Epoch, SequenceId, StepId};
+    use crate::instance::Place;
+    use crate::sequence_table::SequenceTable;
+
+    fn config() -> SchedulerConfig {
+        SchedulerConfig {
+            num_lanes: 2,
+            block_size_tokens: 4,
+            max_model_len: 64,
+            max_tokens_per_micro_batch: 8,
+            max_steps_in_flight: 1,
+            max_sequences_per_lane: 2,
+            max_waiting_requests: 8,
+            recovery_timeout_ms: 1_000,
+        }
+    }
+
+    fn cluster(pools: &[u32]) -> Cluster {
+        let instances = (0..).map(InstanceId).zip(pools).map(|(id, &num_blocks)| {
+            let pool = BlockPool::new(num_blocks);
+            (id, Instance::new(id, Epoch(1), pool, 2))
+        });
+        Cluster {
+            instances: instances.collect(),
+            has_all_experts: true,
+        }
+    }
+
+    /// Gives places to newcomers that need so many blocks each and eight at most; says which.
+    fn place_all(cluster: &mut Cluster, needs: &[usize]) -> Vec<Option<(u32, u8)>> {
+        let mut table = SequenceTable::default();
+        let mut arrival = 0;
+        let place_one = |&num_blocks: &usize| {
+            arrival += 1;
+            let prompt = vec![u32::try_from(arrival).unwrap(); num_blocks * 4];
+            let mut sequence = Sequence::for_tests(&prompt, &[]);
+            sequence.rank.arrival = arrival;
+            sequence.max_known_tokens = 33;
+            let (id, vacancy) = cluster.choose(&sequence, &config())?;
+            let place = Place {
+                id: SequenceId(arrival),
+                vacancy: vacancy.clone(),
+                block_size_tokens: 4,
+            };
+            let slot = table.insert(Sequence::for_tests(&[1], &[]));
+            let instance = cluster.instances.get_mut(&id)?;
+            instance.join(slot, &mut sequence, place);
+            Some((id.0, vacancy.lane.0))
+        };
+        needs.iter().map(place_one).collect()
+    }
+
+    #[test]
+    fn equal_newcomers_spread_over_instances_and_then_lanes() {
+        let mut cluster = cluster(&[20, 20]);
+        let places = place_all(&mut cluster, &[1; 5]).into_iter().flatten();
+        let places: Vec<_> = places.collect();
+        assert_eq!(places, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0)]);
+    }
+
+    #[test]
+    fn a_heavy_sequence_outweighs_many_light_ones() {
+        let mut cluster = cluster(&[20, 20]);
+        let places = place_all(&mut cluster, &[6, 1, 1, 1]).into_iter().flatten();
+        let places: Vec<_> = places.collect();
+        assert_eq!(places, [(0, 0), (1, 0), (1, 1), (1, 0)]);
+    }
+
+    #[test]
+    fn nobody_is_placed_where_it_could_not_finish() {
+        let mut cluster = cluster(&[7, 9]);
+        let places = place_all(&mut cluster, &[1, 1, 7, 8]);
+        assert_eq!(places, [Some((1, 0)), Some((1, 1)), Some((1, 0)), None]);
+        assert!(cluster.can_ever_hold(Need { now: 1, at_most: 9 }));
+        assert!(!cluster.can_ever_hold(Need {
+            now: 1,
+            at_most: 10
+        }));
+    }
+
+    #[test]
+    fn answers_of_another_incarnation_or_lane_find_no_instance() {
+        let mut cluster = cluster(&[8]);
+        let key = StepKey {
+            instance: InstanceId(0),
+            epoch: Epoch(1),
+            lane: LaneId(1),
+            step: StepId(0),
+        };
+        assert!(cluster.incarnation(key).is_some());
+        let epoch = Epoch(2);
+        assert!(cluster.incarnation(StepKey { epoch, ..key }).is_none());
+        let lane = LaneId(2);
+        assert!(cluster.incarnation(StepKey { lane, ..key }).is_none());
+        let instance = InstanceId(1);
+        assert!(cluster.incarnation(StepKey { instance, ..key }).is_none());
+    }
+}

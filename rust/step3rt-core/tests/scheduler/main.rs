@@ -1,0 +1,14 @@
+//! The scheduler as the drive loop sees it, against instances that keep KV memory.
+
+mod admission;
+mod ahead;
+mod batching;
+mod clients;
+mod endings;
+mod failures;
+mod instance;
+mod preemption;
+mod prefix;
+mod simulation;
+mod trace;
+mod world;
