@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from step3rt.cli import EX_CONFIG, EX_USAGE, main
 from step3rt.config import ServeConfig, build, load_toml
 from step3rt.plan.cost import token_cost

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.plan.compare import compare, fit, median_error
 from step3rt.plan.hardware import load_hardware

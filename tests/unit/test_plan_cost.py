@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from step3rt.errors import ConfigError
 from step3rt.plan.cost import afd_cost, min_moe_sparsity, token_cost
 from step3rt.plan.hardware import Hardware, load_hardware, pick_hardware

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from step3rt.cli import main
 from step3rt.plan.paper import DISAGREEMENTS
 

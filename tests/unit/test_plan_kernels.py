@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from step3rt.cli import main
 from step3rt.errors import ConfigError
 from step3rt.plan.hardware import load_hardware
@@ -14,6 +15,7 @@ from step3rt.plan.kernel_profile import profile_from_kernels
 from step3rt.plan.profile import load_profile
 
 H200 = load_hardware()["h200"]
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 BASE = load_profile("paper-h800")
 
 
@@ -95,6 +97,16 @@ def test_files_without_kernels_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="bench kernels"):
         profile_from_kernels(path, H200, BASE)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("kernels-h200-*.json")), ids=str)
+def test_the_results_of_this_project_give_a_profile(path: Path) -> None:
+    found = asdict(profile_from_kernels(path, H200, BASE))
+    changed = {name for name in found if found[name] != asdict(BASE)[name]} - {"source"}
+    assert changed
+    for name in changed & {"attention_bytes_bf16", "attention_bytes_fp8"}:
+        # A read-only stream reaches 4.53 of 4.8 TB/s; more would be a mistake in bytes.
+        assert 0.5 < found[name] < 4.53 / 4.8
 
 
 def test_the_command_saves_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

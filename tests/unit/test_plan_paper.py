@@ -1,6 +1,7 @@
 """Each disagreement that the planner reports is there, by the paper's own numbers."""
 
 import pytest
+
 from step3rt.plan.cost import afd_cost, token_cost
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from step3rt.errors import InvalidArgument
 from step3rt.plan.cost import Precision
 from step3rt.plan.deployment import max_batch_by_memory

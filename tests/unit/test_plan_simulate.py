@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.plan.cost import Precision
 from step3rt.plan.deployment import Deployment, max_batch_by_memory
