@@ -4,13 +4,16 @@
 //! arrives as ids in [`GenerateParams::into_request`].
 
 use step3rt_core::error::ErrorKind;
-use step3rt_core::ids::{RequestId, TokenId};
+use step3rt_core::ids::{RequestId, TenantId, TokenId};
 use step3rt_core::scheduler::Request;
 use step3rt_core::step::SamplingState;
 
 use crate::refusal::{Refusal, Violations};
 use crate::sampling::AskedSampling;
 use crate::v1;
+
+/// Requests carry no identity yet, so all belong to one tenant.
+const SOLE_TENANT: TenantId = TenantId(0);
 
 /// Longest request id.
 pub const MAX_REQUEST_ID_BYTES: usize = 128;
@@ -217,6 +220,7 @@ impl GenerateParams {
             sampling: self.sampling,
             max_tokens,
             priority: self.priority,
+            tenant: SOLE_TENANT,
             deadline: None,
         })
     }
