@@ -5,9 +5,9 @@ import signal
 from typing import Any
 
 import torch
+
 from step3rt.instance.wire import A2fLayout, F2aLayout
 from step3rt.model.placement import Placement
-
 from tests.fixtures.plan_server import ATTENTION, FFN
 from tests.fixtures.planned_cluster import ClusterMaker, Driver, Puppet, check, prompt_of
 

@@ -19,7 +19,7 @@ use tokio::time::sleep_until;
 use tracing::{debug, info, warn};
 
 use crate::clock::Clock;
-use crate::drive_handle::{ClusterStatus, Message, Submission};
+use crate::drive_handle::{Admitted, ClusterStatus, Message, Submission};
 use crate::live_requests::{LiveRequests, Undeliverable};
 use crate::notify::Notifier;
 use crate::registry::Registry;
@@ -145,7 +145,12 @@ impl Drive {
                 reply,
             } => {
                 let admitted = self.hello(now, hello, commands);
-                let _ = reply.send(admitted); // its reader then ends the session
+                if let Err(Ok(Admitted { instance, .. })) = reply.send(admitted) {
+                    // It hung up before its Welcome: nobody reads this session.
+                    self.sessions.close(instance, None);
+                    let actions = self.registry.session_ended(instance);
+                    self.carry_out(now, actions);
+                }
             }
             Message::Session { instance, event } => self.session_event(now, instance, event),
             Message::SessionEnded { instance, reason } => {
