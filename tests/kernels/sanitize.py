@@ -25,7 +25,7 @@ def decode() -> None:
 
 def append() -> None:
     tokens = RopeTokens(
-        q=torch.randn(3, 5, 256, device=DEVICE).bfloat16(),
+        q=torch.randn(3, 40, 256, device=DEVICE).bfloat16(),
         kv=torch.randn(3, 512, device=DEVICE).bfloat16(),
         positions=torch.tensor([0, 63, 9], dtype=torch.int32, device=DEVICE),
         slots=torch.tensor([127, -1, 0], dtype=torch.int32, device=DEVICE),
@@ -33,8 +33,8 @@ def append() -> None:
     table = rotation_table(64, 5e5, DEVICE)
     cache = torch.zeros(bf16_cache_shape(2), dtype=torch.bfloat16, device=DEVICE)
     rope_append_bf16(tokens, table, tokens.q, cache)
-    out = torch.empty(3, 5, 256, dtype=torch.float8_e4m3fn, device=DEVICE)
-    scales = torch.empty(3, 5, device=DEVICE)
+    out = torch.empty(3, 40, 256, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scales = torch.empty(3, 40, device=DEVICE)
     packed = torch.zeros(fp8_cache_shape(2), dtype=torch.uint8, device=DEVICE)
     rope_append_fp8(tokens, table, (out, scales), packed)
 

@@ -57,7 +57,7 @@ def reference_kv(tokens: RopeTokens) -> torch.Tensor:
     return torch.stack([reference_rope(k, tokens.positions, THETA), v.double()], dim=1)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (257, 64), (33, 4), (7, 17)])
+@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (257, 64), (33, 4), (7, 41)])
 def test_bf16_rope_agrees_and_appends_to_its_slots_alone(
     num_tokens: int, num_heads: int, table: torch.Tensor
 ) -> None:
@@ -74,7 +74,7 @@ def test_bf16_rope_agrees_and_appends_to_its_slots_alone(
     assert bool((cache == 7.0).all())
 
 
-@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (257, 64), (33, 4), (7, 17)])
+@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (257, 64), (33, 4), (7, 41)])
 def test_fp8_rope_rounds_once_and_appends_to_its_slots_alone(
     num_tokens: int, num_heads: int, table: torch.Tensor
 ) -> None:
@@ -130,3 +130,10 @@ def test_a_kv_slice_that_is_not_aligned_is_refused(table: torch.Tensor) -> None:
     shifted = RopeTokens(tokens.q, fused[:, 3 : 3 + 512], tokens.positions, tokens.slots)
     with pytest.raises(ValueError, match="aligned to 16 bytes"):
         rope_append_bf16(shifted, table, tokens.q, cache)
+
+
+def test_a_batch_without_tokens_is_refused(table: torch.Tensor) -> None:
+    tokens = make_tokens(0, 4)
+    cache = torch.zeros(bf16_cache_shape(1), dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(ValueError, match="0 tokens of 4 heads"):
+        rope_append_bf16(tokens, table, tokens.q, cache)
