@@ -146,9 +146,6 @@ class NodeConfig:
     model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
     coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
-    runtime_dir: Path | None = setting(
-        "directory for sockets; default: $RUNTIME_DIRECTORY or a fresh temporary one", None
-    )
     kv_blocks: int | None = setting(
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1
     )
@@ -161,7 +158,7 @@ class NodeConfig:
         "microseconds to poll before sleeping; only worth it with a core per instance",
         0,
         minimum=0,
-        maximum=1000,
+        maximum=50,
     )
 
 

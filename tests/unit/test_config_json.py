@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from step3rt.errors import ConfigError
 from step3rt.model.config import Step3Config
-
 from tests.fixtures import wrong_model
 from tests.fixtures.checkpoint import Checkpoint
 from tests.fixtures.corruption import damaged_copy

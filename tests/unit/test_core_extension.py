@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from step3rt import _core
 from step3rt.errors import ConfigError, InvalidArgument, Unavailable
-
 from tests.fixtures.core_processes import (
     MODEL,
     Coordinator,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from step3rt import _core
 from step3rt.client import Client
 from step3rt.errors import InvalidArgument, Unavailable
-
 from tests.fixtures.core_processes import (
     PATIENCE_S,
     SLOT_BYTES,

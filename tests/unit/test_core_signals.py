@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from step3rt import _core
 
+from step3rt import _core
 from tests.fixtures.core_processes import (
     PATIENCE_S,
     Coordinator,

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from step3rt.errors import CheckpointError
 from step3rt.model.checkpoint import Checkpoint, describe_checkpoint
 from step3rt.model.tensor_files import TensorFiles
 from step3rt.model.weights import load_attention_weights, load_ffn_weights
-
 from tests.fixtures import checkpoint as written
 from tests.fixtures import corruption, wrong_model
 from tests.fixtures.corruption import damaged_copy

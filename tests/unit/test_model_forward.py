@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
 from step3rt.model.batch import Batch, Chunk
 from step3rt.model.monolithic import MonolithicModel, compute_ffn, run_locally
 from step3rt.model.step3 import compute_logits, forward
-
 from tests.fixtures.checkpoint import Checkpoint, CheckpointSpec, write_checkpoint
 from tests.oracle.step3_numpy import Step3Oracle
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from step3rt.model.placement import combine, expert_range, place
 from step3rt.ops.moe import ExpertStack, grouped_experts
 

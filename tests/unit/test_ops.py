@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from step3rt.ops.linear import linear, weight_dtype
 from step3rt.ops.mfa_attention import append_kv, paged_mfa_attention
 from step3rt.ops.moe import ExpertStack, grouped_experts, swiglu
@@ -17,7 +18,6 @@ from step3rt.ops.quantize import (
 )
 from step3rt.ops.rotary import rotary_tables, rotate
 from step3rt.ops.router import route
-
 from tests.oracle import step3_numpy as oracle
 
 

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from step3rt.instance import sampler
 from step3rt.instance.sampler import ChunkResult, sample_chunks
 from step3rt.instance.sequences import PlannedChunk, Sequence

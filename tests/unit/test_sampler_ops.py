@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from step3rt.ops.sampling import SamplingRow, gumbel_noise, sample, token_logprobs
 
 PROBABILITIES = [0.4, 0.25, 0.2, 0.1, 0.05]

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from step3rt.model.batch import Batch, Chunk
 from step3rt.model.monolithic import MonolithicModel, compute_ffn
 from step3rt.model.step3 import compute_logits, forward
 from step3rt.ops.quantize import dequantize_groups, quantize_groups
-
 from tests.fixtures.plan_server import FFN
 from tests.fixtures.planned_cluster import ClusterMaker, Driver, check, prompt_of
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from step3rt.errors import Internal
 from step3rt.instance.sequences import LaneSequences, PlannedChunk
 

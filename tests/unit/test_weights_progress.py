@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from step3rt.instance.node import load_progress
 from step3rt.model.checkpoint import Checkpoint
 from step3rt.model.weights import load_attention_weights
-
 from tests.fixtures import checkpoint as written
 
 

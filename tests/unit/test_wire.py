@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from step3rt.errors import Internal
 from step3rt.instance.wire import A2fLayout, F2aLayout, FrameError, slot_tensor
 from step3rt.model.placement import place

@@ -4,6 +4,7 @@ Owns the life of the process; it never computes.
 """
 
 import enum
+import gc
 import json
 import logging
 import sys
@@ -50,6 +51,10 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
         Unavailable: no coordinator answers within `connect_timeout_s`.
     """
     torch.set_num_threads(config.threads)
+    # torch leaves 190,000 objects; looking through them takes the collector 0.1 s and more, in the
+    # middle of some step. Frozen objects are not looked at.
+    gc.collect()
+    gc.freeze()
     checkpoint = Checkpoint.open(config.model)
     role = make_role(checkpoint)
     while True:

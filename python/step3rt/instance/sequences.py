@@ -87,8 +87,9 @@ class LaneSequences:
                 f"The plan computes sequence {chunk.sequence_id}, which has not joined this lane. "
                 "The coordinator's plan is wrong."
             )
-        held = set(sequence.block_ids)
-        sequence.block_ids.extend(block for block in chunk.new_block_ids if block not in held)
+        if chunk.new_block_ids:
+            held = set(sequence.block_ids)
+            sequence.block_ids.extend(block for block in chunk.new_block_ids if block not in held)
         first, num_known = chunk.num_computed_tokens, len(sequence.token_ids)
         end = first + chunk.num_new_tokens
         capacity = len(sequence.block_ids) * self._block_size_tokens

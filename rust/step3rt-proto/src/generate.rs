@@ -4,13 +4,16 @@
 //! arrives as ids in [`GenerateParams::into_request`].
 
 use step3rt_core::error::ErrorKind;
-use step3rt_core::ids::{RequestId, TokenId};
+use step3rt_core::ids::{RequestId, TenantId, TokenId};
 use step3rt_core::scheduler::Request;
 use step3rt_core::step::SamplingState;
 
 use crate::refusal::{Refusal, Violations};
 use crate::sampling::AskedSampling;
 use crate::v1;
+
+/// Requests carry no identity yet, so all belong to one tenant.
+const SOLE_TENANT: TenantId = TenantId(0);
 
 /// Longest request id.
 pub const MAX_REQUEST_ID_BYTES: usize = 128;
@@ -109,7 +112,7 @@ pub fn check(
     violations.unsupported(
         !request.media.is_empty(),
         "media",
-        "images are not supported by this build. Send a text-only prompt.",
+        "images are not supported by this build. Send a text-only prompt",
     );
     let asked = AskedSampling {
         sampling: request.sampling.unwrap_or_default(),
@@ -122,7 +125,7 @@ pub fn check(
     check_tokens(&resumed, "resume_token_ids", limits, &mut violations)?;
     let n = asked.sampling.n.unwrap_or(1);
     violations.check(resumed.is_empty() || n <= 1, "resume_token_ids", || {
-        format!("only one continuation can be resumed, but sampling.n is {n}. Set it to 1.")
+        format!("only one continuation can be resumed, but sampling.n is {n}. Set it to 1")
     });
     if let Some(max_tokens) = asked.stopping.max_tokens {
         let num_resumed = resumed.len();
@@ -132,7 +135,7 @@ pub fn check(
             || {
                 format!(
                     "{max_tokens} tokens are wanted, fewer than the {num_resumed} of \
-                     resume_token_ids, which count towards it. Repeat the first request's value."
+                     resume_token_ids, which count towards it. Repeat the first request's value"
                 )
             },
         );
@@ -146,7 +149,7 @@ pub fn check(
         Some(v1::generate_request::Prompt::Chat(chat)) => Prompt::Chat(chat),
         None => {
             violations.check(false, "prompt", || {
-                "no prompt was given. Set one of text, token_ids and chat.".to_owned()
+                "no prompt was given. Set one of text, token_ids and chat".to_owned()
             });
             Prompt::Tokens(Vec::new())
         }
@@ -186,7 +189,7 @@ impl GenerateParams {
             return Err(Refusal::of_field(
                 ErrorKind::InvalidParameter,
                 "prompt",
-                "the prompt has no tokens, and generation needs at least one. Send a prompt.",
+                "the prompt has no tokens, and generation needs at least one. Send a prompt",
             ));
         }
         // The prompt leaves room for a token; resumed tokens may fill it, and then only the
@@ -205,7 +208,7 @@ impl GenerateParams {
                 "stopping.max_tokens",
                 format!(
                     "{max_tokens} tokens do not fit: the prompt has {num_prompt} tokens and the \
-                     context {max_model_len}. Lower it to at most {most}, or leave it out."
+                     context {max_model_len}. Lower it to at most {most}, or leave it out"
                 ),
             ));
         }
@@ -217,6 +220,7 @@ impl GenerateParams {
             sampling: self.sampling,
             max_tokens,
             priority: self.priority,
+            tenant: SOLE_TENANT,
             deadline: None,
         })
     }
@@ -230,7 +234,7 @@ pub fn prompt_too_long(field: &str, num_tokens: usize, limits: &ModelLimits) -> 
         field,
         format!(
             "{num_tokens} tokens leave no room to generate: the context holds {}, prompt and \
-             output together. Shorten the prompt.",
+             output together. Shorten the prompt",
             limits.max_model_len
         ),
     )
@@ -244,7 +248,7 @@ fn check_request_id(request_id: &str, violations: &mut Violations) {
     violations.check(is_valid, "request_id", || {
         format!(
             "{} bytes that are not all of [A-Za-z0-9_.:-], or more than {MAX_REQUEST_ID_BYTES}. \
-             Use a UUID, or leave it out.",
+             Use a UUID, or leave it out",
             request_id.len()
         )
     });
@@ -265,7 +269,7 @@ fn check_tokens(
         violations.check(false, field, || {
             format!(
                 "id {} at position {position} is not in the vocabulary of {vocab_size}. Tokenise \
-                 with this model's tokenizer.",
+                 with this model's tokenizer",
                 tokens[position]
             )
         });

@@ -88,7 +88,7 @@ impl Violations {
             .iter()
             .map(|violation| format!("{}: {}", violation.field, violation.description))
             .collect::<Vec<_>>()
-            .join(" ");
+            .join(". ");
         Refusal {
             violations: self.violations,
             ..Refusal::new(kind, message)

@@ -82,7 +82,7 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
         "sampling.temperature",
         || {
             format!(
-                "{} is not between 0 (greedy) and {MAX_TEMPERATURE}. Use 0 to 2.",
+                "{} is not between 0 (greedy) and {MAX_TEMPERATURE}. Use 0 to 2",
                 text(sampling.temperature)
             )
         },
@@ -92,7 +92,7 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
         "sampling.top_p",
         || {
             format!(
-                "{} is not above 0 and at most 1 (off). Use 1 to disable it.",
+                "{} is not above 0 and at most 1 (off). Use 1 to disable it",
                 text(sampling.top_p)
             )
         },
@@ -102,7 +102,7 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
         "sampling.min_p",
         || {
             format!(
-                "{} is not between 0 (off) and 1. Use 0 to disable it.",
+                "{} is not between 0 (off) and 1. Use 0 to disable it",
                 text(sampling.min_p)
             )
         },
@@ -112,7 +112,7 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
         "sampling.n",
         || {
             format!(
-                "{} continuations are wanted; 1 to {MAX_N} are possible. Send several requests.",
+                "{} continuations are wanted; 1 to {MAX_N} are possible. Send several requests",
                 sampling.n.unwrap_or_default()
             )
         },
@@ -132,23 +132,23 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
     ];
     for (field, penalty, neutral) in penalties {
         violations.check(penalty.is_none_or(f32::is_finite), field, || {
-            format!("{} is not finite. Leave it out.", text(penalty))
+            format!("{} is not finite. Leave it out", text(penalty))
         });
         violations.unsupported(
             penalty.is_some_and(|penalty| penalty.is_finite() && (penalty - neutral).abs() > 0.0),
             field,
-            "penalties are not supported by this build. Leave it out.",
+            "penalties are not supported by this build. Leave it out",
         );
     }
     violations.unsupported(
         !sampling.logit_bias.is_empty(),
         "sampling.logit_bias",
-        "logit bias is not supported by this build. Leave it out.",
+        "logit bias is not supported by this build. Leave it out",
     );
     violations.unsupported(
         sampling.structured_output.is_some(),
         "sampling.structured_output",
-        "structured output is not supported by this build. Leave it out.",
+        "structured output is not supported by this build. Leave it out",
     );
 }
 
@@ -161,18 +161,18 @@ fn check_stopping(
         stopping.max_tokens != Some(0),
         "stopping.max_tokens",
         || {
-            "0 tokens are wanted, and a request generates at least 1. Raise it, or leave it out."
+            "0 tokens are wanted, and a request generates at least 1. Raise it, or leave it out"
                 .to_owned()
         },
     );
     let min_tokens = stopping.min_tokens.unwrap_or(0);
     let most = stopping.max_tokens.unwrap_or(limits.max_model_len);
     violations.check(min_tokens <= most, "stopping.min_tokens", || {
-        format!("{min_tokens} is more than the {most} tokens that can be generated. Lower it.")
+        format!("{min_tokens} is more than the {most} tokens that can be generated. Lower it")
     });
     let num_stop = stopping.stop.len();
     violations.check(num_stop <= MAX_STOP_STRINGS, "stopping.stop", || {
-        format!("{num_stop} stop strings exceed the limit of {MAX_STOP_STRINGS}. Send fewer.")
+        format!("{num_stop} stop strings exceed the limit of {MAX_STOP_STRINGS}. Send fewer")
     });
     for stop in stopping.stop.iter().take(MAX_STOP_STRINGS) {
         let num_bytes = stop.len();
@@ -182,7 +182,7 @@ fn check_stopping(
             || {
                 format!(
                     "a stop string of {num_bytes} bytes is not within 1 to \
-                     {MAX_STOP_STRING_BYTES}. Shorten it or leave it out."
+                     {MAX_STOP_STRING_BYTES}. Shorten it or leave it out"
                 )
             },
         );
@@ -191,12 +191,12 @@ fn check_stopping(
     violations.check(
         num_ids <= MAX_STOP_TOKEN_IDS,
         "stopping.stop_token_ids",
-        || format!("{num_ids} stop ids exceed the limit of {MAX_STOP_TOKEN_IDS}. Send fewer."),
+        || format!("{num_ids} stop ids exceed the limit of {MAX_STOP_TOKEN_IDS}. Send fewer"),
     );
     let vocab_size = limits.vocab_size;
     for id in stopping.stop_token_ids.iter().take(MAX_STOP_TOKEN_IDS) {
         violations.check(*id < vocab_size, "stopping.stop_token_ids", || {
-            format!("id {id} is not in the vocabulary of {vocab_size}. Leave it out.")
+            format!("id {id} is not in the vocabulary of {vocab_size}. Leave it out")
         });
     }
 }
@@ -212,7 +212,7 @@ fn check_output(output: &v1::OutputOptions, violations: &mut Violations) {
             field,
             || {
                 format!(
-                    "{} rivals per token exceed the limit of {MAX_TOP_LOGPROBS}. Lower it.",
+                    "{} rivals per token exceed the limit of {MAX_TOP_LOGPROBS}. Lower it",
                     count.unwrap_or_default()
                 )
             },

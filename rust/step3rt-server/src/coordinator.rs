@@ -27,7 +27,6 @@ use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 use tracing::{error, info, warn};
 
-use crate::chat_template::ChatTemplate;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::clock::Clock;
 use crate::config::{ConfigError, CoordinatorConfig};
@@ -40,7 +39,8 @@ use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
 use crate::registry::{Registry, RegistryConfig};
 use crate::shutdown::StopSignal;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::chat_template::ChatTemplate;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
 
 /// Streams of one connection: what one busy client may have open.
 const MAX_CONCURRENT_STREAMS: u32 = 1_024;
@@ -117,7 +117,11 @@ impl Coordinator {
                 vocab_size: limits.vocab_size,
             });
         }
-        let chat_template = ChatTemplate::new(&checkpoint).map_err(StartError::ChatTemplate)?;
+        let special_tokens = tokenizer
+            .as_ref()
+            .map_or_else(Vec::new, |tokenizer| tokenizer.special_tokens());
+        let chat_template =
+            ChatTemplate::new(&checkpoint, special_tokens).map_err(StartError::ChatTemplate)?;
         let listeners = Listeners::bind(&config)?;
         Ok(Self {
             config,

@@ -149,11 +149,10 @@ impl Drive {
             }
             Message::Session { instance, event } => self.session_event(now, instance, event),
             Message::SessionEnded { instance, reason } => {
-                self.sessions.close(instance, None);
-                let actions = self.registry.session_ended(instance);
-                if !actions.is_empty() {
-                    warn!(%instance, reason, "instance lost");
+                if self.sessions.close(instance, None) {
+                    warn!(%instance, reason, "instance gone");
                 }
+                let actions = self.registry.session_ended(instance);
                 self.carry_out(now, actions);
             }
             Message::ListInstances(reply) => {
@@ -184,7 +183,7 @@ impl Drive {
             RequestError {
                 kind: ErrorKind::DuplicateRequestId,
                 message: format!(
-                    "a request with id {:?} is live, and ids name streams. Use a new id.",
+                    "a request with id {:?} is live, and ids name streams. Use a new id",
                     submission.client_id
                 ),
                 retry_after_ms: None,
@@ -274,8 +273,7 @@ impl Drive {
     fn close_sessions(&mut self, now: TimeNs) {
         let error = RequestError {
             kind: ErrorKind::Draining,
-            message: "the server shut down before the request was done. Retry elsewhere."
-                .to_owned(),
+            message: "the server shut down before the request was done. Retry elsewhere".to_owned(),
             retry_after_ms: None,
         };
         for id in self.requests.fail_all(&error) {
@@ -291,7 +289,7 @@ fn not_ready(registry: &Registry) -> RequestError {
     RequestError {
         kind: ErrorKind::EngineNotReady,
         message: format!(
-            "the cluster does not serve yet ({}). Start the missing instances, or retry later.",
+            "the cluster does not serve yet ({}). Start the missing instances, or retry later",
             registry.status()
         ),
         retry_after_ms: None,

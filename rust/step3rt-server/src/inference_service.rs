@@ -16,16 +16,17 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::chat_template::{Chat, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::clock::Clock;
-use crate::continuation::TextRules;
 use crate::deadline::grpc_timeout;
-use crate::detokenizer::Detokenizer;
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
+use crate::internal_error::without_diagnostics;
 use crate::live_requests::EVENT_BOUND;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
-use crate::tokenizer::Tokenizer;
+use crate::text::chat_template::{Chat, ChatTemplate};
+use crate::text::continuation::TextRules;
+use crate::text::detokenizer::Detokenizer;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
 
 /// Texts above this are tokenised on a thread of their own: it takes about a millisecond.
 const MAX_INLINE_TEXT_BYTES: usize = 16 * 1024;
@@ -78,7 +79,7 @@ impl InferenceServer {
                 ErrorKind::UnsupportedFeature,
                 field,
                 "the served checkpoint has no tokenizer.json, so text has no meaning here. Send \
-                 token ids.",
+                 token ids",
             )
         })
     }
@@ -93,20 +94,20 @@ impl InferenceServer {
         Err(Refusal::of_field(
             ErrorKind::ModelNotFound,
             "model",
-            format!("{asked:?} is not served here, {served:?} is. Name it, or leave it out."),
+            format!("{asked:?} is not served here, {served:?} is. Name it, or leave it out"),
         ))
     }
 
     async fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<TokenId>, Refusal> {
         match prompt {
             Prompt::Tokens(tokens) => Ok(tokens),
-            Prompt::Text(text) => self.encode("text", text, true).await,
+            Prompt::Text(text) => self.encode("text", Text::Plain(text, true)).await,
             Prompt::Chat(chat) => {
                 let template = self.model.chat_template.as_ref().ok_or_else(|| {
                     Refusal::of_field(
                         ErrorKind::UnsupportedFeature,
                         "chat",
-                        "the served checkpoint has no chat template. Send text or token ids.",
+                        "the served checkpoint has no chat template. Send text or token ids",
                     )
                 })?;
                 let text = template
@@ -118,35 +119,59 @@ impl InferenceServer {
                     .map_err(|error| {
                         Refusal::of_field(ErrorKind::InvalidParameter, "chat", error)
                     })?;
-                // The template writes the special tokens itself.
-                self.encode("chat", text, false).await
+                self.encode("chat", Text::Chat(text)).await
             }
         }
     }
 
-    async fn encode(
-        &self,
-        field: &str,
-        text: String,
-        add_special_tokens: bool,
-    ) -> Result<Vec<TokenId>, Refusal> {
+    async fn encode(&self, field: &str, text: Text) -> Result<Vec<TokenId>, Refusal> {
         let tokenizer = Arc::clone(self.tokenizer(field)?);
         let limits = &self.model.checkpoint.limits;
-        let least_tokens = text.len() / tokenizer.bytes().longest();
+        let num_bytes = text.num_bytes();
+        let least_tokens = num_bytes / tokenizer.bytes().longest();
         if least_tokens >= limits.max_model_len as usize {
             return Err(prompt_too_long(field, least_tokens, limits));
         }
-        let encoded = if text.len() <= MAX_INLINE_TEXT_BYTES {
-            tokenizer.encode(&text, add_special_tokens)
+        let encoded = if num_bytes <= MAX_INLINE_TEXT_BYTES {
+            text.encode(&tokenizer)
         } else {
             let _place = self.long_texts.acquire().await;
-            tokio::task::spawn_blocking(move || tokenizer.encode(&text, add_special_tokens))
+            tokio::task::spawn_blocking(move || text.encode(&tokenizer))
                 .await
-                .map_err(|_| Refusal::new(ErrorKind::Internal, "the tokenizer failed."))?
+                .map_err(|panic| {
+                    let refusal = Refusal::new(ErrorKind::Internal, panic.to_string());
+                    Refusal {
+                        error: without_diagnostics(refusal.error),
+                        ..refusal
+                    }
+                })?
         };
         encoded.map_err(|error| {
             Refusal::of_field(ErrorKind::InvalidParameter, field, error.to_string())
         })
+    }
+}
+
+/// A text and how it is tokenised.
+enum Text {
+    /// As it is; with what the tokenizer puts around every text, or without.
+    Plain(String, bool),
+    /// A rendered chat.
+    Chat(String),
+}
+
+impl Text {
+    fn num_bytes(&self) -> usize {
+        match self {
+            Self::Plain(text, _) | Self::Chat(text) => text.len(),
+        }
+    }
+
+    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<TokenId>, TokenizerError> {
+        match self {
+            Self::Plain(text, add_special_tokens) => tokenizer.encode(text, *add_special_tokens),
+            Self::Chat(text) => tokenizer.encode_chat(text),
+        }
     }
 }
 
@@ -238,7 +263,10 @@ impl InferenceService for InferenceServer {
             return Err(too_large("text", text.len(), MAX_TOKENIZE_BYTES).into());
         }
         let tokens = self
-            .encode("text", text, add_special_tokens.unwrap_or(true))
+            .encode(
+                "text",
+                Text::Plain(text, add_special_tokens.unwrap_or(true)),
+            )
             .await?;
         Ok(Response::new(v1::TokenizeResponse {
             token_ids: tokens.into_iter().map(|token| token.0).collect(),
@@ -299,6 +327,6 @@ fn too_large(field: &str, num_bytes: usize, max: usize) -> Refusal {
     Refusal::of_field(
         ErrorKind::InvalidParameter,
         field,
-        format!("{num_bytes} bytes of text exceed the limit of {max}. Send it in parts."),
+        format!("{num_bytes} bytes of text exceed the limit of {max}. Send it in parts"),
     )
 }

@@ -6,19 +6,17 @@
 //! Reading order: [`config`], [`coordinator`] (how the parts are put together), [`drive`] (the
 //! loop), [`registry`], [`inference_service`], [`response_stream`].
 
-pub mod chat_template;
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
-pub mod continuation;
 pub mod coordinator;
 pub mod deadline;
-pub mod detokenizer;
 pub mod drive;
 pub mod drive_handle;
 pub mod health;
 pub mod inference_service;
 pub mod instance_list;
+pub mod internal_error;
 pub mod listeners;
 pub mod live_requests;
 pub mod node_service;
@@ -29,9 +27,8 @@ pub mod registry;
 pub mod response_stream;
 pub mod sessions;
 pub mod shutdown;
-pub mod stop_strings;
 pub mod telemetry;
-pub mod tokenizer;
+pub mod text;
 
 use std::time::Duration;
 

@@ -109,7 +109,7 @@ impl LiveRequests {
 #[cfg(test)]
 mod tests {
     use step3rt_core::error::ErrorKind;
-    use step3rt_core::ids::TokenId;
+    use step3rt_core::ids::{TenantId, TokenId};
     use step3rt_core::scheduler::{FinishReason, Request, Usage};
     use step3rt_core::step::SamplingState;
 
@@ -141,6 +141,7 @@ mod tests {
             },
             max_tokens: 1,
             priority: 0,
+            tenant: TenantId(0),
             deadline: None,
         };
         let submission = Submission {

@@ -18,11 +18,11 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 use tonic::metadata::MetadataValue;
-use tracing::error;
 
-use crate::continuation::{Continuation, TextRules};
 use crate::drive_handle::{DriveHandle, Message};
+use crate::internal_error::without_diagnostics;
 use crate::outbox::{Outbox, Piece};
+use crate::text::continuation::{Continuation, TextRules};
 
 /// Responses that the transport may hold before it has room on the wire: enough to keep it busy,
 /// few enough that waiting responses are merged.
@@ -91,8 +91,12 @@ impl ResponseStream {
         let mut already_sent = String::new();
         if let [only] = continuations.as_mut_slice() {
             for token in std::mem::take(&mut parts.resumed) {
-                only.text.push(only.num_tokens, token, &mut already_sent);
+                let found = only.text.push(only.num_tokens, token, &mut already_sent);
                 only.num_tokens += 1;
+                if let Some(found) = found {
+                    only.matched = Some(found.stop);
+                    break;
+                }
             }
         }
         Self {
@@ -110,6 +114,13 @@ impl ResponseStream {
         mut events: mpsc::Receiver<RequestEvent>,
         responses: ResponseSender,
     ) {
+        if self
+            .continuations
+            .first()
+            .is_some_and(|only| only.matched.is_some())
+        {
+            self.stop(0).await; // the client resumes a stream that had ended
+        }
         // Since when the client has taken nothing that it could have.
         let mut waiting_since = Instant::now();
         loop {
@@ -209,14 +220,18 @@ impl ResponseStream {
         });
         if let Some(found) = found {
             progress.matched = Some(found.stop);
-            let request = self.parts.id;
-            // If the drive loop is gone, so is the request.
-            let _ = self
-                .parts
-                .drive
-                .send(Message::Stop { request, index })
-                .await;
+            self.stop(index).await;
         }
+    }
+
+    async fn stop(&self, index: u32) {
+        let request = self.parts.id;
+        // If the drive loop is gone, so is the request.
+        let _ = self
+            .parts
+            .drive
+            .send(Message::Stop { request, index })
+            .await;
     }
 
     /// `reason` is `None` when the request was aborted.
@@ -289,22 +304,9 @@ fn slow_consumer() -> RequestError {
     RequestError {
         kind: ErrorKind::SlowConsumer,
         message: "the client reads more slowly than tokens are generated, and what waits for it \
-                  is bounded. Read the stream as it comes."
+                  is bounded. Read the stream as it comes"
             .to_owned(),
         retry_after_ms: None,
-    }
-}
-
-/// An internal error's text is for the log: the client gets an id to find it by.
-fn without_diagnostics(error: RequestError) -> RequestError {
-    if error.kind != ErrorKind::Internal {
-        return error;
-    }
-    let id = format!("{:016x}", crate::random::u64());
-    error!(error_id = id, error = error.message, "internal error");
-    RequestError {
-        message: format!("internal error {id}. Report it with this id; the log has the details."),
-        ..error
     }
 }
 

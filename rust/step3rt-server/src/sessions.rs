@@ -63,12 +63,17 @@ impl Sessions {
         stopped
     }
 
-    /// Forgets the session of `instance`; with a status, the instance is told.
-    pub fn close(&mut self, instance: InstanceId, status: Option<Status>) {
-        if let (Some(session), Some(status)) = (self.sessions.remove(&instance), status) {
+    /// Forgets the session of `instance`, and tells the instance `status` if there is one; false
+    /// if there was no session.
+    pub fn close(&mut self, instance: InstanceId, status: Option<Status>) -> bool {
+        let Some(session) = self.sessions.remove(&instance) else {
+            return false;
+        };
+        if let Some(status) = status {
             // A full channel means that it does not listen anyway.
             let _ = session.commands.try_send(Err(status));
         }
+        true
     }
 
     /// Sends `command` to `instance`, if it has a session.

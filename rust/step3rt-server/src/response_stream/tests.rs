@@ -6,7 +6,7 @@ use tonic_types::StatusExt;
 
 use super::*;
 use crate::live_requests::EVENT_BOUND;
-use crate::tokenizer::tests::byte_tokenizer;
+use crate::text::tokenizer::tests::byte_tokenizer;
 
 const ID: RequestId = RequestId(9);
 
@@ -19,13 +19,17 @@ struct Harness {
 }
 
 fn start(n: u32, stop_strings: &[&str]) -> Harness {
+    resume(n, stop_strings, b"")
+}
+
+fn resume(n: u32, stop_strings: &[&str], resumed: &[u8]) -> Harness {
     let (handle, drive) = DriveHandle::new();
     let stream = ResponseStream::new(StreamParts {
         id: ID,
         client_id: "mine".to_owned(),
         n,
         num_prompt_tokens: 3,
-        resumed: vec![],
+        resumed: resumed.iter().map(|byte| TokenId((*byte).into())).collect(),
         text_rules: TextRules {
             tokenizer: Some(Arc::new(byte_tokenizer())),
             stop_strings: stop_strings.iter().map(|s| (*s).to_owned()).collect(),
@@ -130,6 +134,49 @@ async fn held_text_is_told_before_the_end() {
     let (text, ids, finished, _) = harness.read_all().await;
     assert_eq!((text.as_str(), ids.len()), ("a EN", 4));
     assert_eq!(finished[0].reason(), WireReason::Length);
+}
+
+#[tokio::test]
+async fn a_resumed_stream_ends_the_character_and_the_stop_string_that_were_begun() {
+    let mut harness = resume(1, &["END"], b"a\xC3");
+    harness
+        .tell(RequestEvent::Token {
+            index: 0,
+            position: 2,
+            token: TokenId(0xA9),
+            logprob: None,
+        })
+        .await;
+    harness.finished(0).await;
+    assert_eq!(harness.read_all().await.0, "é");
+
+    let mut harness = resume(1, &["END"], b"a EN");
+    harness.tokens(0, 4, "D").await;
+    assert!(matches!(
+        harness.drive.recv().await,
+        Some(Message::Stop { .. })
+    ));
+    harness.finished(0).await;
+    let (text, ids, finished, _) = harness.read_all().await;
+    assert_eq!((text.as_str(), ids.len()), ("", 1));
+    assert_eq!(
+        finished[0].matched,
+        Some(Matched::StopString("END".to_owned()))
+    );
+}
+
+#[tokio::test]
+async fn resuming_a_stream_that_a_stop_string_had_ended_ends_it_again() {
+    let mut harness = resume(1, &["END"], b"a END");
+    assert!(matches!(
+        harness.drive.recv().await,
+        Some(Message::Stop { .. })
+    ));
+    harness.tokens(0, 5, "more").await;
+    harness.finished(0).await;
+    let (text, ids, finished, _) = harness.read_all().await;
+    assert_eq!((text.as_str(), ids.len()), ("", 0));
+    assert_eq!(finished[0].reason(), WireReason::Stop);
 }
 
 #[tokio::test]

@@ -8,3 +8,4 @@ mod node;
 mod process;
 mod refusals;
 mod stopping;
+mod texts;

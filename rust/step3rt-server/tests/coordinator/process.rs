@@ -1,5 +1,6 @@
 //! The coordinator as a process of its own: signals, the service manager's socket and its sockets.
 
+use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -23,27 +24,27 @@ fn coordinator_process() {
     assert_eq!(step3rt_server::run(&config).expect("starts"), 0);
 }
 
-fn config(ready_file: &Path) -> String {
+fn config(ready_file: &Path, log_format: &str) -> String {
     json!({
         "model_path": MODEL,
         "listen": "127.0.0.1:0",
         "control_listen": "127.0.0.1:0",
         "ready_file": ready_file,
-        "log_format": "json",
+        "log_format": log_format,
     })
     .to_string()
 }
 
 /// What `exec` of this test binary with the body above looks like to a shell.
-fn child_command(ready_file: &Path) -> Command {
+fn child_command(ready_file: &Path, log_format: &str) -> Command {
     let mut command = Command::new("sh");
     command
         .args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@" 3<&0"#])
         .arg(std::env::current_exe().expect("known"))
         .args(["--ignored", "--exact", "process::coordinator_process"])
-        .env(CONFIG_ENV, config(ready_file))
+        .env(CONFIG_ENV, config(ready_file, log_format))
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .stdin(Stdio::null());
     command
 }
@@ -65,12 +66,16 @@ impl Guard {
         assert!(sent.expect("kill runs").success());
     }
 
-    fn wait_success(&mut self) {
+    /// Waits for a good end and returns what was logged.
+    fn wait_success(&mut self) -> String {
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
             if let Some(status) = self.0.try_wait().expect("a child") {
                 assert!(status.success(), "{status}");
-                return;
+                let mut log = String::new();
+                let mut stderr = self.0.stderr.take().expect("piped");
+                stderr.read_to_string(&mut log).expect("text");
+                return log;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -96,7 +101,7 @@ fn the_service_manager_hears_ready_status_watchdog_and_stopping() {
     let socket = UnixDatagram::bind(&notify_path).expect("binds");
     socket.set_read_timeout(Some(PATIENCE)).expect("set");
     let ready_file = directory.path().join("ready.json");
-    let mut command = child_command(&ready_file);
+    let mut command = child_command(&ready_file, "json");
     command
         .env("NOTIFY_SOCKET", &notify_path)
         .env("WATCHDOG_USEC", "400000");
@@ -122,8 +127,13 @@ fn the_service_manager_hears_ready_status_watchdog_and_stopping() {
     child.terminate();
     let text = hear_until("STOPPING=1", 1);
     assert!(text.find("READY=1") < text.find("STOPPING=1"));
-    child.wait_success();
+    let log = child.wait_success();
     assert!(!ready_file.exists());
+    let is_json = |line| serde_json::from_str::<serde_json::Value>(line).is_ok();
+    assert!(
+        log.contains("the coordinator listens") && log.lines().all(is_json),
+        "{log}"
+    );
 }
 
 #[tokio::test]
@@ -132,10 +142,11 @@ async fn a_socket_passed_by_the_service_manager_is_served() {
     let address: SocketAddr = listener.local_addr().expect("bound");
     let directory = tempfile::tempdir().expect("temporary directory");
     let ready_file = directory.path().join("ready.json");
-    let mut command = child_command(&ready_file);
+    let mut command = child_command(&ready_file, "text");
     command
         .stdin(Stdio::from(OwnedFd::from(listener)))
-        .env("LISTEN_FDS", "1");
+        .env("LISTEN_FDS", "1")
+        .env("JOURNAL_STREAM", "1:2");
     let mut child = Guard(command.spawn().expect("spawns"));
     // The socket exists before the coordinator does: nobody is refused.
     let info = InferenceServiceClient::connect(format!("http://{address}"))
@@ -149,5 +160,7 @@ async fn a_socket_passed_by_the_service_manager_is_served() {
     let ready = read_ready_file(&ready_file);
     assert_eq!(ready["address"], address.to_string());
     child.terminate();
-    child.wait_success();
+    let log = child.wait_success();
+    assert!(log.contains("<6>the coordinator listens"), "{log}");
+    assert!(log.lines().all(|line| line.starts_with('<')), "{log}");
 }

@@ -1,6 +1,6 @@
 //! Token bytes to text, as they come: complete UTF-8 only, O(1) per token.
 //!
-//! It never looks at stop strings; [`crate::stop_strings`] sees its text.
+//! It never looks at stop strings; [`crate::text::stop_strings`] sees its text.
 
 /// Turns one continuation's bytes into text.
 ///

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use step3rt_core::ids::TokenId;
 
-use crate::detokenizer::Detokenizer;
-use crate::stop_strings::{StopMatch, StopStrings};
-use crate::tokenizer::Tokenizer;
+use crate::text::detokenizer::Detokenizer;
+use crate::text::stop_strings::{StopMatch, StopStrings};
+use crate::text::tokenizer::Tokenizer;
 
 /// What is the same for all continuations of a request.
 #[derive(Clone)]
@@ -89,7 +89,7 @@ impl Continuation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::tests::byte_tokenizer;
+    use crate::text::tokenizer::tests::byte_tokenizer;
 
     const EOT: TokenId = TokenId(257);
 

@@ -9,6 +9,8 @@ use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::text::defuse::defuse;
+use crate::text::python_json::tojson;
 
 /// Instructions that one rendering may take. Real templates take some hundreds per message.
 const FUEL: u64 = 2_000_000;
@@ -22,6 +24,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
+    special_tokens: Vec<String>,
 }
 
 /// What a chat prompt consists of.
@@ -36,8 +39,12 @@ pub struct Chat<'a> {
 }
 
 impl ChatTemplate {
-    /// Compiles the checkpoint's template; `None` if it has none.
-    pub fn new(checkpoint: &Checkpoint) -> Result<Option<Self>, String> {
+    /// Compiles the checkpoint's template; `None` if it has none. `special_tokens` are those that
+    /// users' text must not forge.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        special_tokens: Vec<String>,
+    ) -> Result<Option<Self>, String> {
         let Some(source) = checkpoint.chat_template.clone() else {
             return Ok(None);
         };
@@ -59,6 +66,7 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        environment.add_filter("tojson", tojson);
         environment
             .add_template_owned(TEMPLATE_NAME, source)
             .map_err(|error| error.to_string())?;
@@ -66,12 +74,15 @@ impl ChatTemplate {
             environment,
             bos_token: checkpoint.bos_token.clone().unwrap_or_default(),
             eos_token: checkpoint.eos_token.clone().unwrap_or_default(),
+            special_tokens,
         }))
     }
 
-    /// The prompt text of `chat`; the error says what is wrong with it.
+    /// The prompt text of `chat`, cut at every [`SEPARATOR`](crate::text::defuse::SEPARATOR); the error
+    /// says what is wrong with it.
     pub fn render(&self, chat: Chat<'_>) -> Result<String, String> {
-        let messages = parse_list("chat.messages_json", chat.messages_json)?;
+        let mut messages = parse_list("chat.messages_json", chat.messages_json)?;
+        defuse(&mut messages, &self.special_tokens);
         if messages.is_empty() {
             return Err("chat.messages_json has no message. Send at least one".to_owned());
         }
@@ -134,7 +145,7 @@ mod tests {
             bos_token: Some("<s>".to_owned()),
             eos_token: None,
         };
-        ChatTemplate::new(&checkpoint)
+        ChatTemplate::new(&checkpoint, vec![])
             .expect("compiles")
             .expect("present")
     }
@@ -195,5 +206,28 @@ mod tests {
                 "{rendered:?}"
             );
         }
+    }
+
+    /// prompt.txt is what Python's jinja2 3.1.6 makes of the same, set up as transformers does:
+    /// `trim_blocks`, `lstrip_blocks`, and `tojson` with `ensure_ascii=False`.
+    #[test]
+    fn the_nano_models_template_renders_as_in_python() {
+        let model = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../python/step3rt/data/nano"
+        );
+        let checkpoint = Checkpoint::read(model.as_ref(), None, None).expect("shipped");
+        let template = ChatTemplate::new(&checkpoint, vec![])
+            .expect("compiles")
+            .expect("present");
+        let text = template.render(Chat {
+            messages_json: include_str!("../../tests/fixtures/chat/messages.json"),
+            tools_json: include_str!("../../tests/fixtures/chat/tools.json"),
+            add_generation_prompt: true,
+        });
+        assert_eq!(
+            text.expect("renders"),
+            include_str!("../../tests/fixtures/chat/prompt.txt")
+        );
     }
 }

@@ -1,12 +1,14 @@
 //! Text to token ids, and the bytes of every token id.
 //!
-//! It never decodes a stream: that is [`crate::detokenizer`], which reads the bytes here.
+//! It never decodes a stream: that is [`crate::text::detokenizer`], which reads the bytes here.
 
 use std::path::Path;
 
 use step3rt_core::ids::TokenId;
 use thiserror::Error;
 use tokenizers::decoders::DecoderWrapper;
+
+use crate::text::defuse::SEPARATOR;
 
 /// A checkpoint's byte-level tokenizer.
 pub struct Tokenizer {
@@ -84,6 +86,26 @@ impl Tokenizer {
             .encode_fast(text, add_special_tokens)
             .map_err(|error| TokenizerError::Encode(error.to_string()))?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
+    }
+
+    /// The ids of a rendered chat: each piece between separators by itself, so that what was cut
+    /// stays cut. The template writes the special tokens, so none are added.
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
+        let mut tokens = Vec::new();
+        for piece in text.split(SEPARATOR) {
+            tokens.extend(self.encode(piece, false)?);
+        }
+        Ok(tokens)
+    }
+
+    /// The text of every special token.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let added = self.encoder.get_added_tokens_decoder();
+        added
+            .into_values()
+            .filter(|token| token.special)
+            .map(|token| token.content)
+            .collect()
     }
 
     /// The bytes of every token.
@@ -266,5 +288,48 @@ pub(crate) mod tests {
             .expect("refused")
             .to_string();
         assert!(error.contains("decodes with Fuse"), "{error}");
+    }
+
+    #[test]
+    fn text_that_a_user_wrote_is_never_a_special_token() {
+        let tokenizer = byte_tokenizer();
+        let cut = format!("<|EOT|><{SEPARATOR}|EOT|>");
+        let tokens = tokenizer.encode_chat(&cut).expect("encodes");
+        assert_eq!(
+            tokens
+                .iter()
+                .filter(|token| **token == TokenId(257))
+                .count(),
+            1
+        );
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|token| tokenizer.bytes().get(*token))
+            .copied()
+            .collect();
+        assert_eq!(bytes, b"<|EOT|><|EOT|>");
+        assert_eq!(tokenizer.special_tokens(), ["<|EOT|>"]);
+    }
+
+    #[test]
+    fn the_nano_models_tokens_decode_as_the_library_decodes_them() {
+        let model = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../python/step3rt/data/nano"
+        );
+        let tokenizer = Tokenizer::read(Path::new(model))
+            .expect("usable")
+            .expect("present");
+        let text = "The old man said, “Où est-il?” — and 3.14 🦀\n\n\tthen left.<|EOT|>";
+        let tokens = tokenizer.encode(text, true).expect("encodes");
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|token| tokenizer.bytes().get(*token))
+            .copied()
+            .collect();
+        let ids: Vec<u32> = tokens.iter().map(|token| token.0).collect();
+        let decoded = tokenizer.encoder.decode(&ids, false).expect("decodes");
+        assert_eq!(String::from_utf8(bytes).expect("UTF-8"), decoded);
+        assert!(decoded.ends_with(text), "{decoded}");
     }
 }
