@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import grpc
@@ -31,26 +32,33 @@ def health(address: str, service: str = "") -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        corruption.truncated_data,
-        corruption.dims_overflow,
-        corruption.offsets_overlapping,
-    ],
-)
-def test_a_damaged_checkpoint_ends_the_cluster_with_file_and_tensor(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, damage: corruption.Corruption
-) -> None:
-    named = corruption.damaged_copy(tiny_checkpoint.directory, tmp_path / "model", damage)
-    ended = run("generate", f"--model={tmp_path / 'model'}", "--prompt-token-ids=1,2")
+def assert_names(damage: corruption.Damage, ended: "subprocess.CompletedProcess[str]") -> None:
+    """One line of error with file and tensor, and the exit code for bad configuration."""
     assert ended.returncode == EX_CONFIG
     assert ended.stdout == ""
     line = last_line(ended.stderr)
     assert line.startswith("error: ")
-    assert named.file_name in line
-    assert named.tensor_name is None or named.tensor_name in line
+    assert damage.file_name in line
+    assert damage.tensor_name is None or damage.tensor_name in line
     assert "Traceback" not in ended.stderr
+
+
+def test_a_damaged_checkpoint_ends_a_whole_cluster_with_file_and_reason(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    damage = corruption.damaged_copy(tiny_checkpoint.directory, model, corruption.truncated_data)
+    assert_names(damage, run("generate", f"--model={model}", "--prompt-token-ids=1,2"))
+
+
+@pytest.mark.parametrize("role", ["attention", "ffn"])
+def test_a_damaged_checkpoint_ends_an_instance_with_file_and_tensor(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, role: str
+) -> None:
+    model = tmp_path / "model"
+    damage = corruption.damaged_copy(tiny_checkpoint.directory, model, corruption.dims_overflow)
+    assert damage.tensor_name is not None
+    assert_names(damage, run("node", role, f"--model={model}"))
 
 
 def test_a_checkpoint_whose_expert_is_missing_ends_its_ffn_instance_with_the_tensor(

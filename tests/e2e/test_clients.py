@@ -1,4 +1,4 @@
-"""Many clients at once, and clients that vanish: every stream is right and every block comes back."""
+"""Many clients at once, and clients that vanish: streams are right and blocks come back."""
 
 import asyncio
 import os

@@ -1,6 +1,8 @@
 """SIGTERM drains: running streams finish, new ones are refused, and nothing is left."""
 
+import os
 import signal
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from step3rt import Client, LocalCluster, RequestOutput
+from step3rt import Client, RequestOutput
 from step3rt.errors import Unavailable
 from tests.e2e.clusters import is_running, processes_with, running_cluster, snapshot, wait_until
 from tests.e2e.commands import Commands
@@ -77,11 +79,9 @@ def test_a_drain_that_takes_too_long_ends_streams_as_draining(
 def test_leaving_a_local_cluster_leaves_no_process_and_no_file(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import tempfile
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with running_cluster(tiny_checkpoint.directory) as cluster:
-        marker = f"--exit-with-parent={__import__('os').getpid()}"
+        marker = f"--exit-with-parent={os.getpid()}"
         pids = [int(str(item["pid"])) for item in cluster.instances()]
         assert set(pids) < set(processes_with(marker))
         begun = time.monotonic()
@@ -94,8 +94,6 @@ def test_leaving_a_local_cluster_leaves_no_process_and_no_file(
 
 
 def test_a_dead_child_is_reported_with_its_log(tiny_checkpoint: Checkpoint) -> None:
-    import os
-
     with running_cluster(tiny_checkpoint.directory) as cluster:
         cluster.check()
         [ffn] = [item for item in cluster.instances() if item["role"] == "ffn"]
@@ -109,18 +107,3 @@ def test_a_dead_child_is_reported_with_its_log(tiny_checkpoint: Checkpoint) -> N
             return False
 
         wait_until(has_failed, "the report")
-
-
-def test_many_clusters_of_one_process_do_not_disturb_each_other(
-    tiny_checkpoint: Checkpoint,
-) -> None:
-    def tokens(cluster: LocalCluster) -> list[int]:
-        with Client(cluster.address) as client:
-            output = client.generate([5, 6, 7], temperature=0, max_tokens=6, ignore_eos=True)
-            return output.result().outputs[0].token_ids
-
-    with running_cluster(tiny_checkpoint.directory) as one:
-        expected = tokens(one)
-        with running_cluster(tiny_checkpoint.directory, fabric="tcp") as other:
-            assert tokens(other) == expected
-        assert tokens(one) == expected

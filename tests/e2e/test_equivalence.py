@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from step3rt import Client, LocalCluster
 from tests.e2e.clusters import assert_all_blocks_return, running_cluster
-from tests.e2e.reference import assert_greedy, expected
+from tests.e2e.reference import TOLERANCE, assert_greedy, expected
 
 if TYPE_CHECKING:
+    from step3rt.model.monolithic import MonolithicModel
     from tests.fixtures.checkpoint import Checkpoint
     from tests.oracle.step3_numpy import Step3Oracle
 
@@ -135,6 +137,30 @@ def test_greedy_tokens_and_logprobs_are_those_of_the_model(
         expect = expected(tiny_oracle, prompt, completion.token_ids)
         assume(expect.is_decided)
         assert_greedy(expect, prompt, output, num_top=2)
+
+
+@pytest.fixture(scope="module")
+def monolithic(tiny_checkpoint: "Checkpoint") -> "MonolithicModel":
+    """The same operations in one process, one sequence at a time."""
+    from step3rt.model.monolithic import MonolithicModel
+
+    torch.set_num_threads(1)
+    return MonolithicModel.load(tiny_checkpoint.directory)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 64, 300])
+def test_a_long_greedy_continuation_is_that_of_one_process(
+    cluster: LocalCluster, monolithic: "MonolithicModel", num_prompt_tokens: int
+) -> None:
+    prompt = Ask(num_prompt_tokens, 1, 64, False).prompt(monolithic.config.vocab_size)
+    expected_ids, logits = monolithic.generate_greedy(prompt, 64)
+    with Client(cluster.address) as client:
+        stream = client.generate(prompt, temperature=0, max_tokens=64, ignore_eos=True, logprobs=0)
+        [completion] = stream.result().outputs
+    assert completion.token_ids == expected_ids
+    logprobs = torch.log_softmax(logits, -1)
+    for row, item in zip(logprobs, completion.logprobs, strict=True):
+        assert abs(item.logprob - float(row[item.token_id])) < TOLERANCE
 
 
 def test_no_block_is_left_used(cluster: LocalCluster) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from step3rt import LocalCluster
 from tests.e2e.clusters import processes_with, wait_until
-from tests.e2e.commands import COMMAND, run
+from tests.e2e.commands import COMMAND, free_address, run
 from tests.e2e.reference import TOLERANCE, expected
 from tests.fixtures.checkpoint import Checkpoint
 from tests.oracle.step3_numpy import Step3Oracle
@@ -83,7 +84,7 @@ def test_json_tells_the_times(answer: dict[str, Any]) -> None:
 
 
 def test_several_continuations_of_text_are_printed_under_their_prompts(
-    chat_checkpoint: Checkpoint, chat_cluster: Any
+    chat_cluster: LocalCluster,
 ) -> None:
     ended = run(
         "generate", f"--address={chat_cluster.address}", "--max-tokens=5", "--temperature=0",
@@ -103,7 +104,9 @@ def test_several_continuations_of_text_are_printed_under_their_prompts(
         (["--prompt-token-ids=1", "--max-tokens=-1"], "max_tokens"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(chat_cluster: Any, arguments: list[str], words: str) -> None:
+def test_wrong_usage_is_exit_code_2(
+    chat_cluster: LocalCluster, arguments: list[str], words: str
+) -> None:
     ended = run("generate", f"--address={chat_cluster.address}", *arguments)
     assert ended.returncode == 2
     assert words in ended.stderr
@@ -111,7 +114,7 @@ def test_wrong_usage_is_exit_code_2(chat_cluster: Any, arguments: list[str], wor
 
 
 def test_a_request_that_the_server_refuses_is_exit_code_2_with_its_words(
-    chat_cluster: Any,
+    chat_cluster: LocalCluster,
 ) -> None:
     ended = run("generate", f"--address={chat_cluster.address}", "--prompt-token-ids=1,5000")
     assert ended.returncode == 2
@@ -119,8 +122,6 @@ def test_a_request_that_the_server_refuses_is_exit_code_2_with_its_words(
 
 
 def test_a_coordinator_that_is_not_there_is_exit_code_69() -> None:
-    from tests.e2e.commands import free_address
-
     address = free_address()
     ended = run("generate", f"--address={address}", "--prompt-token-ids=1")
     assert ended.returncode == 69
@@ -198,7 +199,7 @@ def test_a_killed_command_leaves_no_process(
     process.stderr.close()
 
 
-def test_a_reader_that_leaves_early_ends_the_command_quietly(chat_cluster: Any) -> None:
+def test_a_reader_that_leaves_early_ends_the_command_quietly(chat_cluster: LocalCluster) -> None:
     process = subprocess.Popen(
         [
             *COMMAND, "generate", f"--address={chat_cluster.address}", "--prompt-token-ids=10",
@@ -218,7 +219,7 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(chat_cluster: Any) 
     process.stderr.close()
 
 
-def test_python_that_imports_only_the_client_never_loads_torch(chat_cluster: Any) -> None:
+def test_python_that_imports_only_the_client_never_loads_torch(chat_cluster: LocalCluster) -> None:
     program = (
         "import sys\n"
         "from step3rt import Client\n"

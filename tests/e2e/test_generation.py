@@ -1,4 +1,4 @@
-"""What a request asks for, it gets: logprobs, seeds, several continuations, and every way to stop."""
+"""What a request asks for, it gets: logprobs, seeds, continuations, and every way to stop."""
 
 from concurrent.futures import ThreadPoolExecutor
 

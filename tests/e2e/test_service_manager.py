@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.clusters import PATIENCE_S, snapshot
+from tests.e2e.clusters import PATIENCE_S, snapshot, wait_until
 from tests.e2e.commands import Commands
 from tests.fixtures.checkpoint import Checkpoint
 
@@ -50,7 +50,7 @@ def managers(tmp_path: Path) -> Iterator[list[Manager]]:
 
 
 def test_units_report_ready_status_watchdog_and_stopping(
-    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager], tmp_path: Path
 ) -> None:
     model = tiny_checkpoint.directory
     of_serve, of_node = managers
@@ -59,7 +59,13 @@ def test_units_report_ready_status_watchdog_and_stopping(
     of_serve.wait_for("STATUS=waiting for instances")
     of_serve.wait_for("WATCHDOG=1", times=2)
 
-    node = commands.node("ffn", model, coordinator, environment=of_node.environment(watchdog_s=2))
+    # As the unit file starts it: everything comes from the file.
+    file = tmp_path / "node-ffn0.toml"
+    file.write_text(
+        f'role = "ffn"\nmodel = "{model}"\ncoordinator = "{coordinator.control_address}"\n',
+        encoding="utf-8",
+    )
+    node = commands.start("node", f"--config={file}", environment=of_node.environment(watchdog_s=2))
     of_node.wait_for("STATUS=")
     of_node.wait_for("READY=1")
     of_node.wait_for("WATCHDOG=1", times=2)
@@ -85,6 +91,8 @@ def test_an_instance_is_ready_only_after_its_weights_are_loaded(
     loading = [line for line in of_node.heard if line.startswith("STATUS=loading weights")]
     assert any("100 %" in line for line in loading)
     assert of_node.heard.index(loading[-1]) < of_node.heard.index("READY=1")
-    [instance] = snapshot(coordinator.control_address)["instances"]
-    assert instance["state"] == "ready"
+    wait_until(
+        lambda: snapshot(coordinator.control_address)["instances"][0]["state"] == "ready",
+        "the coordinator's notice",
+    )
     assert "WATCHDOG=1" not in of_node.heard

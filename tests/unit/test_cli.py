@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -37,17 +38,18 @@ def test_help_shows_how_to_start_and_names_every_command(
 def test_every_command_explains_each_of_its_flags(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    lines = help_of(capsys, command).splitlines()
-    assert lines[0].startswith(f"usage: step3rt {command}")
-    for number, line in enumerate(lines):
-        if line.startswith("  --"):
-            # The text is on the flag's own line, or, behind a long flag, on the next one.
-            text = line.split("  ", 2)[2:] or [lines[number + 1].strip()]
-            assert text[0] or command == "generate", f"{line} explains nothing"
+    text = help_of(capsys, command)
+    assert text.startswith(f"usage: step3rt {command}")
+    _usage, *blocks = re.split(r"^  (?=-)", text, flags=re.MULTILINE)
+    for block in blocks:
+        # A flag with its values, two spaces or a line's end, and what it is for.
+        flag, _, explanation = re.sub(r"\s{2,}", "\0", block).partition("\0")
+        assert len(explanation) > 5, f"{flag} explains nothing"
 
 
 @pytest.mark.parametrize(
-    ("command", "kind", "positional"), [("serve", ServeConfig, "model"), ("node", NodeConfig, "role")]
+    ("command", "kind", "positional"),
+    [("serve", ServeConfig, "model"), ("node", NodeConfig, "role")],
 )
 def test_every_setting_has_a_flag(
     capsys: pytest.CaptureFixture[str],
