@@ -270,7 +270,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     assert!(reached.num_comebacks > 200, "too few lost their places");
     assert!(reached.num_shared > 200, "too few shared a beginning");
     assert!(
-        reached.num_doomed > 100,
+        reached.num_doomed > 40,
         "too few steps were planned in vain"
     );
     // A recovery that runs out while something runs is rare here; `failures` has tests of it.
