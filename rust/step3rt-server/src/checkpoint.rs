@@ -72,21 +72,30 @@ struct ModelConfig {
     flat: TextConfig,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct TextConfig {
     vocab_size: Option<u32>,
-    // Step-3 spells it in the singular; others do not.
-    #[serde(alias = "max_position_embeddings")]
+    // Step-3 spells it in the singular; others do not, and some configs have both.
     max_position_embedding: Option<u32>,
+    max_position_embeddings: Option<u32>,
     max_seq_len: Option<u32>,
     eos_token_id: Option<OneOrMany>,
+}
+
+impl TextConfig {
+    fn context(&self) -> Option<u32> {
+        self.max_position_embedding
+            .or(self.max_position_embeddings)
+            .or(self.max_seq_len)
+    }
 }
 
 #[derive(Default, Deserialize)]
 struct GenerationConfig {
     temperature: Option<f32>,
     top_p: Option<f32>,
-    top_k: Option<u32>,
+    // 0 and -1 are both written for off.
+    top_k: Option<i64>,
     eos_token_id: Option<OneOrMany>,
 }
 
@@ -120,22 +129,15 @@ impl Checkpoint {
             reason: reason.to_owned(),
         };
         let flat = config.flat;
-        let text = config.text_config.unwrap_or(TextConfig {
-            vocab_size: None,
-            max_position_embedding: None,
-            max_seq_len: None,
-            eos_token_id: None,
-        });
+        let text = config.text_config.unwrap_or_default();
         let vocab_size = text
             .vocab_size
             .or(flat.vocab_size)
             .filter(|size| *size > 0)
             .ok_or_else(|| malformed("it has no positive vocab_size"))?;
         let model_len = text
-            .max_position_embedding
-            .or(text.max_seq_len)
-            .or(flat.max_position_embedding)
-            .or(flat.max_seq_len)
+            .context()
+            .or(flat.context())
             .filter(|len| *len > 0)
             .ok_or_else(|| malformed("it has neither max_position_embedding nor max_seq_len"))?;
         if let Some(asked) = max_model_len.filter(|asked| *asked > model_len) {
@@ -172,7 +174,10 @@ impl Checkpoint {
                         .top_p
                         .filter(|value| *value > 0.0 && *value <= 1.0)
                         .unwrap_or(defaults.top_p),
-                    top_k: generation.top_k.unwrap_or(defaults.top_k),
+                    top_k: generation
+                        .top_k
+                        .and_then(|top_k| u32::try_from(top_k).ok())
+                        .unwrap_or(defaults.top_k),
                 },
             },
             chat_template: find_chat_template(path, &tokenizer_config)?,
@@ -296,6 +301,26 @@ mod tests {
         assert_eq!(limits.eos_tokens, [TokenId(1), TokenId(128_805)]);
         assert_eq!(limits.defaults.top_k, 20);
         assert!((limits.defaults.temperature - 0.5).abs() < f32::EPSILON);
+    }
+
+    #[test]
+    fn a_flat_config_with_both_spellings_and_top_k_off_is_understood() {
+        let config = r#"{"vocab_size": 9, "max_position_embedding": 64,
+            "max_position_embeddings": 32, "eos_token_id": [1, 9]}"#;
+        let directory = directory(&[
+            ("config.json", config),
+            ("generation_config.json", r#"{"top_k": -1}"#),
+        ]);
+        let limits = Checkpoint::read(directory.path(), None, None)
+            .expect("valid")
+            .limits;
+        assert_eq!((limits.vocab_size, limits.max_model_len), (9, 64));
+        assert_eq!(
+            limits.eos_tokens,
+            [TokenId(1)],
+            "ids beyond the vocabulary end nothing"
+        );
+        assert_eq!(limits.defaults.top_k, 0);
     }
 
     #[test]

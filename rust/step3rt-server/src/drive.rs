@@ -19,7 +19,7 @@ use tokio::time::sleep_until;
 use tracing::{debug, info, warn};
 
 use crate::clock::Clock;
-use crate::drive_handle::{ClusterStatus, Message, Submission};
+use crate::drive_handle::{Admitted, ClusterStatus, Message, Submission};
 use crate::live_requests::{LiveRequests, Undeliverable};
 use crate::notify::Notifier;
 use crate::registry::Registry;
@@ -90,6 +90,7 @@ impl Drive {
 
     /// Runs until every handle is dropped.
     pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        self.publish_status();
         loop {
             let wake = self.next_wake();
             tokio::select! {
@@ -145,11 +146,19 @@ impl Drive {
                 reply,
             } => {
                 let admitted = self.hello(now, hello, commands);
-                let _ = reply.send(admitted); // its reader then ends the session
+                if let Err(Ok(Admitted { instance, .. })) = reply.send(admitted) {
+                    // It hung up before its Welcome: nobody reads this session.
+                    self.sessions.close(instance, None);
+                    let actions = self.registry.session_ended(instance);
+                    self.carry_out(now, actions);
+                }
             }
             Message::Session { instance, event } => self.session_event(now, instance, event),
             Message::SessionEnded { instance, reason } => {
-                if self.sessions.close(instance, None) {
+                let was_open = self.sessions.close(instance, None);
+                if was_open && self.closed.is_some() {
+                    info!(%instance, reason, "instance gone, as it was told");
+                } else if was_open {
                     warn!(%instance, reason, "instance gone");
                 }
                 let actions = self.registry.session_ended(instance);

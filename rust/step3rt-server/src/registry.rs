@@ -17,6 +17,8 @@ use step3rt_proto::v1;
 pub use self::admission::{Admission, HelloError};
 
 mod admission;
+#[cfg(test)]
+mod histories;
 mod report;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 use tonic::metadata::MetadataValue;
+use tracing::debug;
 
 use crate::drive_handle::{DriveHandle, Message};
 use crate::internal_error::without_diagnostics;
@@ -264,6 +265,18 @@ impl ResponseStream {
             (None, Some(FinishReason::Length)) => (WireReason::Length, None),
             (None, None) => (WireReason::Cancelled, None),
         };
+        let [submitted, planned, first_token, ended] = usage.times;
+        debug!(
+            request_id = self.parts.client_id,
+            index,
+            reason = reason.as_str_name(),
+            prompt_tokens = self.parts.num_prompt_tokens,
+            completion_tokens = progress.num_tokens,
+            queue_ms = planned.since_ns(submitted) / 1_000_000,
+            ttft_ms = first_token.since_ns(submitted) / 1_000_000,
+            total_ms = ended.since_ns(submitted) / 1_000_000,
+            "continuation ended"
+        );
         self.outbox.push(Event::Finished(v1::Finished {
             index,
             reason: reason.into(),
@@ -286,6 +299,7 @@ impl ResponseStream {
 
     fn fail(&mut self, error: RequestError) {
         let num_tokens: u32 = self.continuations.iter().map(|c| c.num_tokens).sum();
+        debug!(request_id = self.parts.client_id, kind = ?error.kind, num_tokens, "request failed");
         let mut status = to_status(&without_diagnostics(error));
         status
             .metadata_mut()

@@ -136,8 +136,8 @@ fn the_service_manager_hears_ready_status_watchdog_and_stopping() {
     );
 }
 
-#[tokio::test]
-async fn a_socket_passed_by_the_service_manager_is_served() {
+#[test]
+fn a_socket_passed_by_the_service_manager_is_served() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
     let address: SocketAddr = listener.local_addr().expect("bound");
     let directory = tempfile::tempdir().expect("temporary directory");
@@ -148,14 +148,19 @@ async fn a_socket_passed_by_the_service_manager_is_served() {
         .env("LISTEN_FDS", "1")
         .env("JOURNAL_STREAM", "1:2");
     let mut child = Guard(command.spawn().expect("spawns"));
-    // The socket exists before the coordinator does: nobody is refused.
-    let info = InferenceServiceClient::connect(format!("http://{address}"))
-        .await
-        .expect("connects")
-        .get_model_info(GetModelInfoRequest {})
-        .await
-        .expect("answers")
-        .into_inner();
+    // The socket exists before the coordinator does: nobody is refused. The runtime goes with its
+    // connection, which nobody would close while this thread waits for the child.
+    let info = tokio::runtime::Runtime::new()
+        .expect("starts")
+        .block_on(async {
+            InferenceServiceClient::connect(format!("http://{address}"))
+                .await
+                .expect("connects")
+                .get_model_info(GetModelInfoRequest {})
+                .await
+                .expect("answers")
+                .into_inner()
+        });
     assert_eq!(info.model, "byte_model");
     let ready = read_ready_file(&ready_file);
     assert_eq!(ready["address"], address.to_string());
