@@ -105,6 +105,8 @@ def cluster(
         yield running
 
 
+# The time is hypothesis's for a failing example: it shrinks for up to five minutes.
+@pytest.mark.timeout(900)
 # A cluster that answers everything does so whatever it was asked before: it may be shared.
 @settings(
     max_examples=25,
