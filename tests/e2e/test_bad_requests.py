@@ -20,8 +20,7 @@ from step3rt.errors import (
 )
 from step3rt.v1 import common_pb2, inference_service_pb2
 from step3rt.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tests.e2e.clusters import assert_all_blocks_return, running_cluster
-from tests.fixtures.checkpoint import Checkpoint
+from tests.e2e.clusters import assert_all_blocks_return
 
 PROMPT = [10, 20, 30, 40]
 GREEDY = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
@@ -271,17 +270,3 @@ def test_closing_a_client_ends_its_streams_as_cancelled(
         stream.result()
     closer.join()
     assert_all_blocks_return(chat_cluster)
-
-
-def test_a_request_that_the_kv_pool_can_never_hold_is_refused(
-    chat_checkpoint: Checkpoint,
-) -> None:
-    with (
-        running_cluster(chat_checkpoint.directory, kv_blocks=2) as cluster,
-        Client(cluster.address) as client,
-    ):
-        with pytest.raises(InvalidArgument) as caught:
-            client.generate([9] * 200, **GREEDY).result()
-        assert "2" in str(caught.value)
-        assert client.generate([9] * 100, **GREEDY).result().outputs[0].finish_reason == "length"
-        assert_all_blocks_return(cluster)

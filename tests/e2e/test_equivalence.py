@@ -105,8 +105,13 @@ def cluster(
         yield running
 
 
+# The time is hypothesis's for a failing example: it shrinks for up to five minutes.
+@pytest.mark.timeout(900)
 # A cluster that answers everything does so whatever it was asked before: it may be shared.
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(subject=asks(300), mates=st.lists(asks(80), max_size=4))
 def test_greedy_tokens_and_logprobs_are_those_of_the_model(
     cluster: LocalCluster, tiny_oracle: "Step3Oracle", subject: Ask, mates: list[Ask]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_shared_memory(
     process = start_streaming(tiny_checkpoint, environment)
     assert len(processes_with(marker)) == 4  # generate, coordinator, attention, FFN
     # A terminal sends it to the foreground group: the command alone, for its children have theirs.
+    os.killpg(process.pid, signal.SIGINT)
+    # An impatient person presses it again while the cluster is being stopped.
+    time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _output, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -198,8 +198,13 @@ def test_instances_outlive_a_killed_coordinator_and_join_the_next_one(
     wait_until(lambda: snapshot(first.control_address)["is_serving"], "serving")
     with Client(first.address) as client:
         tokens = client.generate([10], temperature=0, max_tokens=8).result().outputs[0].token_ids
-    first.process.kill()
-    first.process.wait()
+        stream = client.generate([10], temperature=0, max_tokens=1000, ignore_eos=True)
+        next(stream)
+        first.process.kill()
+        first.process.wait()
+        with pytest.raises(Unavailable) as caught:
+            stream.result()
+        assert caught.value.is_retryable
 
     flags = (f"--listen={first.address}", f"--control-listen={first.control_address}")
     second = commands.serve(model, *flags)
