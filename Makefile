@@ -1,0 +1,58 @@
+# Everything sets itself up: `make demo` and `make test` need a Rust toolchain, CPython >= 3.11 with
+# pip, and nothing else. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= It was a dark and stormy night, and
+export INSTA_UPDATE ?= no
+
+.PHONY: help demo test test-rust test-python lint format build proto clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
+
+demo: build      ## 2 attention + 2 FFN processes continue PROMPT="..." in the terminal
+	@$(BIN)/step3rt generate --model nano --attention 2 --ffn 2 --fabric shm --stats --max-tokens 120 "$(PROMPT)"
+
+test: test-rust test-python  ## all tests that need no GPU and no RDMA device
+
+test-rust:       ## unit, property and integration tests of the Rust crates
+	cargo test --workspace --quiet
+
+test-python: build  ## unit, kernel-compile and end-to-end tests
+	$(BIN)/python -m pytest
+
+lint: build      ## formatting, lints, types, import rules
+	cargo fmt --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest step3rt._core
+	$(BIN)/lint-imports
+	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format:          ## rewrite sources in the project's style
+	cargo fmt
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+build: $(VENV)/.installed  ## virtual environment, Python dependencies, extension module
+	@$(BIN)/maturin develop --quiet --skip-install
+
+proto: $(VENV)/.installed  ## regenerate the Python messages from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=python --pyi_out=python \
+		--grpc_python_out=python proto/step3rt/v1/common.proto proto/step3rt/v1/inference_service.proto
+	rm python/step3rt/v1/common_pb2_grpc.py
+
+clean:           ## remove everything that is built
+	rm -rf $(VENV) target dist python/step3rt/_core*.so
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/maturin develop --quiet --extras worker
+	@touch $@

@@ -1,0 +1,105 @@
+"""Turns the settings of `config` into flags, and flags and files back into settings."""
+
+import argparse
+import ctypes
+import os
+import signal
+from collections.abc import Collection
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from step3rt.config import build, load_toml
+from step3rt.errors import Unavailable
+
+C = TypeVar("C")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def add_config_flags(
+    parser: argparse.ArgumentParser, kind: type[Any], *, skip: Collection[str] = ()
+) -> None:
+    """Adds a flag for every setting of `kind`, with help and default from its field."""
+    hints = get_type_hints(kind)
+    group = parser.add_argument_group("settings")
+    for item in fields(kind):
+        if item.name in skip:
+            continue
+        flag = f"--{item.name.replace('_', '-')}"
+        text = item.metadata["help"].replace("%", "%%")
+        if hints[item.name] is bool:
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+            continue
+        if item.default is not MISSING and item.default not in (None, ""):
+            text += f" (default: {item.default})"
+        group.add_argument(
+            flag,
+            type=_plain_type(hints[item.name]),
+            choices=item.metadata["choices"],
+            metavar=None
+            if item.metadata["choices"]
+            else _plain_type(hints[item.name]).__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def add_config_file_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config FILE`."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with the settings below, dashes as underscores; flags win over it",
+    )
+
+
+def config_from(arguments: argparse.Namespace, kind: type[C]) -> C:
+    """The settings that flags, file and defaults give together.
+
+    Raises:
+        ConfigError: from `config.build`; the message says which source is wrong.
+    """
+    given = vars(arguments)
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    from_flags = {name: value for name, value in given.items() if name in names}
+    file: Path | None = given.get("config")
+    if file is None:
+        return build(kind, from_flags, "command line")
+    from_file = load_toml(file)
+    # Checked by itself first, so that a mistake in the file is not blamed on the command line.
+    required = {name: from_flags[name] for name in from_flags if name not in from_file}
+    build(kind, {**from_file, **required}, str(file))
+    return build(kind, {**from_file, **from_flags}, "command line")
+
+
+def add_exit_with_parent_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag by which a parent process makes sure that nothing outlives it."""
+    parser.add_argument("--exit-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
+
+
+def exit_with_parent(parent: int | None) -> None:
+    """Has the kernel end this process when its parent ends, however that happens.
+
+    Raises:
+        Unavailable: the parent ended before this could be arranged.
+    """
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise Unavailable(
+            f"Process {parent}, which started this one, has ended. Nobody would stop this "
+            "process. Start it without --exit-with-parent to run it alone"
+        )
+
+
+def _plain_type(hint: Any) -> type[Any]:
+    """`int` for `int | None`, and so on."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint  # type: ignore[no-any-return]

@@ -1,0 +1,48 @@
+"""`step3rt node`: one attention or FFN instance."""
+
+import argparse
+
+from step3rt.cli import flags
+from step3rt.config import ROLES, NodeConfig
+
+_DESCRIPTION = """\
+Run one instance. An attention instance holds embedding, attention, KV cache and sampler; an FFN
+instance holds dense FFNs and its share of the experts. Either may start before the coordinator.
+"""
+
+_EPILOG = """\
+example:
+  step3rt node ffn --model nano --coordinator 127.0.0.1:50052
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "node",
+        help="run one attention or FFN instance",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("role", nargs="?", choices=ROLES, default=argparse.SUPPRESS)
+    flags.add_config_file_flag(parser)
+    flags.add_exit_with_parent_flag(parser)
+    flags.add_config_flags(parser, NodeConfig, skip=("role",))
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs until the coordinator or a signal ends it; returns the exit code."""
+    flags.exit_with_parent(arguments.exit_with_parent)
+    config = flags.config_from(arguments, NodeConfig)
+    try:
+        from step3rt.instance import run_instance
+    except ModuleNotFoundError as error:
+        from step3rt.errors import ConfigError
+
+        raise ConfigError(
+            f"The Python package '{error.name}' is not installed. An instance computes with it. "
+            "Install it with: pip install 'step3rt[worker]'"
+        ) from error
+    return run_instance(config)

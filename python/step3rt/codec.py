@@ -1,0 +1,185 @@
+"""Translates between the SDK's types and the protocol's messages.
+
+Owns every field mapping of the client side, errors included; opens no channel.
+"""
+
+import uuid
+from collections.abc import Sequence
+from typing import cast
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from step3rt.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Step3Error,
+    Unavailable,
+)
+from step3rt.results import GenerationEvent, TokenLogprob, Usage
+from step3rt.sampling import SamplingParams
+from step3rt.v1 import common_pb2, inference_service_pb2
+
+_ERROR_BY_CODE: dict[grpc.StatusCode, type[Step3Error]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+}
+
+_FINISH_REASON = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+    common_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+UNKNOWN_EVENT = (
+    "The server sent an event that this client does not know. Client and server speak different "
+    "versions of the protocol. Update the older one"
+)
+
+# Text, or token ids.
+Prompt = str | Sequence[int]
+
+
+def new_request_id() -> str:
+    """A fresh id; minted by the client so that a lost answer can still be aborted."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+def to_request(
+    prompt: Prompt,
+    params: SamplingParams,
+    *,
+    request_id: str,
+    model: str,
+    priority: int,
+    messages_json: str | None = None,
+) -> inference_service_pb2.GenerateRequest:
+    """Builds the request message.
+
+    Raises:
+        InvalidArgument: a value does not fit its field, e.g. a negative count.
+    """
+    try:
+        request = inference_service_pb2.GenerateRequest(
+            request_id=request_id,
+            model=model,
+            priority=priority,
+            sampling=common_pb2.SamplingParams(
+                n=params.n,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                min_p=params.min_p,
+                seed=params.seed,
+            ),
+            stopping=common_pb2.StoppingCriteria(
+                max_tokens=params.max_tokens,
+                min_tokens=params.min_tokens,
+                stop=[params.stop] if isinstance(params.stop, str) else params.stop,
+                stop_token_ids=params.stop_token_ids,
+                include_stop=params.include_stop,
+                ignore_eos=params.ignore_eos,
+            ),
+            output=common_pb2.OutputOptions(
+                top_logprobs=params.logprobs,
+                prompt_logprobs=params.prompt_logprobs,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+        )
+        if messages_json is not None:
+            request.chat.messages_json = messages_json
+        elif isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+            request.token_ids.SetInParent()
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(
+            f"The request cannot be encoded: {error}. Counts and token ids are non-negative "
+            "integers below 2^32. Correct the value",
+            request_id=request_id,
+        ) from error
+    return request
+
+
+def _to_logprob(message: common_pb2.TokenLogprob) -> TokenLogprob:
+    top = tuple((item.token_id, item.logprob) for item in message.top)
+    return TokenLogprob(message.token_id, message.logprob, top)
+
+
+def to_event(response: inference_service_pb2.GenerateResponse) -> GenerationEvent | None:
+    """The SDK's event for a response; `None` for `Started`."""
+    match response.WhichOneof("event"):
+        case "delta":
+            delta = response.delta
+            return GenerationEvent(
+                index=delta.index,
+                position=delta.sequence,
+                token_ids=tuple(delta.token_ids),
+                text=delta.text,
+                logprobs=tuple(map(_to_logprob, delta.logprobs)),
+                prompt_logprobs=tuple(map(_to_logprob, delta.prompt_logprobs)),
+            )
+        case "finished":
+            finished = response.finished
+            matched = finished.WhichOneof("matched")
+            return GenerationEvent(
+                index=finished.index,
+                position=finished.usage.completion_tokens,
+                finish_reason=_FINISH_REASON.get(finished.reason, "unknown"),
+                stop_reason=None if matched is None else getattr(finished, matched),
+                usage=Usage(
+                    prompt_tokens=finished.usage.prompt_tokens,
+                    completion_tokens=finished.usage.completion_tokens,
+                    cached_tokens=finished.usage.cached_tokens,
+                ),
+            )
+        case _:
+            return None
+
+
+def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:
+    """The typed exception for a failed call, with the server's reason and retry hint."""
+    # Every error that grpcio raises from a call is that call, hence knows its status.
+    call = cast(grpc.Call, error)
+    code = call.code()
+    message = call.details() or code.name
+    reason: str | None = None
+    retry_after_s: float | None = None
+    details: dict[str, str] = {}
+    status = rpc_status.from_call(call)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        retry = error_details_pb2.RetryInfo()
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(info):
+            reason = info.reason
+            details.update(info.metadata)
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(bad_request):
+            for violation in bad_request.field_violations:
+                details["field"] = violation.field
+    kind = _ERROR_BY_CODE.get(code, Internal)
+    # Transport failures carry no ErrorInfo: no server decided anything, so a retry may help.
+    return kind(
+        message,
+        reason=reason,
+        retry_after_s=retry_after_s,
+        request_id=request_id,
+        details=details,
+        is_retryable=False if reason == "SLOW_CONSUMER" else None,
+    )

@@ -1,0 +1,276 @@
+"""The settings of every process: one frozen dataclass each, from defaults, TOML and flags.
+
+Owns names, defaults, help texts and validation; starts nothing. A value comes from the command
+line, else from the TOML file, else from the default here.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from step3rt.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("exact", "production")
+KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+FABRICS = ("auto", "shm", "tcp")
+ROLES = ("attention", "ffn")
+
+C = TypeVar("C")
+
+
+def setting(
+    help_text: str,
+    default: Any = MISSING,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field that a user may set, with all that a flag and a check need to know."""
+    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "maximum": maximum}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of the coordinator; the instances get theirs from it when they connect."""
+
+    model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
+    model_name: str = setting("name that requests may ask for; default: the directory's name", "")
+    listen: str = setting("host:port for clients; port 0 takes a free one", "127.0.0.1:50051")
+    control_listen: str = setting("host:port for instances", "127.0.0.1:50052")
+    ready_file: Path | None = setting("file that gets the bound addresses as JSON", None)
+    attention: int = setting(
+        "attention instances needed before requests are accepted", 1, minimum=1, maximum=1024
+    )
+    ffn: int = setting(
+        "FFN instances that share the experts between them", 1, minimum=1, maximum=1024
+    )
+    lanes: int = setting("micro-batch lanes per attention instance", 3, minimum=1, maximum=8)
+    dtype: str = setting("type of the computation", "float32", choices=DTYPES)
+    precision: str = setting(
+        "exact: nothing is quantised on the way; production: FP8 activations to the FFN "
+        "instances, BF16 back, and FP8 KV unless --kv-dtype says otherwise",
+        "exact",
+        choices=PRECISIONS,
+    )
+    kv_dtype: str = setting(
+        "type of the KV cache; auto follows --precision", "auto", choices=KV_DTYPES
+    )
+    fabric: str = setting(
+        "how activations travel; auto takes shared memory within a host, else TCP",
+        "auto",
+        choices=FABRICS,
+    )
+    max_model_len: int | None = setting(
+        "longest sequence in tokens; default: the model's", None, minimum=2
+    )
+    max_tokens_per_micro_batch: int = setting(
+        "tokens of one lane's step, prefill and decode together", 512, minimum=16, maximum=65536
+    )
+    max_sequences_per_lane: int = setting("sequences of one lane", 256, minimum=1, maximum=65536)
+    max_waiting_requests: int = setting(
+        "requests that may wait before new ones are refused", 1024, minimum=0, maximum=1_000_000
+    )
+    lease_ms: int = setting(
+        "silence after which an instance is lost", 3000, minimum=100, maximum=600_000
+    )
+    step_timeout_ms: int = setting(
+        "time after which a step's instance is lost", 60_000, minimum=100, maximum=3_600_000
+    )
+    recovery_timeout_ms: int = setting(
+        "time for which streams wait for a lost instance to return",
+        30_000,
+        minimum=0,
+        maximum=3_600_000,
+    )
+    drain_timeout_s: float = setting(
+        "time for running streams to finish after SIGTERM", 30.0, minimum=0, maximum=86_400
+    )
+    reflection: bool = setting("serve gRPC reflection", False)
+    insecure_bind: bool = setting("allow plaintext on an address that is not loopback", False)
+
+    def wire_dtypes(self) -> tuple[str, str, str]:
+        """(A2F, F2A, KV) types that `precision`, `dtype` and `kv_dtype` name together."""
+        is_exact = self.precision == "exact"
+        a2f = self.dtype if is_exact else "fp8"
+        f2a = self.dtype if is_exact else "bfloat16"
+        if self.kv_dtype != "auto":
+            return a2f, f2a, self.kv_dtype
+        return a2f, f2a, self.dtype if is_exact else "fp8"
+
+    def to_json(self) -> str:
+        """The coordinator's configuration as the extension module takes it."""
+        a2f_dtype, f2a_dtype, kv_dtype = self.wire_dtypes()
+        model = resolve_model(self.model)
+        values = {
+            "model_path": str(model),
+            "model_name": self.model_name or model.name,
+            "num_attention": self.attention,
+            "ep_size": self.ffn,
+            "num_lanes": self.lanes,
+            "block_size_tokens": 64,
+            "compute_dtype": self.dtype,
+            "a2f_dtype": a2f_dtype,
+            "f2a_dtype": f2a_dtype,
+            "kv_dtype": kv_dtype,
+            "ready_file": None if self.ready_file is None else str(self.ready_file),
+        }
+        same = (
+            "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
+            "max_sequences_per_lane max_waiting_requests lease_ms step_timeout_ms "
+            "recovery_timeout_ms drain_timeout_s reflection insecure_bind"
+        )
+        return json.dumps(values | {name: getattr(self, name) for name in same.split()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Settings of one instance; everything else comes from the coordinator."""
+
+    role: str = setting("what this instance does", choices=ROLES)
+    model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
+    coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
+    data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
+    runtime_dir: Path | None = setting(
+        "directory for sockets; default: $RUNTIME_DIRECTORY or a fresh temporary one", None
+    )
+    kv_blocks: int | None = setting(
+        "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1
+    )
+    kv_memory_mb: int = setting("memory for KV blocks in MiB", 1024, minimum=1)
+    connect_timeout_s: float = setting(
+        "how long to look for the coordinator before giving up", 60.0, minimum=0
+    )
+    threads: int = setting("threads for one instance's computation", 1, minimum=1, maximum=1024)
+    spin_us: int = setting(
+        "microseconds to poll before sleeping; only worth it with a core per instance",
+        0,
+        minimum=0,
+        maximum=1000,
+    )
+
+
+def shipped_model(name: str) -> Path | None:
+    """The directory of a model that ships inside the package, if there is one of that name."""
+    directory = Path(__file__).parent / "data" / name
+    return directory if (directory / "config.json").is_file() else None
+
+
+def resolve_model(model: Path) -> Path:
+    """The checkpoint directory that `model` means.
+
+    Raises:
+        ConfigError: neither a directory with a config.json nor the name of a shipped model.
+    """
+    if (model / "config.json").is_file():
+        return model.absolute()
+    if len(model.parts) == 1 and (shipped := shipped_model(model.name)) is not None:
+        return shipped
+    found = "has no config.json" if model.is_dir() else "does not exist"
+    raise ConfigError(
+        f"The model directory {str(model)!r} {found}. A checkpoint is a directory in Hugging "
+        "Face layout. Give its path, or 'nano' for the model that ships"
+    )
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: the file is unreadable or not TOML; the message has file and line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration file {str(path)!r} cannot be read: {error.strerror}. "
+            "Correct the path or its permissions"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The configuration file {str(path)!r} is not valid TOML: {error}. Correct the file"
+        ) from error
+
+
+def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
+    """Makes a `kind` of `values`, checking every key, type and range.
+
+    Args:
+        kind: one of the dataclasses of this module.
+        values: settings by name.
+        source: where the values come from, for messages: a file or "command line".
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a wrong type, a value out of
+            range, or a missing setting.
+    """
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    checked = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(_unknown_key(key, known, source))
+        checked[name] = _check(name, known[name], hints[name], value, source)
+    for name, item in known.items():
+        if item.default is MISSING and name not in checked:
+            raise ConfigError(
+                f"The setting '{name}' is missing ({source}). It has no default: "
+                f"{item.metadata['help']}. Give it"
+            )
+    return kind(**checked)
+
+
+def _unknown_key(key: str, known: Mapping[str, object], source: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known are: {', '.join(sorted(known))}"
+    return f"The setting '{key}' does not exist ({source}). Nothing would read it. {hint}"
+
+
+def _check(name: str, item: "Field[Any]", hint: Any, value: Any, source: str) -> Any:
+    """The value in its declared type and range, or a ConfigError."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    wanted = next(kind for kind in kinds if kind is not type(None))
+    if wanted is Path and isinstance(value, str | Path):
+        value = Path(value).expanduser()
+    elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"The setting '{name}' is {value!r} ({source}). It must be of type "
+            f"{wanted.__name__}. Correct it"
+        )
+    limits = item.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), limits["choices"], n=1)
+        hint_text = f"Did you mean {near[0]!r}?" if near else "Take one of them"
+        raise ConfigError(
+            f"The setting '{name}' is {value!r} ({source}). Known values are "
+            f"{', '.join(limits['choices'])}. {hint_text}"
+        )
+    low, high = limits["minimum"], limits["maximum"]
+    if low is not None and not (low <= value and (high is None or value <= high)):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(
+            f"The setting '{name}' is {value} ({source}). It must be {allowed}. Correct it"
+        )
+    return value
+
+
+def describe(config: ServeConfig | NodeConfig) -> dict[str, str | int | float | bool | None]:
+    """The settings as plain values, for JSON output."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(config).items()
+    }

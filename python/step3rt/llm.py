@@ -1,0 +1,189 @@
+"""Offline generation: a local cluster and a client behind one object.
+
+Owns neither processes (`LocalCluster` does) nor the wire; it queues prompts and keeps order.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm.auto import tqdm
+
+from step3rt.client import Client, GenerationStream
+from step3rt.codec import Prompt
+from step3rt.config import ServeConfig
+from step3rt.local_cluster import LocalCluster
+from step3rt.results import RequestOutput
+from step3rt.sampling import SamplingParams
+
+# Streams that are open at once; more prompts wait here, not in the server's queue.
+_MAX_OPEN_STREAMS = 256
+
+
+def shows_progress() -> bool:
+    """Whether a progress bar helps: on a terminal, unless STEP3RT_NO_PROGRESS is set."""
+    return sys.stderr.isatty() and not os.environ.get("STEP3RT_NO_PROGRESS")
+
+
+class LLM:
+    """A model on this host, ready to generate.
+
+    Starts a coordinator, attention and FFN instances as processes of their own, and stops them
+    on `close()`, at the end of the `with` block, or when this process ends.
+
+    Args:
+        model: checkpoint directory, or "nano".
+        attention: attention instances.
+        ffn: FFN instances, which share the experts.
+        lanes: micro-batch lanes per attention instance.
+        dtype: "float32" (exact) or "bfloat16".
+        precision: "exact" or "production"; see `ServeConfig`.
+        fabric: "auto", "shm" or "tcp".
+        max_model_len: longest sequence; default: the model's.
+        threads: threads for one instance's computation.
+        use_progress: progress bars on stderr; default: when it is a terminal.
+
+    Raises:
+        ConfigError: the checkpoint or a setting cannot be used.
+        Unavailable: the cluster did not come up.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "nano",
+        *,
+        attention: int = 1,
+        ffn: int = 1,
+        lanes: int = 3,
+        dtype: str = "float32",
+        precision: str = "exact",
+        fabric: str = "auto",
+        max_model_len: int | None = None,
+        threads: int = 1,
+        use_progress: bool | None = None,
+    ) -> None:
+        self._use_progress = shows_progress() if use_progress is None else use_progress
+        with tqdm(
+            bar_format="{desc} [{elapsed}]", desc="starting", disable=not self._use_progress
+        ) as bar:
+            self._cluster = LocalCluster(
+                ServeConfig(
+                    model=Path(model),
+                    listen="127.0.0.1:0",
+                    attention=attention,
+                    ffn=ffn,
+                    lanes=lanes,
+                    dtype=dtype,
+                    precision=precision,
+                    fabric=fabric,
+                    max_model_len=max_model_len,
+                ),
+                threads=threads,
+                on_status=lambda text: bar.set_description_str(text),
+            )
+        self._client = Client(self._cluster.address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where the coordinator listens; other clients may use it too."""
+        return self._cluster.address
+
+    def close(self) -> None:
+        """Stops everything; idempotent."""
+        self._client.close()
+        self._cluster.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Generates continuations of all prompts, together, and returns them in order.
+
+        Args:
+            prompts: one prompt or several; a prompt is text or a sequence of token ids.
+            params: sampling and stopping, the same for all.
+            use_tqdm: a progress bar over prompts; default: as `use_progress`.
+
+        Raises:
+            Step3Error: the first request that failed; the others are cancelled.
+        """
+        batch = _as_batch(prompts)
+        params = params or SamplingParams()
+        return self._run(
+            [partial(self._client.generate, prompt, params) for prompt in batch], use_tqdm
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """Generates the next turn of one conversation (OpenAI message format)."""
+        return self._client.chat(messages, params).result()
+
+    def _run(
+        self, starts: Sequence[Callable[[], GenerationStream]], use_tqdm: bool | None
+    ) -> list[RequestOutput]:
+        is_shown = self._use_progress if use_tqdm is None else use_tqdm
+        streams: list[GenerationStream] = []
+        outputs: list[RequestOutput | None] = [None] * len(starts)
+        num_tokens = 0
+
+        def run(index: int) -> int:
+            stream = starts[index]()
+            streams.append(stream)
+            outputs[index] = stream.result()
+            return index
+
+        with (
+            tqdm(total=len(starts), desc="generating", disable=not is_shown) as bar,
+            ThreadPoolExecutor(min(_MAX_OPEN_STREAMS, max(1, len(starts)))) as pool,
+        ):
+            futures = [pool.submit(run, index) for index in range(len(starts))]
+            try:
+                for future in as_completed(futures):
+                    output = outputs[future.result()]
+                    assert output is not None, "a finished run has stored its output"
+                    num_tokens += sum(len(item.token_ids) for item in output.outputs)
+                    rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+                    bar.update()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for stream in streams:
+                    stream.close()
+                raise
+        return [output for output in outputs if output is not None]
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt, text or ids, becomes a batch of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if all(isinstance(item, int) for item in prompts):
+        return [[int(item) for item in prompts if isinstance(item, int)]] if prompts else []
+    return [
+        item if isinstance(item, str) else list(item)
+        for item in prompts
+        if not isinstance(item, int)
+    ]

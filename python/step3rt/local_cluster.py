@@ -1,0 +1,248 @@
+"""A whole cluster on this host: one coordinator and its instances as child processes.
+
+Owns the children from start to end. It uses the same commands that an operator uses, and nothing
+of it is left when it closes, when this process dies, or when a child fails.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from step3rt.config import NodeConfig, ServeConfig, resolve_model
+from step3rt.errors import ConfigError, Step3Error, Unavailable
+
+_EX_CONFIG = 78
+_POLL_S = 0.05
+_STOP_TIMEOUT_S = 10.0
+_MAX_LOG_TAIL_CHARS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class LocalCluster:
+    """Starts `attention` + `ffn` instances and a coordinator, and stops them on `close()`.
+
+    Args:
+        serve: the coordinator's settings; addresses and ready file are chosen here.
+        threads: threads for one instance's computation.
+        kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
+        log_dir: where the children's logs go; default: a temporary directory, shown on failure.
+        on_status: called with one line of progress for people.
+        start_timeout_s: time until the cluster must serve.
+
+    Raises:
+        ConfigError: a child refused its configuration or the checkpoint; the message is its own.
+        Unavailable: the cluster did not come up in time, with what it was doing.
+    """
+
+    def __init__(
+        self,
+        serve: ServeConfig,
+        *,
+        threads: int = 1,
+        kv_blocks: int | None = None,
+        log_dir: Path | None = None,
+        on_status: Callable[[str], None] | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        self._serve = serve
+        self._model = resolve_model(serve.model)
+        self._threads = threads
+        self._kv_blocks = kv_blocks
+        self._children: list[_Child] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
+        self._log_dir = log_dir or Path(self._directory.name)
+        self._on_status = on_status or (lambda _text: None)
+        self.address = ""
+        self.control_address = ""
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self._start(time.monotonic() + start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def instances(self) -> list[dict[str, object]]:
+        """The coordinator's view of its instances: role, rank, pid, state, links."""
+        from step3rt import _core
+
+        snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+        return list(snapshot["instances"])
+
+    def check(self) -> None:
+        """Raises what a dead child said, if one has died.
+
+        Raises:
+            ConfigError: it refused its configuration.
+            Unavailable: it ended otherwise.
+        """
+        for child in self._children:
+            code = child.process.poll()
+            if code is not None:
+                raise self._failure(child, code)
+
+    def start_instance(self, role: str) -> int:
+        """Starts one more instance and returns its process id."""
+        number = sum(child.name.startswith(role) for child in self._children)
+        return self._spawn_node(role, number)
+
+    def forget(self, pid: int) -> None:
+        """Stops watching a child that was ended on purpose, and reaps it."""
+        for child in [child for child in self._children if child.process.pid == pid]:
+            child.process.wait(_STOP_TIMEOUT_S)
+            self._children.remove(child)
+
+    def close(self) -> None:
+        """Stops every child: politely, then for good; idempotent."""
+        # The coordinator drains and then asks its instances to end; they also get the signal, in
+        # case it is already gone.
+        with _uninterrupted():
+            running = [child for child in self._children if child.process.poll() is None]
+            for child in running:
+                child.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            for child in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(max(0.0, deadline - time.monotonic()))
+                if child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+            self._children.clear()
+            self._directory.cleanup()
+
+    def _start(self, deadline: float) -> None:
+        ready_file = Path(self._directory.name) / "addresses.json"
+        self._spawn("coordinator", self._serve_command(ready_file))
+        self._wait(lambda: ready_file.exists(), "starting the coordinator", deadline)
+        addresses = json.loads(ready_file.read_text(encoding="utf-8"))
+        self.address = addresses["address"]
+        self.control_address = addresses["control_address"]
+        for role, count in (("ffn", self._serve.ffn), ("attention", self._serve.attention)):
+            for number in range(count):
+                self._spawn_node(role, number)
+        self._wait(self._is_serving, "starting the instances", deadline)
+
+    def _is_serving(self) -> bool:
+        from step3rt import _core
+
+        try:
+            snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+        except Step3Error:
+            return False
+        self._on_status(str(snapshot["status"]))
+        return bool(snapshot["is_serving"])
+
+    def _wait(self, is_done: Callable[[], bool], doing: str, deadline: float) -> None:
+        while not is_done():
+            self.check()
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"--- {item.name}\n{_tail(item.log)}" for item in self._children)
+                raise Unavailable(
+                    f"The local cluster did not come up in time while {doing}. The logs of its "
+                    f"processes follow. Raise start_timeout_s if they are only slow\n{logs}"
+                )
+            time.sleep(_POLL_S)
+
+    def _serve_command(self, ready_file: Path) -> list[str]:
+        return [
+            "serve",
+            *_flags(self._serve, skip=("model", "ready_file", "listen", "control_listen")),
+            f"--listen={self._serve.listen}",
+            "--control-listen=127.0.0.1:0",
+            f"--ready-file={ready_file}",
+            str(self._model),
+        ]
+
+    def _spawn_node(self, role: str, number: int) -> int:
+        runtime_dir = Path(self._directory.name) / f"{role}-{number}-{len(self._children)}"
+        config = NodeConfig(
+            role=role,
+            model=self._model,
+            coordinator=self.control_address,
+            runtime_dir=runtime_dir,
+            threads=self._threads,
+            kv_blocks=self._kv_blocks,
+        )
+        return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
+
+    def _spawn(self, name: str, arguments: Sequence[str]) -> int:
+        log = self._log_dir / f"{name}.log"
+        command = [sys.executable, "-m", "step3rt", *arguments, f"--exit-with-parent={os.getpid()}"]
+        with log.open("ab") as output:
+            # A group of its own: Ctrl-C reaches this process alone, which then stops the
+            # children in order.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+        self._children.append(_Child(name, process, log))
+        return process.pid
+
+    def _failure(self, child: _Child, code: int) -> Step3Error:
+        tail = _tail(child.log)
+        if code == _EX_CONFIG:
+            # The child's last line is its error message, already in the form of ours.
+            return ConfigError(tail.strip().splitlines()[-1].removeprefix("error: "))
+        return Unavailable(
+            f"The {child.name} process ended with code {code}. A cluster needs all of its "
+            f"processes. Its log ends with:\n{tail}"
+        )
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-_MAX_LOG_TAIL_CHARS:]
+
+
+def _flags(config: ServeConfig | NodeConfig, skip: Sequence[str]) -> list[str]:
+    """The command line that gives `config`, defaults left out."""
+    flags = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in skip or value is None or value == item.default:
+            continue
+        name = f"--{item.name.replace('_', '-')}"
+        flags.append(name if value is True else f"{name}={value}")
+    return flags
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds SIGINT back, so that a second Ctrl-C does not leave children behind."""
+    try:
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which alone receives it
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,1 @@
+"""Generated protocol messages (`make proto`); not a public API."""

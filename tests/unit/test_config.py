@@ -1,0 +1,61 @@
+"""Settings come from flags, then the file, then defaults; mistakes are named with a remedy."""
+
+from pathlib import Path
+
+import pytest
+from step3rt.config import NodeConfig, ServeConfig, build, resolve_model
+from step3rt.errors import ConfigError
+
+
+def test_unknown_key_names_the_nearest_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'lane' does not exist \(x.toml\).*Did you mean 'lanes'"
+    ):
+        build(ServeConfig, {"model": "m", "lane": 2}, "x.toml")
+
+
+def test_dashes_and_underscores_are_the_same_key() -> None:
+    assert build(ServeConfig, {"model": "m", "max-model-len": 7}, "x").max_model_len == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("lanes", 0, "must be from 1 to 8"),
+        ("lanes", 9, "must be from 1 to 8"),
+        ("lanes", "3", "must be of type int"),
+        ("lanes", True, "must be of type int"),
+        ("drain_timeout_s", float("nan"), "must be from 0 to 86400"),
+        ("fabric", "tpc", "Did you mean 'tcp'"),
+        ("reflection", 1, "must be of type bool"),
+    ],
+)
+def test_wrong_values_are_refused(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build(ServeConfig, {"model": "m", key: value}, "x.toml")
+
+
+def test_missing_setting_says_what_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"'role' is missing.*what this instance does"):
+        build(NodeConfig, {"model": "m"}, "command line")
+
+
+def test_whole_numbers_are_accepted_for_seconds() -> None:
+    assert build(ServeConfig, {"model": "m", "drain_timeout_s": 3}, "x").drain_timeout_s == 3.0
+
+
+def test_model_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config.json.*Give its path, or 'nano'"):
+        resolve_model(tmp_path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        resolve_model(tmp_path / "absent")
+
+
+def test_precision_names_the_types_on_the_way() -> None:
+    def wire(**values: str) -> tuple[str, str, str]:
+        return build(ServeConfig, {"model": "m", **values}, "x").wire_dtypes()
+
+    assert wire(dtype="float32") == ("float32", "float32", "float32")
+    assert wire(dtype="bfloat16") == ("bfloat16", "bfloat16", "bfloat16")
+    assert wire(precision="production") == ("fp8", "bfloat16", "fp8")
+    assert wire(precision="production", kv_dtype="bfloat16") == ("fp8", "bfloat16", "bfloat16")

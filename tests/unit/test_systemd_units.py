@@ -1,0 +1,59 @@
+"""The shipped units are valid, hardened, and restart what must be restarted."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
+# systemd's own scale ends at 10 (unsafe); in tenths, as --threshold takes it.
+MAX_EXPOSURE = 20
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> list[Path]:
+    """The units with a program that exists here, the template as an instance."""
+    paths = []
+    for unit in sorted(UNITS.glob("step3rt*")):
+        target = tmp_path / unit.name.replace("@.", "@ffn0.")
+        text = unit.read_text().replace("/opt/step3rt/bin/step3rt", "/bin/true")
+        target.write_text(text)
+        if "@" in unit.name:
+            (tmp_path / unit.name).write_text(text)
+        paths.append(target)
+    return paths
+
+
+def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("systemd-analyze")
+    assert program, "install systemd: .ci/run does"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_units_pass_verification(units: list[Path]) -> None:
+    done = systemd_analyze("verify", *units)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_services_are_hardened(units: list[Path]) -> None:
+    services = [unit for unit in units if unit.suffix == ".service"]
+    assert len(services) == 2
+    for service in services:
+        done = systemd_analyze("security", "--offline=true", f"--threshold={MAX_EXPOSURE}", service)
+        assert done.returncode == 0, done.stdout
+
+
+def test_services_stay_down_after_bad_configuration_only(units: list[Path]) -> None:
+    for unit in units:
+        if unit.suffix == ".service":
+            lines = unit.read_text().splitlines()
+            assert "Restart=always" in lines
+            assert "RestartPreventExitStatus=78" in lines
+
+
+def test_example_configurations_are_accepted() -> None:
+    from step3rt.config import NodeConfig, ServeConfig, build, load_toml
+
+    build(ServeConfig, load_toml(UNITS / "serve.toml"), "serve.toml")
+    build(NodeConfig, load_toml(UNITS / "node-ffn0.toml"), "node-ffn0.toml")
