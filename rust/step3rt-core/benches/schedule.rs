@@ -14,7 +14,7 @@
 use std::time::Instant;
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{Request, RequestEvent};
 use step3rt_core::scheduler::{Event, Scheduler};
 use step3rt_core::step::{SamplingState, SequenceOutput, StepOutput, StepPlan};
@@ -101,6 +101,7 @@ impl Bench {
             },
             max_tokens: life,
             priority: 0,
+            tenant: TenantId(0),
             deadline: None,
         };
         self.scheduler.handle(self.now, Event::Submit(request));

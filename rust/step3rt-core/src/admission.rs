@@ -74,6 +74,7 @@ impl Scheduler {
         }
         self.check_room(now, first)?;
         self.num_arrivals += sequences.len() as u64;
+        self.fair_share.arrive(first.tenant, sequences.len() as u64);
         let mut live = LiveRequest {
             continuations: Vec::with_capacity(sequences.len()),
             submitted: now,
@@ -81,9 +82,8 @@ impl Scheduler {
             is_started: false,
         };
         for sequence in sequences {
-            let rank = sequence.rank;
             let slot = self.sequences.insert(sequence);
-            self.queue.insert(rank, slot, id);
+            self.queue.insert(slot, &self.sequences[slot]);
             live.continuations.push(Some(slot));
         }
         self.deadlines.extend(deadline.map(|time| (time, id)));
@@ -110,7 +110,8 @@ impl Scheduler {
             return Ok(());
         }
         // How long the head of the line has waited is how long the line takes, roughly.
-        let head = self.queue.iter().next().expect("the queue is full");
+        let head = self.queue.turns().take_one(&self.fair_share);
+        let head = head.expect("the queue is full");
         let waited_ms = now.since_ns(self.sequences[head].submitted) / 1_000_000;
         Err(Failure::QueueFull {
             waiting,
@@ -172,6 +173,7 @@ fn sequences_of(
         Sequence {
             request: id,
             index,
+            tenant: request.tenant,
             rank: Rank {
                 priority: request.priority,
                 arrival: first_arrival + u64::from(index),
@@ -184,6 +186,7 @@ fn sequences_of(
             planned: None,
             first_token: None,
             num_prompt_logprobs_sent: 0,
+            is_charged: false,
             stay: None,
         }
     };

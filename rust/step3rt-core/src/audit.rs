@@ -39,7 +39,7 @@ impl Scheduler {
             } else {
                 num_waiting += 1;
                 ensure!(
-                    self.queue.contains(sequence.rank, slot),
+                    self.queue.contains(slot, sequence),
                     "a sequence of request {id} neither waits nor stays"
                 );
             }

@@ -8,7 +8,7 @@
 
 use std::borrow::Cow;
 
-use crate::ids::{BlockId, TokenId};
+use crate::ids::{BlockId, TenantId, TokenId};
 pub use crate::prefix_cache::NodeId;
 use crate::prefix_cache::PrefixCache;
 
@@ -33,11 +33,11 @@ pub struct BlockPool {
 }
 
 /// A beginning that is in the cache.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachedPrefix {
     /// In table order.
     pub blocks: Vec<BlockId>,
-    /// The content of the last of them, [`NodeId::ROOT`] if there are none.
+    /// The content of the last of them, the tenant's root if there are none.
     pub node: NodeId,
     /// How many of the blocks somebody uses already, so that sharing them takes no room.
     pub num_used_blocks: u64,
@@ -58,6 +58,9 @@ impl BlockPool {
     /// Takes `num_blocks` blocks, or none and `None` if there are not enough. Cached beginnings
     /// are forgotten, longest idle first, when nothing else is free.
     pub fn allocate(&mut self, num_blocks: u32) -> Option<Vec<BlockId>> {
+        if num_blocks == 0 {
+            return Some(Vec::new()); // a decode step needs a new block rarely
+        }
         if num_blocks > self.num_free_blocks() {
             return None;
         }
@@ -80,13 +83,18 @@ impl BlockPool {
         }
     }
 
-    /// The longest beginning that is cached of a sequence with these full blocks. Nothing changes;
-    /// whoever wants it must [`Self::share`] it before anything is allocated.
+    /// The longest beginning that is cached of a tenant's sequence with these full blocks. Nothing
+    /// changes; whoever wants it must [`Self::share`] it before anything is allocated.
     pub fn find_prefix<'a>(
         &self,
+        tenant: TenantId,
         full_blocks: impl Iterator<Item = Cow<'a, [TokenId]>>,
     ) -> CachedPrefix {
-        let mut prefix = CachedPrefix::default();
+        let mut prefix = CachedPrefix {
+            blocks: Vec::new(),
+            node: NodeId::Root(tenant),
+            num_used_blocks: 0,
+        };
         for tokens in full_blocks {
             let Some((block, node)) = self.cache.find(prefix.node, &tokens) else {
                 break;
@@ -113,6 +121,14 @@ impl BlockPool {
     /// that others can share it. Returns the node that this content has.
     pub fn publish(&mut self, parent: NodeId, tokens: &[TokenId], block: BlockId) -> NodeId {
         self.cache.insert(parent, tokens, block)
+    }
+
+    /// Makes sure that nobody who comes finds these blocks, which are in use: what they hold is
+    /// not to be trusted.
+    pub fn unpublish(&mut self, blocks: &[BlockId]) {
+        for &block in blocks {
+            self.cache.forget(block);
+        }
     }
 
     /// How many sequences use `block`.
@@ -152,216 +168,4 @@ impl BlockPool {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn a_pool_gives_out_every_block_once_and_then_none() {
-        let mut pool = BlockPool::new(3);
-        assert_eq!(pool.allocate(2), Some(vec![BlockId(0), BlockId(1)]));
-        assert_eq!(pool.allocate(1), Some(vec![BlockId(2)]));
-        assert_eq!(pool.allocate(1), None);
-        assert_eq!(pool.num_free_blocks(), 0);
-    }
-
-    #[test]
-    fn a_demand_that_cannot_be_met_takes_nothing() {
-        let mut pool = BlockPool::new(3);
-        assert_eq!(pool.allocate(4), None);
-        assert_eq!(pool.num_free_blocks(), 3);
-    }
-
-    #[test]
-    fn blocks_returned_last_are_given_out_first() {
-        let mut pool = BlockPool::new(4);
-        let first = pool.allocate(2).unwrap();
-        pool.allocate(2).unwrap();
-        pool.release(&first);
-        assert_eq!(pool.allocate(2), Some(first));
-    }
-
-    #[test]
-    fn a_pool_of_any_size_costs_nothing_until_it_is_used() {
-        let mut pool = BlockPool::new(u32::MAX);
-        assert_eq!(pool.num_free_blocks(), u32::MAX);
-        assert_eq!(pool.allocate(1), Some(vec![BlockId(0)]));
-        assert_eq!(pool.num_free_blocks(), u32::MAX - 1);
-    }
-
-    #[test]
-    #[should_panic(expected = "KV block 1 is returned twice")]
-    fn a_block_cannot_be_returned_twice() {
-        let mut pool = BlockPool::new(2);
-        pool.allocate(2).unwrap();
-        pool.release(&[BlockId(1)]);
-        pool.release(&[BlockId(1)]);
-    }
-
-    const BLOCK: usize = 2;
-
-    fn tokens(ids: &[u32]) -> Vec<TokenId> {
-        ids.iter().copied().map(TokenId).collect()
-    }
-
-    fn find(pool: &BlockPool, tokens: &[TokenId]) -> CachedPrefix {
-        pool.find_prefix(tokens.chunks_exact(BLOCK).map(Cow::Borrowed))
-    }
-
-    /// Fills a whole sequence's blocks as a scheduler would after computing them.
-    fn fill(pool: &mut BlockPool, ids: &[u32]) -> Vec<BlockId> {
-        let tokens = tokens(ids);
-        let prefix = find(pool, &tokens);
-        pool.share(&prefix.blocks);
-        let full = tokens.chunks_exact(BLOCK).skip(prefix.blocks.len());
-        let num_new = u32::try_from(full.len()).unwrap();
-        let mut node = prefix.node;
-        let mut blocks = prefix.blocks;
-        let new = pool.allocate(num_new).unwrap();
-        for (content, block) in full.zip(&new) {
-            node = pool.publish(node, content, *block);
-        }
-        blocks.extend(new);
-        blocks
-    }
-
-    #[test]
-    fn an_equal_beginning_is_shared_block_by_block() {
-        let mut pool = BlockPool::new(8);
-        let first = fill(&mut pool, &[1, 2, 3, 4]);
-        let second = fill(&mut pool, &[1, 2, 9, 9, 5, 5]);
-        assert_eq!(second[0], first[0]);
-        assert_eq!(pool.num_owners(first[0]), 2);
-        assert_eq!(pool.num_used_blocks(), 4);
-        let found = find(&pool, &tokens(&[1, 2, 9, 9, 7, 7]));
-        assert_eq!(found.blocks, second[..2]);
-        assert_eq!(found.num_used_blocks, 2);
-    }
-
-    #[test]
-    fn equal_tokens_after_another_beginning_are_something_else() {
-        let mut pool = BlockPool::new(8);
-        fill(&mut pool, &[1, 2, 3, 4]);
-        assert_eq!(find(&pool, &tokens(&[3, 4])).blocks, []);
-        assert_eq!(find(&pool, &tokens(&[1, 2])).blocks.len(), 1);
-        assert_eq!(find(&pool, &tokens(&[1])).blocks, []);
-    }
-
-    #[test]
-    fn a_returned_beginning_is_found_until_its_block_is_needed() {
-        let mut pool = BlockPool::new(4);
-        let blocks = fill(&mut pool, &[1, 2, 3, 4, 5, 6]);
-        pool.release(&blocks);
-        assert_eq!(pool.num_free_blocks(), 4);
-        pool.allocate(2).unwrap(); // the one that holds nothing, and the end of the beginning
-        let found = find(&pool, &tokens(&[1, 2, 3, 4, 5, 6]));
-        assert_eq!(found.blocks, blocks[..2]);
-        assert_eq!(found.num_used_blocks, 0);
-        pool.share(&found.blocks);
-        assert_eq!(pool.allocate(1), None, "what is shared is in use");
-    }
-
-    #[test]
-    fn what_was_used_last_is_forgotten_last() {
-        let mut pool = BlockPool::new(2);
-        let first = fill(&mut pool, &[1, 1]);
-        let second = fill(&mut pool, &[2, 2]);
-        pool.release(&second);
-        pool.release(&first);
-        pool.allocate(1).unwrap();
-        assert_eq!(find(&pool, &tokens(&[2, 2])).blocks, []);
-        assert_eq!(find(&pool, &tokens(&[1, 1])).blocks, first);
-    }
-
-    #[test]
-    fn two_that_compute_the_same_at_once_keep_their_blocks_and_one_is_known() {
-        let mut pool = BlockPool::new(4);
-        let [a, b] = pool.allocate(2).unwrap()[..] else {
-            panic!("two blocks were asked for");
-        };
-        let node = pool.publish(NodeId::ROOT, &tokens(&[1, 2]), a);
-        assert_eq!(pool.publish(NodeId::ROOT, &tokens(&[1, 2]), b), node);
-        assert_eq!(find(&pool, &tokens(&[1, 2])).blocks, [a]);
-        pool.release(&[b]);
-        assert_eq!(pool.num_free_blocks(), 3);
-    }
-
-    #[derive(Clone, Debug)]
-    enum Step {
-        /// Computes a sequence of so many blocks, whose tokens follow from these bits.
-        Fill(u32, usize),
-        /// Returns the sequence at this index of those that are there, modulo their number.
-        Release(usize),
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let step = prop_oneof![
-            (any::<u32>(), 0_usize..6).prop_map(|(bits, len)| Step::Fill(bits, len)),
-            any::<usize>().prop_map(Step::Release),
-        ];
-        prop::collection::vec(step, 0..200)
-    }
-
-    /// Few different beginnings, so that many are shared.
-    fn content(bits: u32, num_blocks: usize) -> Vec<TokenId> {
-        let bit = |index: usize| TokenId((bits >> (index / BLOCK)) & 1);
-        (0..num_blocks * BLOCK).map(bit).collect()
-    }
-
-    proptest! {
-        /// The model is what every block holds (the whole path to it) and who owns it.
-        #[test]
-        fn any_history_keeps_the_books(num_blocks in 0_u32..24, steps in steps()) {
-            let mut pool = BlockPool::new(num_blocks);
-            let mut holds: BTreeMap<BlockId, Vec<TokenId>> = BTreeMap::new();
-            let mut sequences: Vec<Vec<BlockId>> = Vec::new();
-            for step in steps {
-                match step {
-                    Step::Fill(bits, len) => {
-                        let tokens = content(bits, len);
-                        let prefix = find(&pool, &tokens);
-                        for (index, block) in prefix.blocks.iter().enumerate() {
-                            let path = &tokens[..(index + 1) * BLOCK];
-                            prop_assert_eq!(&holds[block][..], path, "a wrong past");
-                        }
-                        pool.share(&prefix.blocks);
-                        let num_new = u32::try_from(len - prefix.blocks.len()).unwrap();
-                        let fits = num_new <= pool.num_free_blocks();
-                        let new = pool.allocate(num_new);
-                        prop_assert_eq!(new.is_some(), fits);
-                        let Some(new) = new else {
-                            pool.release(&prefix.blocks);
-                            continue;
-                        };
-                        let mut node = prefix.node;
-                        let mut blocks = prefix.blocks;
-                        for block in new {
-                            prop_assert!(block.0 < num_blocks);
-                            prop_assert!(sequences.iter().flatten().all(|used| *used != block));
-                            let end = (blocks.len() + 1) * BLOCK;
-                            node = pool.publish(node, &tokens[end - BLOCK..end], block);
-                            holds.insert(block, tokens[..end].to_vec());
-                            blocks.push(block);
-                        }
-                        sequences.push(blocks);
-                    }
-                    Step::Release(index) if !sequences.is_empty() => {
-                        let index = index % sequences.len();
-                        pool.release(&sequences.swap_remove(index));
-                    }
-                    Step::Release(_) => {}
-                }
-                let used: BTreeSet<BlockId> = sequences.iter().flatten().copied().collect();
-                for block in &used {
-                    let owners = sequences.iter().filter(|blocks| blocks.contains(block));
-                    prop_assert_eq!(pool.num_owners(*block) as usize, owners.count());
-                }
-                prop_assert_eq!(pool.num_used_blocks() as usize, used.len());
-                prop_assert_eq!(pool.num_free_blocks() + pool.num_used_blocks(), num_blocks);
-            }
-        }
-    }
-}
+mod tests;

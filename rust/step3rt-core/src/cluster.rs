@@ -76,7 +76,7 @@ impl Cluster {
             .filter(|(_, lane)| lane.running.len() < max_sequences)
             .min_by_key(|(id, lane)| (lane.num_demanded_blocks, lane.running.len(), *id))?;
         let blocks = sequence.reusable_blocks(config.block_size_tokens);
-        let prefix = instance.pool.find_prefix(blocks);
+        let prefix = instance.pool.find_prefix(sequence.tenant, blocks);
         if !instance.has_room_for(need.now - prefix.num_used_blocks) {
             return None;
         }

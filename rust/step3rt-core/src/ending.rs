@@ -74,9 +74,10 @@ impl Scheduler {
             let instance = instance.expect("stays end with their instance");
             instance.leave(sequence, AfterStep::Ends)
         } else {
-            self.queue.remove(sequence.rank, slot, sequence.request);
+            self.queue.remove(slot, sequence);
             true
         };
+        self.fair_share.depart(sequence.tenant);
         if is_gone {
             self.sequences.remove(slot);
         }

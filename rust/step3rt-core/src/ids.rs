@@ -43,6 +43,10 @@ id!(
     RequestId(u64)
 );
 id!(
+    /// Whose request it is, as far as shares and cached beginnings go.
+    TenantId(u64)
+);
+id!(
     /// One KV block of `block_size_tokens` tokens in an attention instance's pool.
     BlockId(u32)
 );

@@ -55,9 +55,9 @@ impl Instance {
         &mut self.lanes[usize::from(lane.0)]
     }
 
-    /// Blocks that are in use, or will be for what its sequences can be planned to. Places are given
-    /// so that this stays within the pool, and [`Self::overcommitted`] restores it when sequences
-    /// have grown. A shared block counts once.
+    /// Blocks that are in use, or will be for what its sequences can be planned to. Places are
+    /// given so that this stays within the pool, and [`Self::overcommitted`] restores it when
+    /// sequences have grown. A shared block counts once.
     pub(crate) fn num_demanded_blocks(&self) -> u64 {
         let lanes = self.lanes.iter();
         let promised: u64 = lanes.map(|lane| lane.num_promised_blocks).sum();
@@ -170,6 +170,12 @@ impl Instance {
         }
         let stay = sequence.stay.as_mut().expect("only who stays progresses");
         (stay.num_published_blocks, stay.node) = (num_full, node);
+    }
+
+    /// Lets nobody start from what `sequence` has computed, since it went wrong.
+    pub(crate) fn distrust(&mut self, sequence: &Sequence) {
+        let stay = sequence.stay.as_ref().expect("it was in a step");
+        self.pool.unpublish(&stay.blocks);
     }
 
     /// The sequence that must leave next for the others to be able to grow: the youngest of the

@@ -5,8 +5,17 @@
 //! the same inputs always give the same plan.
 //!
 //! Reading order: [`step`] (what a decision looks like), [`request`] (what a client asks and is
-//! told), [`scheduler`] (how a decision is made); then, inwards, `cluster` (which instance and
-//! lane), `instance` and `draft` (one lane's next step), `lane`, `sequence`, `stay`, and [`block_pool`].
+//! told), [`scheduler`] (how a decision is made). Then, inwards:
+//!
+//! | module | noun |
+//! | --- | --- |
+//! | `admission`, `queue`, `fair_share` | the way in, the lines, and whose turn it is |
+//! | `cluster` | which instance and lane a newcomer gets |
+//! | `instance`, `lane`, `draft` | who stays where, and one lane's next step |
+//! | `sequence`, `stay`, `sequence_table` | a continuation, and what it has while it has a place |
+//! | [`block_pool`], `prefix_cache` | KV blocks: free, shared, and what they hold |
+//! | `recovery`, `ending` | losses and returns; ends |
+//! | `audit` | the invariants, checked |
 
 mod admission;
 mod audit;
@@ -16,6 +25,7 @@ pub mod config;
 mod draft;
 mod ending;
 pub mod error;
+mod fair_share;
 pub mod ids;
 mod instance;
 mod lane;

@@ -8,23 +8,24 @@
 //! Tokens are compared and not only hashed: a collision would serve one client with another's past.
 //!
 //! ```text
-//!   ROOT ── [tok 0..64) n1 ──┬── [tok 64..128) n2
+//!   root ── [tok 0..64) n1 ──┬── [tok 64..128) n2
 //!                            └── [other 64..128) n3
 //! ```
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::ids::{BlockId, TokenId};
+use crate::ids::{BlockId, TenantId, TokenId};
 
 /// A block's content with everything before it. Never reused, so that the children of a node that
 /// was forgotten are never taken for those of another.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NodeId(u64);
-
-impl NodeId {
-    /// The beginning of every sequence.
-    pub const ROOT: Self = Self(0);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NodeId {
+    /// The beginning of every sequence of a tenant. Tenants share nothing: that a prompt is
+    /// answered sooner would tell one that another has sent it.
+    Root(TenantId),
+    /// A content of at least one block.
+    Content(u64),
 }
 
 #[derive(Debug)]
@@ -63,7 +64,7 @@ impl PrefixCache {
             return node;
         }
         self.num_nodes_ever += 1;
-        let node = NodeId(self.num_nodes_ever);
+        let node = NodeId::Content(self.num_nodes_ever);
         let tokens: Arc<[TokenId]> = tokens.into();
         children.insert(Arc::clone(&tokens), node);
         let before = self.by_block.insert(block, node);
@@ -105,7 +106,18 @@ impl PrefixCache {
     /// blocks last to first, so what follows a beginning is forgotten before the beginning is.
     pub(crate) fn forget_one(&mut self) -> Option<BlockId> {
         let (_, node) = self.idle.pop_first()?;
-        let content = self.nodes.remove(&node).expect("idle names live nodes");
+        Some(self.remove(node))
+    }
+
+    /// Forgets what `block`, which is in use, holds. What followed it is found no more.
+    pub(crate) fn forget(&mut self, block: BlockId) {
+        if let Some(&node) = self.by_block.get(&block) {
+            self.remove(node);
+        }
+    }
+
+    fn remove(&mut self, node: NodeId) -> BlockId {
+        let content = self.nodes.remove(&node).expect("the callers know it");
         self.by_block.remove(&content.block);
         let siblings = self.children.get_mut(&content.parent);
         let siblings = siblings.expect("a live node is a child");
@@ -113,7 +125,7 @@ impl PrefixCache {
         if siblings.is_empty() {
             self.children.remove(&content.parent);
         }
-        Some(content.block)
+        content.block
     }
 
     /// Blocks that hold something and that nobody uses.

@@ -1,35 +1,53 @@
 //! Owns the order in which sequences without a place get one.
 //!
 //! It never knows why a sequence waits: new ones, preempted ones and those of a lost instance
-//! stand in one line, by [`Rank`].
+//! stand in the same line, by [`Rank`](crate::sequence::Rank). Each tenant has a line of its own
+//! per priority, and [`FairShare`] says whose turn it is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map, btree_set};
+use std::iter::Peekable;
 
-use crate::ids::RequestId;
-use crate::sequence::Rank;
+use crate::fair_share::FairShare;
+use crate::ids::{RequestId, TenantId};
+use crate::sequence::{Rank, Sequence};
 use crate::sequence_table::Slot;
+
+type Line = BTreeSet<(Rank, Slot)>;
+type RestOfLine<'a> = Peekable<btree_set::Iter<'a, (Rank, Slot)>>;
 
 #[derive(Debug, Default)]
 pub(crate) struct WaitingQueue {
-    line: BTreeSet<(Rank, Slot)>,
+    /// By priority.
+    classes: BTreeMap<i32, BTreeMap<TenantId, Line>>,
     /// How many sequences of each request wait; the bound is on requests.
     requests: BTreeMap<RequestId, u32>,
 }
 
 impl WaitingQueue {
-    pub(crate) fn insert(&mut self, rank: Rank, slot: Slot, request: RequestId) {
-        let is_new = self.line.insert((rank, slot));
+    pub(crate) fn insert(&mut self, slot: Slot, sequence: &Sequence) {
+        let class = self.classes.entry(sequence.rank.priority).or_default();
+        let line = class.entry(sequence.tenant).or_default();
+        let is_new = line.insert((sequence.rank, slot));
         assert!(is_new, "a sequence waits once");
-        *self.requests.entry(request).or_default() += 1;
+        *self.requests.entry(sequence.request).or_default() += 1;
     }
 
-    pub(crate) fn remove(&mut self, rank: Rank, slot: Slot, request: RequestId) {
-        let was_there = self.line.remove(&(rank, slot));
+    pub(crate) fn remove(&mut self, slot: Slot, sequence: &Sequence) {
+        let (priority, tenant) = (sequence.rank.priority, sequence.tenant);
+        let class = self.classes.get_mut(&priority).expect("it waits");
+        let line = class.get_mut(&tenant).expect("it waits");
+        let was_there = line.remove(&(sequence.rank, slot));
         assert!(was_there, "only what waits is removed");
-        let count = self.requests.get_mut(&request).expect("it waits");
+        if line.is_empty() {
+            class.remove(&tenant);
+        }
+        if class.is_empty() {
+            self.classes.remove(&priority);
+        }
+        let count = self.requests.get_mut(&sequence.request).expect("it waits");
         *count -= 1;
         if *count == 0 {
-            self.requests.remove(&request);
+            self.requests.remove(&sequence.request);
         }
     }
 
@@ -37,49 +55,135 @@ impl WaitingQueue {
         self.requests.len()
     }
 
-    /// Best rank first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Slot> + '_ {
-        self.line.iter().map(|&(_, slot)| slot)
+    /// Goes through all that wait, in the order in which they are served.
+    pub(crate) fn turns(&self) -> Turns<'_> {
+        Turns {
+            classes: self.classes.values(),
+            lines: Vec::new(),
+        }
     }
 
-    pub(crate) fn contains(&self, rank: Rank, slot: Slot) -> bool {
-        self.line.contains(&(rank, slot))
+    pub(crate) fn contains(&self, slot: Slot, sequence: &Sequence) -> bool {
+        let class = self.classes.get(&sequence.rank.priority);
+        let line = class.and_then(|class| class.get(&sequence.tenant));
+        line.is_some_and(|line| line.contains(&(sequence.rank, slot)))
     }
 
     pub(crate) fn num_sequences(&self) -> usize {
-        self.line.len()
+        let lines = self.classes.values().flat_map(BTreeMap::values);
+        lines.map(BTreeSet::len).sum()
+    }
+}
+
+/// See [`WaitingQueue::turns`].
+pub(crate) struct Turns<'a> {
+    classes: btree_map::Values<'a, i32, BTreeMap<TenantId, Line>>,
+    /// Of the class whose turn it is.
+    lines: Vec<(TenantId, RestOfLine<'a>)>,
+}
+
+impl Turns<'_> {
+    /// The next one. Shares may change between two turns: they are looked at for each.
+    pub(crate) fn take_one(&mut self, shares: &FairShare) -> Option<Slot> {
+        loop {
+            let heads = self.lines.iter_mut().filter_map(|(tenant, line)| {
+                let &&(rank, _) = line.peek()?;
+                Some(((shares.cost(*tenant), rank), line))
+            });
+            if let Some((_, line)) = heads.min_by_key(|&(turn, _)| turn) {
+                return line.next().map(|&(_, slot)| slot);
+            }
+            let class = self.classes.next()?.iter();
+            let lines = class.map(|(tenant, line)| (*tenant, line.iter().peekable()));
+            self.lines = lines.collect();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sequence::Sequence;
     use crate::sequence_table::SequenceTable;
 
-    #[test]
-    fn the_line_is_by_rank_and_its_length_in_requests() {
-        let mut table = SequenceTable::default();
+    fn waiting(priority: i32, arrival: u64, (tenant, request): (u64, u64)) -> Sequence {
+        let mut sequence = Sequence::for_tests(&[1], &[]);
+        sequence.rank = Rank { priority, arrival };
+        sequence.tenant = TenantId(tenant);
+        sequence.request = RequestId(request);
+        sequence
+    }
+
+    /// The arrivals of all that wait, in their turn; each turn costs ten.
+    fn order(queue: &WaitingQueue, table: &SequenceTable, shares: &mut FairShare) -> Vec<u64> {
+        let mut turns = queue.turns();
+        let mut order = Vec::new();
+        while let Some(slot) = turns.take_one(shares) {
+            let sequence = &table[slot];
+            order.push(sequence.rank.arrival);
+            shares.charge_prompt(sequence.tenant, 10);
+        }
+        order
+    }
+
+    fn queue_of(sequences: Vec<Sequence>) -> (WaitingQueue, SequenceTable, FairShare) {
         let mut queue = WaitingQueue::default();
-        let rank = |priority, arrival| Rank { priority, arrival };
-        let entries = [(rank(1, 0), 7), (rank(0, 2), 8), (rank(0, 1), 8)];
-        let slots = entries.map(|(rank, request)| {
-            let slot = table.insert(Sequence::for_tests(&[1], &[]));
-            queue.insert(rank, slot, RequestId(request));
-            slot
-        });
-        assert_eq!(
-            queue.iter().collect::<Vec<_>>(),
-            [slots[2], slots[1], slots[0]]
-        );
+        let mut table = SequenceTable::default();
+        let mut shares = FairShare::default();
+        for sequence in sequences {
+            shares.arrive(sequence.tenant, 1);
+            let slot = table.insert(sequence);
+            queue.insert(slot, &table[slot]);
+        }
+        (queue, table, shares)
+    }
+
+    #[test]
+    fn one_tenant_is_served_by_priority_and_then_by_age() {
+        let (queue, table, mut shares) = queue_of(vec![
+            waiting(1, 0, (0, 7)),
+            waiting(0, 2, (0, 8)),
+            waiting(0, 1, (0, 8)),
+        ]);
+        assert_eq!(order(&queue, &table, &mut shares), [1, 2, 0]);
+    }
+
+    #[test]
+    fn tenants_of_one_priority_take_turns() {
+        let sequences =
+            (0..6).map(|arrival| waiting(0, arrival, (u64::from(arrival > 3), arrival)));
+        let (queue, table, mut shares) = queue_of(sequences.collect());
+        assert_eq!(order(&queue, &table, &mut shares), [0, 4, 1, 5, 2, 3]);
+    }
+
+    #[test]
+    fn a_share_says_nothing_across_priorities() {
+        let (queue, table, mut shares) = queue_of(vec![
+            waiting(0, 0, (1, 0)),
+            waiting(0, 1, (1, 1)),
+            waiting(1, 2, (2, 2)),
+        ]);
+        shares.charge_prompt(TenantId(1), 1_000);
+        assert_eq!(order(&queue, &table, &mut shares), [0, 1, 2]);
+    }
+
+    #[test]
+    fn the_length_of_the_line_is_in_requests() {
+        let (mut queue, table, _) = queue_of(vec![
+            waiting(1, 0, (0, 7)),
+            waiting(0, 2, (1, 8)),
+            waiting(0, 1, (1, 8)),
+        ]);
         assert_eq!((queue.num_requests(), queue.num_sequences()), (2, 3));
-        queue.remove(rank(0, 1), slots[2], RequestId(8));
+        let slots: Vec<Slot> = table.iter().map(|(slot, _)| slot).collect();
+        queue.remove(slots[2], &table[slots[2]]);
+        assert!(queue.contains(slots[1], &table[slots[1]]));
+        assert!(!queue.contains(slots[2], &table[slots[2]]));
         assert_eq!(
             queue.num_requests(),
             2,
             "the other continuation waits still"
         );
-        queue.remove(rank(0, 2), slots[1], RequestId(8));
+        queue.remove(slots[1], &table[slots[1]]);
         assert_eq!((queue.num_requests(), queue.num_sequences()), (1, 1));
     }
 }

@@ -72,7 +72,7 @@ impl Scheduler {
             }
             let sequence = &mut self.sequences[slot];
             sequence.stay = None; // its blocks went with the pool
-            self.queue.insert(sequence.rank, slot, sequence.request);
+            self.queue.insert(slot, sequence);
         }
         self.review_health(now);
     }

@@ -3,7 +3,7 @@
 //! These types cross the crate's border in both directions; nothing is decided here.
 
 use crate::error::RequestError;
-use crate::ids::{RequestId, TimeNs, TokenId};
+use crate::ids::{RequestId, TenantId, TimeNs, TokenId};
 use crate::step::{SamplingState, TokenLogprob};
 
 /// A validated request.
@@ -25,6 +25,10 @@ pub struct Request {
     pub max_tokens: u32,
     /// Lower runs first.
     pub priority: i32,
+    /// Among requests of one priority, tenants get equal shares; and a tenant finds only its own
+    /// beginnings in the prefix cache, so that nobody learns from timing what others ask. One and
+    /// the same for all where tenants are not told apart.
+    pub tenant: TenantId,
     /// When the client stops caring.
     pub deadline: Option<TimeNs>,
 }

@@ -7,17 +7,19 @@
 //! a prompt in chunks, a decode, a resumed stream, and what is computed again after a preemption
 //! or a loss differ in how far apart the two counters are, and in nothing else.
 //!
-//! A sequence waits in one line by rank, stays on the (instance, lane) where the least KV is in
-//! use, and leaves when it ends, when others that rank before it need its blocks, or when its
-//! instance is lost. In the last two cases it keeps its tokens and waits again, so its stream goes
-//! on without a gap.
+//! A sequence waits for its turn, stays on the (instance, lane) where the least KV is in use, and
+//! leaves when it ends, when others that rank before it need its blocks, or when its instance is
+//! lost. In the last two cases it keeps its tokens and waits again, so its stream goes on without a
+//! gap.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::admission::LiveRequest;
 use crate::cluster::{Cluster, Need};
 use crate::config::SchedulerConfig;
+use crate::draft::num_tokens_to_plan;
 use crate::error::Failure;
+use crate::fair_share::{FairShare, TokenCount};
 use crate::ids::{Epoch, InstanceId, RequestId, SequenceId, TimeNs};
 use crate::instance::Place;
 use crate::lane::{InFlight, Lane};
@@ -78,7 +80,7 @@ pub struct SchedulerStats {
     pub num_waiting: usize,
     /// Sequences with a place.
     pub num_running: usize,
-    /// Per attention instance: free and total KV blocks.
+    /// Per attention instance: free and total KV blocks. Free ones may hold cached beginnings.
     pub kv_blocks: Vec<(InstanceId, u32, u32)>,
     /// Steps planned and not answered.
     pub num_steps_in_flight: usize,
@@ -92,6 +94,7 @@ pub struct Scheduler {
     pub(crate) sequences: SequenceTable,
     pub(crate) requests: BTreeMap<RequestId, LiveRequest>,
     pub(crate) queue: WaitingQueue,
+    pub(crate) fair_share: FairShare,
     pub(crate) deadlines: BTreeSet<(TimeNs, RequestId)>,
     pub(crate) health: Health,
     pub(crate) is_draining: bool,
@@ -111,6 +114,7 @@ impl Scheduler {
             sequences: SequenceTable::default(),
             requests: BTreeMap::new(),
             queue: WaitingQueue::default(),
+            fair_share: FairShare::default(),
             deadlines: BTreeSet::new(),
             health: Health::Down,
             is_draining: false,
@@ -207,6 +211,8 @@ impl Scheduler {
         instance.lane_mut(key.lane).note_success();
         let mut outputs = output.outputs.into_iter();
         let mut ended = Vec::new();
+        let mut generated = TokenCount::default();
+        self.events.reserve(in_flight.chunks.len());
         for &(slot, asked) in &in_flight.chunks {
             let output = outputs.next();
             let sequence = &mut self.sequences[slot];
@@ -215,19 +221,24 @@ impl Scheduler {
             }
             let end = sequence.accept(now, (asked, output), &mut self.events);
             if end.is_ok() {
+                generated.count(sequence.tenant, u64::from(asked.samples));
                 instance.publish_full_blocks(sequence, self.config.block_size_tokens);
+            } else {
+                instance.distrust(sequence);
             }
+            let continuation = (sequence.request, sequence.index);
             match end {
                 Ok(None) => {}
-                Ok(Some(reason)) => ended.push((sequence.request, sequence.index, Ok(reason))),
-                Err(failure) => ended.push((sequence.request, sequence.index, Err(failure))),
+                Ok(Some(reason)) => ended.push((continuation, Ok(reason))),
+                Err(failure) => ended.push((continuation, Err(failure))),
             }
         }
+        self.fair_share.charge_generated(generated);
         self.end_step(key.instance, &in_flight, false);
-        for (request, index, end) in ended {
+        for (continuation, end) in ended {
             match end {
-                Ok(reason) => self.finish(now, (request, index), reason),
-                Err(failure) => self.fail(request, failure),
+                Ok(reason) => self.finish(now, continuation, reason),
+                Err(failure) => self.fail(continuation.0, failure),
             }
         }
     }
@@ -274,7 +285,7 @@ impl Scheduler {
             let sequence = &mut self.sequences[slot];
             match instance.end_step_of(sequence, asked, has_failed) {
                 AfterStep::Stays => {}
-                AfterStep::Waits => self.queue.insert(sequence.rank, slot, sequence.request),
+                AfterStep::Waits => self.queue.insert(slot, sequence),
                 AfterStep::Ends => drop(self.sequences.remove(slot)),
             }
         }
@@ -316,21 +327,23 @@ impl Scheduler {
             while let Some(slot) = instance.overcommitted() {
                 let sequence = &mut self.sequences[slot];
                 if instance.leave(sequence, AfterStep::Waits) {
-                    self.queue.insert(sequence.rank, slot, sequence.request);
+                    self.queue.insert(slot, sequence);
                 }
             }
         }
     }
 
-    /// Gives places in the order of the line. It stops at the first that finds no room, or a
-    /// stream of short requests would keep a long one waiting for ever; those whom no present
-    /// instance could ever serve wait for a recovery and hold nobody up.
+    /// Gives places: by priority, then to the tenant that was served least, then to the oldest.
+    /// It stops at the first that finds no room, or a stream of short requests would keep a long
+    /// one waiting for ever; those whom no present instance could ever serve wait for a recovery
+    /// and hold nobody up.
     pub(crate) fn give_places(&mut self) {
         if !self.cluster.is_complete() {
             return;
         }
         let mut placed = Vec::new();
-        for slot in self.queue.iter() {
+        let mut turns = self.queue.turns();
+        while let Some(slot) = turns.take_one(&self.fair_share) {
             let sequence = &self.sequences[slot];
             let need = Need::of(sequence, self.config.block_size_tokens);
             if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
@@ -347,12 +360,16 @@ impl Scheduler {
             self.num_stays += 1;
             let instance = self.cluster.instances.get_mut(&id);
             let instance = instance.expect("choose names a present instance");
-            instance.join(slot, &mut self.sequences[slot], place);
+            let sequence = &mut self.sequences[slot];
+            instance.join(slot, sequence, place);
+            if !std::mem::replace(&mut sequence.is_charged, true) {
+                let num_tokens = u64::from(num_tokens_to_plan(sequence));
+                self.fair_share.charge_prompt(sequence.tenant, num_tokens);
+            }
             placed.push(slot);
         }
         for slot in placed {
-            let sequence = &self.sequences[slot];
-            self.queue.remove(sequence.rank, slot, sequence.request);
+            self.queue.remove(slot, &self.sequences[slot]);
         }
     }
 

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::Failure;
-use crate::ids::{RequestId, SequenceId, TimeNs, TokenId};
+use crate::ids::{RequestId, SequenceId, TenantId, TimeNs, TokenId};
 use crate::request::{FinishReason, RequestEvent, Usage};
 use crate::stay::{AfterStep, Asked, Stay};
 use crate::step::{SamplingState, SequenceJoin, SequenceOutput, TokenLogprob};
@@ -32,6 +32,7 @@ pub(crate) struct Sequence {
     pub(crate) request: RequestId,
     /// Which of the request's `n`.
     pub(crate) index: u32,
+    pub(crate) tenant: TenantId,
     pub(crate) rank: Rank,
     pub(crate) prompt: Arc<[TokenId]>,
     /// Starts with the resumed tokens.
@@ -44,6 +45,8 @@ pub(crate) struct Sequence {
     pub(crate) first_token: Option<TimeNs>,
     /// A recomputed prompt gives its logprobs again; the client gets them once.
     pub(crate) num_prompt_logprobs_sent: u32,
+    /// Whether its tenant has paid for the prompt; computing it again is nobody's fault.
+    pub(crate) is_charged: bool,
     /// `None` while it waits for a place.
     pub(crate) stay: Option<Stay>,
 }
@@ -130,10 +133,7 @@ impl Sequence {
         if output.is_corrupt {
             return Err(Failure::CorruptLogits { index, position });
         }
-        let stay = self
-            .stay
-            .as_mut()
-            .expect("a sequence in a step has a place");
+        let stay = self.stay.as_mut().expect("a sequence in a step stays");
         let follows = stay.num_computed_tokens == asked.num_computed_tokens;
         if !follows || output.token.is_some() != asked.samples {
             return Err(Failure::MismatchedOutput { index, position });
@@ -193,10 +193,7 @@ impl Sequence {
         if self.sampling.prompt_logprobs.is_none() || logprobs.is_empty() {
             return;
         }
-        let stay = self
-            .stay
-            .as_mut()
-            .expect("a sequence in a step has a place");
+        let stay = self.stay.as_mut().expect("a sequence in a step stays");
         let before = stay.num_prompt_logprobs;
         stay.num_prompt_logprobs += num_tokens(&logprobs);
         let offset = self.num_prompt_logprobs_sent;
@@ -229,6 +226,7 @@ mod tests {
             Self {
                 request: RequestId(0),
                 index: 0,
+                tenant: TenantId(0),
                 rank: Rank {
                     priority: 0,
                     arrival: 0,
@@ -251,6 +249,7 @@ mod tests {
                 planned: None,
                 first_token: None,
                 num_prompt_logprobs_sent: 0,
+                is_charged: false,
                 stay: None,
             }
         }
@@ -369,6 +368,16 @@ mod tests {
             })
             .collect();
         assert_eq!(sent, [(0, vec![2, 3]), (2, vec![4]), (3, vec![5])]);
+    }
+
+    #[test]
+    fn prompt_logprobs_that_nobody_asked_for_are_not_sent() {
+        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+        sequence.sampling.prompt_logprobs = None;
+        let mut events = Vec::new();
+        let taken = (asked(2, false), Some(output(None, &[2])));
+        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
+        assert_eq!(events, []);
     }
 
     #[test]

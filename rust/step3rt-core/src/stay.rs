@@ -1,6 +1,7 @@
 //! Owns what a sequence has while it has a place: its blocks, and how far it is computed there.
 //!
-//! It never outlives the place; what a sequence keeps is in [`Sequence`](crate::sequence::Sequence).
+//! It never outlives the place; what a sequence keeps is in
+//! [`Sequence`](crate::sequence::Sequence).
 
 use crate::block_pool::NodeId;
 use crate::ids::{BlockId, InstanceId, LaneId, SequenceId};
@@ -66,6 +67,7 @@ impl Stay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::TenantId;
 
     impl Stay {
         /// Computed nothing yet, in a step, without blocks.
@@ -84,7 +86,7 @@ mod tests {
                 after_step: AfterStep::Stays,
                 num_prompt_logprobs: 0,
                 num_published_blocks: 0,
-                node: NodeId::ROOT,
+                node: NodeId::Root(TenantId(0)),
                 num_leaving_blocks: 0,
             }
         }

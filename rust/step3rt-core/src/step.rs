@@ -62,7 +62,7 @@ pub struct SequenceJoin {
 }
 
 /// Computes tokens `[num_computed_tokens, num_computed_tokens + num_new_tokens)`, which the
-/// instance knows when the step's turn comes; the last one may have been sampled by the step before.
+/// instance knows when the step's turn comes; the step before may have sampled the last of them.
 ///
 /// ```text
 ///   0          num_computed_tokens        known

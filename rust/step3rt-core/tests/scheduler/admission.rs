@@ -161,6 +161,29 @@ fn a_second_request_under_a_live_id_changes_nothing() {
 }
 
 #[test]
+fn as_many_continuations_as_are_allowed_all_run() {
+    let mut world = World::new(config(), &[16, 16]);
+    let mut new = request(0, 5, 2);
+    new.n = 128;
+    world.submit(new);
+    world.run();
+    world.check_done();
+    assert!(world.stream(0).error.is_none());
+}
+
+#[test]
+fn a_long_prompt_may_resume_a_long_stream() {
+    let mut world = World::new(config(), &[16]);
+    let mut new = request(0, 30, 34);
+    world.clients.submit(&new);
+    new.resumed = world.stream(0).expected(0, 64).0[..30].to_vec();
+    world.submit(new);
+    world.run();
+    world.check_done();
+    assert_eq!(world.stream(0).tokens[0].len(), 34);
+}
+
+#[test]
 fn a_resumed_stream_goes_on_where_it_was() {
     let mut world = World::new(config(), &[16]);
     let mut new = request(0, 6, 9);
@@ -187,12 +210,13 @@ fn a_resumed_stream_that_lacks_only_its_end_gets_it_without_a_step() {
     stopped.resumed = vec![TokenId(9), TokenId(3)];
     stopped.sampling.stop_tokens = vec![TokenId(3)];
     world.submit(stopped);
+    let mut at_the_end = request(2, 62, 30);
+    at_the_end.resumed = vec![TokenId(9), TokenId(9)]; // 64 tokens fill the context
+    world.submit(at_the_end);
     assert_eq!(world.plan(), []);
-    let reasons = [0, 1].map(|id| world.stream(id).finished[0].expect("it ends").0);
-    assert_eq!(
-        reasons,
-        [FinishReason::Length, FinishReason::StopToken(TokenId(3))]
-    );
+    let reasons = [0, 1, 2].map(|id| world.stream(id).finished[0].expect("it ends").0);
+    let stop = FinishReason::StopToken(TokenId(3));
+    assert_eq!(reasons, [FinishReason::Length, stop, FinishReason::Length]);
 }
 
 #[test]

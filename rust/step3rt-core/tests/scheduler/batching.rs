@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{BlockId, InstanceId, LaneId};
+use step3rt_core::ids::{BlockId, InstanceId, LaneId, TenantId};
 use step3rt_core::step::StepPlan;
 
 use crate::world::{World, config, request};
@@ -175,4 +175,61 @@ fn continuations_of_a_request_are_sequences_with_seeds_of_their_own() {
     world.check_done();
     assert_eq!(world.stream(7).prompt_logprobs.len(), 4);
     assert_ne!(world.stream(7).tokens[0], world.stream(7).tokens[1]);
+}
+
+#[test]
+fn a_tenant_with_many_requests_does_not_keep_another_waiting() {
+    let config = SchedulerConfig {
+        max_waiting_requests: 16,
+        ..one_lane()
+    };
+    let mut world = World::new(config, &[64]);
+    for id in 0..9 {
+        let mut new = request(id, 2, 4);
+        new.tenant = TenantId(u64::from(id >= 8));
+        world.submit(new);
+    }
+    let seeds: Vec<u64> = world.plan()[0]
+        .joined
+        .iter()
+        .map(|join| join.sampling.seed)
+        .collect();
+    assert_eq!(
+        seeds,
+        [0, 1, 2, 8],
+        "four places, one of them for the other tenant"
+    );
+    world.run();
+    world.check_done();
+}
+
+#[test]
+fn tenants_share_by_tokens_and_not_by_requests() {
+    let mut world = World::new(
+        SchedulerConfig {
+            max_sequences_per_lane: 1,
+            max_waiting_requests: 32,
+            ..one_lane()
+        },
+        &[64],
+    );
+    for id in 0..24 {
+        let (tenant, max_tokens) = if id < 8 { (0, 22) } else { (1, 6) };
+        let mut new = request(id, 2, max_tokens);
+        new.tenant = TenantId(tenant);
+        world.submit(new);
+    }
+    // A request of tenant 0 costs 2 + 2 * 22, one of tenant 1 costs 2 + 2 * 6.
+    while world.stream(3).finished[0].is_none() {
+        world.step();
+        let cost = |id: u64| {
+            let stream = world.stream(id);
+            let num_prompt_tokens = if stream.is_started { 2 } else { 0 };
+            num_prompt_tokens + 2 * stream.tokens[0].len()
+        };
+        let costs: [usize; 2] = [(0..8).map(cost).sum(), (8..24).map(cost).sum()];
+        assert!(costs[0].abs_diff(costs[1]) <= 46, "{costs:?}");
+    }
+    world.run();
+    world.check_done();
 }

@@ -1,7 +1,7 @@
 //! Losses are ordinary events: streams go on without a gap, or say that they cannot.
 
 use step3rt_core::error::ErrorKind;
-use step3rt_core::ids::{Epoch, InstanceId};
+use step3rt_core::ids::{Epoch, InstanceId, TimeNs};
 use step3rt_core::scheduler::Event;
 
 use crate::world::{World, config, request};
@@ -99,6 +99,7 @@ fn a_failed_step_is_planned_again_whole_and_tells_nothing_twice() {
 fn steps_that_keep_failing_are_tried_at_a_pace_and_then_given_up() {
     let mut world = World::new(config(), &[32]);
     world.submit(request(0, 6, 4));
+    let started = world.now;
     world.plan();
     world.fail(0);
     assert_eq!(world.plan().len(), 1, "the first retry is at once");
@@ -106,15 +107,30 @@ fn steps_that_keep_failing_are_tried_at_a_pace_and_then_given_up() {
     assert_eq!(world.plan(), []);
     let retry = world.scheduler.next_timer().expect("a retry is due");
     assert_eq!(retry, world.now.plus_ms(10));
-    world.now = retry;
+    world.now = TimeNs(started.plus_ms(world.config.recovery_timeout_ms).0 - 1);
     assert_eq!(world.plan().len(), 1);
-    world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.fail(0);
+    assert!(world.stream(0).error.is_none());
+    world.now = world.now.plus_ms(10);
+    world.plan();
     world.fail(0);
     let error = world.stream(0).error.clone().expect("given up");
     assert_eq!(error.kind, ErrorKind::NodeLost);
     world.now = world.now.plus_ms(10);
     world.run();
     world.check_done();
+}
+
+#[test]
+fn failures_are_given_up_the_moment_the_recovery_time_is_over() {
+    let mut world = World::new(config(), &[32]);
+    world.submit(request(0, 6, 4));
+    world.plan();
+    world.fail(0);
+    world.plan();
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.fail(0);
+    assert!(world.stream(0).error.is_some());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::{InstanceId, TokenId};
 use step3rt_core::request::Request;
+use step3rt_core::scheduler::Event;
 use step3rt_core::step::StepPlan;
 
 use crate::world::{World, config, request};
@@ -137,6 +138,22 @@ fn a_prompt_whose_logprobs_are_wanted_is_computed() {
     new.sampling.prompt_logprobs = Some(0);
     world.submit(new);
     assert_eq!(work(&world.step())[0].0, 0);
+    world.run();
+    world.check_done();
+}
+
+#[test]
+fn nobody_starts_from_blocks_that_led_to_corrupt_logits() {
+    let mut world = World::new(one_lane(), &[32]);
+    world.submit(with_common(0, 36, 0)); // two chunks; the first one's blocks are published
+    world.step();
+    world.plan();
+    let mut output = world.compute(0);
+    output.outputs[0].is_corrupt = true;
+    output.outputs[0].token = None;
+    world.handle(Event::StepDone(output));
+    world.submit(with_common(1, 36, 4));
+    assert_eq!(work(&world.step()), [(0, 32, 8)]);
     world.run();
     world.check_done();
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
 
@@ -24,6 +24,8 @@ enum Op {
     AnswerStale(usize),
     /// An answer that lost its last outputs.
     AnswerTorn(usize),
+    /// An answer whose last logits were not finite.
+    AnswerCorrupt(usize),
     Lose(u32),
     /// Comes up, or comes back before its loss was noticed.
     Ready(u32, u32),
@@ -40,6 +42,7 @@ struct Shape {
     max_tokens: u32,
     n: u32,
     priority: i32,
+    tenant: u64,
     deadline_ms: Option<u64>,
     prompt_logprobs: Option<u32>,
     min_tokens: u32,
@@ -57,11 +60,12 @@ fn shape() -> impl Strategy<Value = Op> {
         prop::option::weighted(0.3, Just(0_u32)),
         0_u32..4,
         0_u32..5,
+        0_u64..3,
     );
     (sizes, resumed, options).prop_map(|(sizes, resumed, options)| {
         let (num_prompt_tokens, max_tokens, n, priority) = sizes;
         let (resumed, num_common_tokens) = resumed;
-        let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens) = options;
+        let (deadline_ms, prompt_logprobs, min_tokens, num_stop_tokens, tenant) = options;
         Op::Submit(Box::new(Shape {
             num_prompt_tokens,
             num_common_tokens,
@@ -69,6 +73,7 @@ fn shape() -> impl Strategy<Value = Op> {
             max_tokens,
             n,
             priority,
+            tenant,
             deadline_ms,
             prompt_logprobs,
             min_tokens,
@@ -87,7 +92,8 @@ fn op() -> impl Strategy<Value = Op> {
         12 => any_index.clone().prop_map(Op::Answer),
         2 => any_index.clone().prop_map(Op::Fail),
         1 => any_index.clone().prop_map(Op::AnswerStale),
-        1 => any_index.prop_map(Op::AnswerTorn),
+        1 => any_index.clone().prop_map(Op::AnswerTorn),
+        1 => any_index.prop_map(Op::AnswerCorrupt),
         1 => (0_u32..3).prop_map(Op::Lose),
         1 => (0_u32..3, 8_u32..24).prop_map(|(id, blocks)| Op::Ready(id, blocks)),
         1 => prop::bool::weighted(0.7).prop_map(Op::Experts),
@@ -105,6 +111,7 @@ impl Shape {
         }
         request.n = self.n;
         request.priority = self.priority;
+        request.tenant = TenantId(self.tenant);
         request.sampling.prompt_logprobs = self.prompt_logprobs;
         request.sampling.min_tokens = self.min_tokens;
         request.sampling.stop_tokens = (0..self.num_stop_tokens).map(TokenId).collect();
@@ -169,6 +176,11 @@ fn apply(world: &mut World, op: &Op, num_requests: &mut u64) {
         Op::AnswerTorn(index) => {
             if let Some(index) = pick(*index, world.in_flight.len()) {
                 world.answer_torn(index);
+            }
+        }
+        Op::AnswerCorrupt(index) => {
+            if let Some(index) = pick(*index, world.in_flight.len()) {
+                world.answer_corrupt(index);
             }
         }
         Op::Lose(id) => world.lose(*id),
@@ -241,7 +253,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     let pools = prop::collection::vec(8_u32..24, 0..3);
     let ops = prop::collection::vec(op(), 1..150);
     let mut runner = TestRunner::new(ProptestConfig {
-        cases: 400,
+        cases: 300,
         source_file: Some(file!()),
         ..ProptestConfig::default()
     });
@@ -255,7 +267,7 @@ fn any_history_keeps_streams_gap_free_and_blocks_conserved() {
     let reached = reached.into_inner();
     assert!(reached.num_finished > 500 && reached.num_stop_tokens > 20);
     assert!(reached.num_comebacks > 1_000, "too few lost their places");
-    assert!(reached.num_shared > 1_000, "too few shared a beginning");
+    assert!(reached.num_shared > 500, "too few shared a beginning");
     assert!(
         reached.num_doomed > 100,
         "too few steps were planned in vain"

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, InstanceId, LaneId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, LaneId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::Request;
 use step3rt_core::scheduler::{Event, Scheduler};
 use step3rt_core::step::{SamplingState, SequenceChunk, StepKey, StepOutput, StepPlan};
@@ -63,6 +63,7 @@ pub(crate) fn request(id: u64, num_prompt_tokens: u32, max_tokens: u32) -> Reque
         },
         max_tokens,
         priority: 0,
+        tenant: TenantId(0),
         deadline: None,
     }
 }
@@ -169,6 +170,16 @@ impl World {
         self.tell(&output);
     }
 
+    /// The same with an output whose last logits were not finite.
+    pub(crate) fn answer_corrupt(&mut self, index: usize) {
+        let mut output = self.compute(index);
+        if let Some(last) = output.outputs.last_mut() {
+            last.is_corrupt = true;
+            last.token = None;
+        }
+        self.tell(&output);
+    }
+
     fn tell(&mut self, output: &StepOutput) {
         if self.is_doomed {
             let key = output.key;
@@ -231,7 +242,7 @@ impl World {
 
     /// Steps until nothing is left to do.
     pub(crate) fn run(&mut self) {
-        for _ in 0..100_000 {
+        for _ in 0..5_000 {
             let was_idle = self.in_flight.is_empty();
             if self.step().is_empty() && was_idle {
                 return;
