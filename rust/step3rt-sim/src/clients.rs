@@ -6,21 +6,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{RequestId, TokenId};
+use step3rt_core::ids::{RequestId, TenantId, TokenId};
 use step3rt_core::request::{FinishReason, Request, RequestEvent, Usage};
 
 use crate::instance::logprob_of;
 use crate::model::Prefix;
 use crate::violation::{Violation, ensure};
 
-/// The seed of continuation `index`, which no other continuation has.
-pub(crate) fn seed_of(request: RequestId) -> u64 {
-    request.0 << 8
+/// The seed of a request's first continuation, from which the request can be told: continuation
+/// `i` has this seed plus `i`, and there are fewer than 256.
+pub(crate) fn seed_of(request: RequestId, tenant: TenantId) -> u64 {
+    request.0 << 16 | tenant.0 << 8
 }
 
-/// Which request a continuation with this seed belongs to.
-pub(crate) fn request_of(seed: u64) -> RequestId {
-    RequestId(seed >> 8)
+/// Whose continuation has this seed.
+pub(crate) fn owner_of(seed: u64) -> (RequestId, TenantId) {
+    (RequestId(seed >> 16), TenantId(seed >> 8 & 0xff))
 }
 
 /// One request as its client sees it.

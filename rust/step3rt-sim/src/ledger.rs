@@ -6,10 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
+use step3rt_core::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, TenantId};
 use step3rt_core::scheduler::SchedulerStats;
 use step3rt_core::step::{SequenceChunk, StepKey, StepPlan};
 
+use crate::clients::owner_of;
 use crate::violation::{Violation, ensure};
 
 /// See the module's documentation.
@@ -21,8 +22,10 @@ pub(crate) struct Ledger {
     last_epochs: BTreeMap<InstanceId, Epoch>,
     lanes: BTreeMap<(InstanceId, LaneId), VecDeque<Unanswered>>,
     holdings: BTreeMap<SequenceId, Holding>,
+    /// Whose tokens a block was filled with last.
+    tenants: BTreeMap<(InstanceId, BlockId), TenantId>,
     ever_joined: BTreeSet<SequenceId>,
-    /// By the seed that names a continuation: whether it lost its last place to nobody's failure.
+    /// By the seed that names a continuation: where it stayed last.
     last_stays: BTreeMap<u64, (InstanceId, Epoch)>,
     num_preempted: u64,
 }
@@ -37,6 +40,7 @@ struct Unanswered {
 /// The blocks of a sequence where it stays.
 #[derive(Debug)]
 struct Holding {
+    tenant: TenantId,
     instance: InstanceId,
     blocks: Vec<BlockId>,
     num_steps_in_flight: u32,
@@ -53,6 +57,7 @@ impl Ledger {
             last_epochs: BTreeMap::new(),
             lanes: BTreeMap::new(),
             holdings: BTreeMap::new(),
+            tenants: BTreeMap::new(),
             ever_joined: BTreeSet::new(),
             last_stays: BTreeMap::new(),
             num_preempted: 0,
@@ -70,6 +75,7 @@ impl Ledger {
         self.instances.remove(&id);
         self.lanes.retain(|&(instance, _), _| instance != id);
         self.holdings.retain(|_, holding| holding.instance != id);
+        self.tenants.retain(|&(instance, _), _| instance != id);
     }
 
     pub(crate) fn epoch(&self, id: InstanceId) -> Option<Epoch> {
@@ -158,6 +164,7 @@ impl Ledger {
             let is_still_there = before.is_some_and(|(i, e)| self.epoch(i) == Some(e));
             self.num_preempted += u64::from(is_still_there);
             let holding = Holding {
+                tenant: owner_of(join.sampling.seed).1,
                 instance: key.instance,
                 blocks: Vec::new(),
                 num_steps_in_flight: 0,
@@ -247,7 +254,18 @@ impl Ledger {
             "sequence {id} has {} blocks and writes to its block {end}",
             holding.blocks.len()
         );
+        for &block in &chunk.new_blocks[..num_shared] {
+            let filled_by = self.tenants.get(&(instance, block));
+            ensure!(
+                filled_by == Some(&holding.tenant),
+                "sequence {id} of tenant {} is given block {block} of {filled_by:?}",
+                holding.tenant
+            );
+        }
         let written: Vec<BlockId> = holding.blocks[start..end].to_vec();
+        let tenant = holding.tenant;
+        let places = written.iter().map(|&block| ((instance, block), tenant));
+        self.tenants.extend(places);
         let granted = chunk.new_blocks.iter().skip(num_shared).copied();
         let exclusive: BTreeSet<BlockId> = granted.chain(written).collect();
         let others = self.holdings.iter_mut().filter(|&(&other, ref holding)| {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use step3rt_core::step::{StepKey, StepPlan};
 
-use crate::clients::request_of;
+use crate::clients::owner_of;
 use crate::fault::Fault;
 use crate::instance::{Answer, SimInstance};
 use crate::sabotage::Sabotage;
@@ -189,7 +189,7 @@ impl World {
         let chunk = plan.chunks.last().expect("it had an output");
         let machine = self.nodes[&plan.key.instance].machine.as_ref();
         let machine = machine.expect("it has just answered");
-        let id = request_of(machine.seed(chunk.sequence));
+        let (id, _) = owner_of(machine.seed(chunk.sequence));
         let stream = self.clients.streams.get_mut(&id);
         stream.expect("it runs").is_tainted = true;
         self.counts.note(fault);

@@ -3,7 +3,7 @@
 //! It never looks at the scheduler; clients see their streams.
 
 use step3rt_core::error::ErrorKind;
-use step3rt_core::ids::{RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{MAX_CONTINUATIONS, Request};
 use step3rt_core::scheduler::Event;
 use step3rt_core::step::SamplingState;
@@ -131,7 +131,7 @@ impl World {
         if let Some(again) = self.asked_again.pop_front() {
             // Another seed: what it continues with is not what it would have been, and is known.
             let mut request = Request { id, ..again };
-            request.sampling.seed = seed_of(id);
+            request.sampling.seed = seed_of(id, request.tenant);
             return request;
         }
         let profile = &self.profile;
@@ -145,6 +145,7 @@ impl World {
             false => TokenId(rng.within(0, VOCAB_SIZE - 1)),
         });
         let prompt = prompt.collect();
+        let tenant = TenantId(rng.pick(&[0, 0, 1, 2]));
         let num_stop_tokens = rng.pick(&[0, 0, 1, 3]);
         let deadline_ms = rng.within(1, 150);
         let has_deadline = profile.rate(Fault::Deadline) > 0 && rng.chance(250);
@@ -159,7 +160,7 @@ impl World {
                 top_k: 0,
                 top_p: 1.0,
                 min_p: 0.0,
-                seed: seed_of(id),
+                seed: seed_of(id, tenant),
                 top_logprobs: None,
                 prompt_logprobs: rng.chance(200).then_some(0),
                 min_tokens: rng.pick(&[0, 0, 3]),
@@ -167,6 +168,7 @@ impl World {
             },
             max_tokens: rng.within(1, profile.max_new_tokens),
             priority: i32::try_from(rng.within(0, 2)).expect("small") - 1,
+            tenant,
             deadline: has_deadline.then(|| TimeNs(0).plus_ms(now_ms + u64::from(deadline_ms))),
         }
     }

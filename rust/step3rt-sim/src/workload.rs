@@ -4,7 +4,7 @@
 //! language can be given the same trace: `python/step3rt/bench/scheduler.py` has it again.
 
 use step3rt_core::config::SchedulerConfig;
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{Request, RequestEvent};
 use step3rt_core::scheduler::{Event, Scheduler};
 use step3rt_core::step::{SamplingState, SequenceOutput, StepOutput, StepPlan};
@@ -153,6 +153,7 @@ impl Workload {
             },
             max_tokens: life_steps(id),
             priority: 0,
+            tenant: TenantId(0),
             deadline: None,
         }
     }
