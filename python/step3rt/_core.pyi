@@ -3,7 +3,27 @@
 Every call that may wait releases the GIL. Errors are the classes of `step3rt.errors`.
 """
 
-from typing import Literal, final
+from typing import Literal, Self, final
+
+__all__ = [
+    "Arrival",
+    "Chunk",
+    "Drain",
+    "Event",
+    "Join",
+    "LinkDown",
+    "LinkUp",
+    "NodeSession",
+    "Sampling",
+    "SequenceOutput",
+    "SessionLost",
+    "Settings",
+    "StepPlan",
+    "__version__",
+    "host_capabilities",
+    "list_instances",
+    "serve",
+]
 
 __version__: str
 
@@ -16,11 +36,15 @@ def serve(config_json: str) -> int:
         ConfigError: a value is not usable, an address is taken, the model directory is unreadable.
     """
 
-def host_capabilities() -> dict[str, object]:
-    """What this host's fabrics can do, for `step3rt doctor`: shm, tcp, limits, with reasons."""
+def host_capabilities() -> dict[str, tuple[bool, str]]:
+    """What this host's fabrics can do, by trying: "shm", "tcp", "limits" -> (usable, why)."""
 
 def list_instances(control_address: str, timeout_s: float) -> str:
-    """`ListInstances` of the coordinator at `control_address`, as JSON."""
+    """`ListInstances` of the coordinator at `control_address`, as JSON.
+
+    Raises:
+        Unavailable: no coordinator answers there within `timeout_s`.
+    """
 
 @final
 class Chunk:
@@ -116,15 +140,15 @@ Event = StepPlan | Arrival | LinkUp | LinkDown | Drain | SessionLost
 class SequenceOutput:
     """What a chunk gave. `top` pairs are (token id, logprob), most likely first."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         sequence_id: int,
         token_id: int | None = None,
         logprob: float | None = None,
         top: list[tuple[int, float]] | None = None,
         prompt_logprobs: list[tuple[int, float, list[tuple[int, float]]]] | None = None,
         is_corrupt: bool = False,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Settings:
@@ -145,8 +169,8 @@ class Settings:
 class NodeSession:
     """One instance's session with the coordinator, and its fabric endpoint.
 
-    Belongs to one thread, the instance's loop. Heartbeats run in Rust, but the watchdog is fed
-    only by `poll`, so that a stuck loop is seen.
+    Belongs to one thread, the instance's loop; a second thread inside of it is a `RuntimeError`.
+    Heartbeats run in Rust, but the watchdog is fed only by `poll`, so that a stuck loop is seen.
     """
 
     instance_id: int
@@ -154,35 +178,62 @@ class NodeSession:
     epoch: int
     settings: Settings
 
-    def __init__(self, options_json: str) -> None:
+    def __new__(cls, options_json: str) -> Self:
         """Connects, retrying until the coordinator answers, and returns after Welcome.
 
         `options_json`: {"coordinator": "host:port" | "unix:/path", "role": "attention" | "ffn",
-        "data_host": str, "runtime_dir": str, "connect_timeout_s": float, "spin_us": int,
-        "model_fingerprint": str, "model": {…fields of ModelSummary…}}.
+        "data_host": IP address, "connect_timeout_s": float, "spin_us": int,
+        "model_fingerprint": str, "model": {…fields of ModelSummary…}}, all of them.
 
         Raises:
-            Unavailable: no coordinator within `connect_timeout_s`.
-            ConfigError: the coordinator refuses this instance (other model, no free FFN rank…).
+            Unavailable: no coordinator, or none with a free FFN rank, within `connect_timeout_s`.
+            ConfigError: an option is not usable, or the coordinator refuses this instance (other
+                model, other version…).
+            Cancelled: a signal that an earlier session of this process took over.
         """
 
     def set_status(self, text: str) -> None:
         """Shows `text` in heartbeats and as the systemd STATUS; extends the start time-out."""
 
     def bind(self, a2f_slot_bytes: int, f2a_slot_bytes: int) -> None:
-        """Binds the data listeners; a slot of each direction per lane and peer has these sizes."""
+        """Binds the data listeners; a slot of each direction per lane and peer has these sizes.
+
+        Raises:
+            ConfigError: `data_host` is not of this host, or no slot can have such a size.
+            InvalidArgument: the listeners are bound already.
+        """
 
     def ready(self, num_kv_blocks: int) -> None:
-        """Reports that weights are loaded and steps (attention) or frames (FFN) may come."""
+        """Reports that weights are loaded and steps (attention) or frames (FFN) may come.
+
+        On the main thread it also takes SIGTERM and SIGINT over for the rest of the process: the
+        first one is a `Drain` event, the second one exits at once with 128 + its number. Until
+        then nothing is in flight, and signals do what they do to any Python process.
+
+        Raises:
+            Unavailable: the session is over.
+            InvalidArgument: before `bind()`, or for the second time.
+        """
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """Waits until there is news, at most `timeout_s`, and takes all of it, in order."""
+        """Waits until there is news, at most `timeout_s`, and takes all of it, in order.
+
+        What the coordinator said comes first, then what links did (a link's own events in their
+        order), then `SessionLost`, after which there is nothing to do but `close()`.
+
+        Raises:
+            InvalidArgument: before `ready()` or after `close()`.
+        """
 
     def send_slot(self, peer: int, lane: int) -> memoryview:
         """The writable slot for the next push to `peer` on `lane`; the same memory every time."""
 
     def receive_slot(self, peer: int, lane: int) -> memoryview:
-        """The slot where arrivals from `peer` on `lane` lie; the same memory every time."""
+        """The slot where arrivals from `peer` on `lane` lie; the same memory every time.
+
+        Read-only: over shared memory it is the peer's own send slot. A view stays readable after
+        the link is down.
+        """
 
     def push(
         self, peer: int, lane: int, step: int, layer: int, num_tokens: int, payload_bytes: int
@@ -191,6 +242,8 @@ class NodeSession:
 
         Raises:
             Unavailable: the link is down; a `LinkDown` event says why.
+            InvalidArgument: the last push on this lane is not answered yet (attention), nothing
+                arrived to answer (FFN), or the payload is larger than the slot.
         """
 
     def complete_step(
@@ -202,10 +255,14 @@ class NodeSession:
         wait_ns: int,
         total_ns: int,
     ) -> None:
-        """Reports a step's outputs, one per chunk in the plan's order."""
+        """Reports a step's outputs, one per chunk in the plan's order.
+
+        Raises:
+            Unavailable: the session is over.
+        """
 
     def fail_step(self, lane: int, step: int, reason: str) -> None:
         """Reports that a step had no effect; the coordinator plans it again."""
 
     def close(self) -> None:
-        """Ends the session and every link; idempotent."""
+        """Sends what is reported, then ends the session and every link; idempotent."""

@@ -76,7 +76,12 @@ class ServeConfig:
     max_tokens_per_micro_batch: int = setting(
         "tokens of one lane's step, prefill and decode together", 512, minimum=16, maximum=65536
     )
-    max_sequences_per_lane: int = setting("sequences of one lane", 256, minimum=1, maximum=65536)
+    max_sequences_per_lane: int | None = setting(
+        "sequences of one lane; default: 256, or fewer if a micro-batch has fewer tokens",
+        None,
+        minimum=1,
+        maximum=65536,
+    )
     max_waiting_requests: int = setting(
         "requests that may wait before new ones are refused", 1024, minimum=0, maximum=1_000_000
     )
@@ -129,7 +134,8 @@ class ServeConfig:
             "max_sequences_per_lane max_waiting_requests lease_ms step_timeout_ms "
             "recovery_timeout_ms drain_timeout_s reflection insecure_bind"
         )
-        return json.dumps(values | {name: getattr(self, name) for name in same.split()})
+        values |= {name: getattr(self, name) for name in same.split()}
+        return json.dumps({name: value for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +146,6 @@ class NodeConfig:
     model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
     coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
-    runtime_dir: Path | None = setting(
-        "directory for sockets; default: $RUNTIME_DIRECTORY or a fresh temporary one", None
-    )
     kv_blocks: int | None = setting(
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1
     )
@@ -155,7 +158,7 @@ class NodeConfig:
         "microseconds to poll before sleeping; only worth it with a core per instance",
         0,
         minimum=0,
-        maximum=1000,
+        maximum=50,
     )
 
 

@@ -180,12 +180,10 @@ class LocalCluster:
         ]
 
     def _spawn_node(self, role: str, number: int) -> int:
-        runtime_dir = Path(self._directory.name) / f"{role}-{number}-{len(self._children)}"
         config = NodeConfig(
             role=role,
             model=self._model,
             coordinator=self.control_address,
-            runtime_dir=runtime_dir,
             threads=self._threads,
             kv_blocks=self._kv_blocks,
         )

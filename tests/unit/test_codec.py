@@ -4,6 +4,7 @@ import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+
 from step3rt import codec
 from step3rt.errors import InvalidArgument, ResourceExhausted, Unavailable
 from step3rt.sampling import SamplingParams

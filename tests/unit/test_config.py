@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from step3rt.config import NodeConfig, ServeConfig, build, resolve_model
 from step3rt.errors import ConfigError
 

@@ -1,6 +1,7 @@
 """TTFT, TPOT and throughput are what their definitions say."""
 
 import pytest
+
 from step3rt.timing import StreamTimer, percentile, summarise
 
 

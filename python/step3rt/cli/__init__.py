@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from step3rt.cli import chat, doctor, generate, node, serve, version
+from step3rt.cli import chat, doctor, generate, node, plan, serve, version
 from step3rt.errors import ConfigError, InvalidArgument, Step3Error, Unavailable
 
 EX_USAGE = 2
@@ -24,6 +24,7 @@ Start here:
   step3rt node ffn --model nano
   step3rt node attention --model nano
   step3rt chat                                       talk to it
+  step3rt plan search --gpus h800:32 --context 4096  which deployment, and why
   step3rt doctor                                     what this host can do, and what is missing
 """
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for command in (serve, node, generate, chat, doctor, version):
+    for command in (serve, node, generate, chat, plan, doctor, version):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:

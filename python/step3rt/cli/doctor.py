@@ -94,8 +94,8 @@ def _packages() -> Iterator[Finding]:
 def _fabrics() -> Iterator[Finding]:
     from step3rt import _core
 
-    for name, report in sorted(_core.host_capabilities().items()):
-        yield Finding("ok", name, str(report))
+    for name, (is_usable, why) in _core.host_capabilities().items():
+        yield Finding("ok" if is_usable else "missing", name, why)
     devices = sorted(Path("/sys/class/infiniband").glob("*"))
     if not devices:
         yield Finding("note", "rdma", "no RDMA device; peers on other hosts are reached over TCP")

@@ -1,9 +1,14 @@
 """`step3rt node`: one attention or FFN instance."""
 
 import argparse
+import logging
+import os
 
 from step3rt.cli import flags
 from step3rt.config import ROLES, NodeConfig
+from step3rt.errors import ConfigError
+
+_WORKER_PACKAGES = ("torch", "safetensors")
 
 _DESCRIPTION = """\
 Run one instance. An attention instance holds embedding, attention, KV cache and sampler; an FFN
@@ -36,13 +41,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs until the coordinator or a signal ends it; returns the exit code."""
     flags.exit_with_parent(arguments.exit_with_parent)
     config = flags.config_from(arguments, NodeConfig)
+    logging.basicConfig(level=logging.INFO, format=_log_format())
     try:
         from step3rt.instance import run_instance
     except ModuleNotFoundError as error:
-        from step3rt.errors import ConfigError
-
+        if error.name not in _WORKER_PACKAGES:
+            raise
         raise ConfigError(
             f"The Python package '{error.name}' is not installed. An instance computes with it. "
             "Install it with: pip install 'step3rt[worker]'"
         ) from error
     return run_instance(config)
+
+
+def _log_format() -> str:
+    """As the Rust side writes lines: the journal adds the time, a terminal does not."""
+    if "JOURNAL_STREAM" in os.environ:
+        return "%(message)s"
+    return "%(asctime)s %(levelname)5s %(message)s"

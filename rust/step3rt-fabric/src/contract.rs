@@ -1,13 +1,20 @@
 //! What every fabric promises. A fabric is chosen per peer pair at the handshake; nothing above
 //! this contract can tell which one it got.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use thiserror::Error;
 
-use crate::frame::{Frame, FrameHeader};
+use crate::frame::{Direction, Frame, FrameHeader, ProtocolError};
+
+/// Most lanes a link has. Three hide RDMA and two hide `NVLink`; this leaves room and bounds a poll.
+pub const MAX_LANES: u8 = 32;
+
+/// Largest slot. A BF16 micro-batch of 2048 tokens takes 28 MiB; this is 36 times that.
+pub const MAX_SLOT_BYTES: usize = 1 << 30;
 
 /// The sizes that both ends of a link must agree on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +27,57 @@ pub struct Geometry {
     pub f2a_slot_bytes: usize,
 }
 
+impl Geometry {
+    /// Checks the sizes against [`MAX_LANES`] and [`MAX_SLOT_BYTES`].
+    pub fn validate(&self) -> Result<(), GeometryError> {
+        if !(1..=MAX_LANES).contains(&self.num_lanes) {
+            return Err(GeometryError::NumLanes(self.num_lanes));
+        }
+        for bytes in [self.a2f_slot_bytes, self.f2a_slot_bytes] {
+            if !(1..=MAX_SLOT_BYTES).contains(&bytes) {
+                return Err(GeometryError::SlotBytes(bytes));
+            }
+        }
+        Ok(())
+    }
+
+    /// Capacity of the slots of `direction`.
+    pub fn slot_bytes(&self, direction: Direction) -> usize {
+        match direction {
+            Direction::A2f => self.a2f_slot_bytes,
+            Direction::F2a => self.f2a_slot_bytes,
+        }
+    }
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            num_lanes,
+            a2f_slot_bytes,
+            f2a_slot_bytes,
+        } = self;
+        write!(
+            f,
+            "{num_lanes} lanes of {a2f_slot_bytes} bytes (A2F) and {f2a_slot_bytes} bytes (F2A)"
+        )
+    }
+}
+
+/// Why a [`Geometry`] is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum GeometryError {
+    /// No lane, or more than [`MAX_LANES`].
+    #[error("a link of {0} lanes is not possible: it has 1 to {MAX_LANES}. Change `num_lanes`")]
+    NumLanes(u8),
+    /// No byte, or more than [`MAX_SLOT_BYTES`].
+    #[error(
+        "a slot of {0} bytes is not possible: it has 1 to {MAX_SLOT_BYTES} bytes. Change \
+         `max_tokens_per_micro_batch`"
+    )]
+    SlotBytes(usize),
+}
+
 /// Which end of the alternation this is. Attention instances initiate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -27,6 +85,30 @@ pub enum Side {
     Initiator,
     /// Replies, once per arrival.
     Responder,
+}
+
+impl Side {
+    /// The direction of what this end pushes.
+    pub fn sends(self) -> Direction {
+        match self {
+            Self::Initiator => Direction::A2f,
+            Self::Responder => Direction::F2a,
+        }
+    }
+
+    /// The direction of what arrives at this end.
+    pub fn receives(self) -> Direction {
+        self.other().sends()
+    }
+
+    /// The peer's side.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Initiator => Self::Responder,
+            Self::Responder => Self::Initiator,
+        }
+    }
 }
 
 /// Names one end of a link.
@@ -47,6 +129,11 @@ pub trait SlotMemory: Send + Sync {
     fn as_ptr(&self) -> *mut u8;
     /// Capacity.
     fn len(&self) -> usize;
+    /// Copies `bytes` to the start of the slot, for small payloads and tests: tensors are written
+    /// where they lie. Panics when they do not fit, and on a receive slot that is the peer's memory.
+    fn write(&self, bytes: &[u8]);
+    /// Copies the start of the slot to `bytes`. Panics when it has fewer.
+    fn read(&self, bytes: &mut [u8]);
     /// Whether the slot has no capacity.
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -64,12 +151,15 @@ pub trait Link: Send {
     fn fabric(&self) -> &'static str;
 
     /// Where the next outgoing payload of `lane` is written. Written by the caller only while the
-    /// lane has credit.
-    fn send_slot(&self, lane: LaneId) -> Arc<dyn SlotMemory>;
+    /// lane has credit. `None` when the link has no such lane.
+    fn send_slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>>;
 
     /// Where an arrived payload of `lane` lies, from [`LinkEvent::Arrived`] until the next
-    /// [`Link::push`] on that lane.
-    fn receive_slot(&self, lane: LaneId) -> Arc<dyn SlotMemory>;
+    /// [`Link::push`] on that lane. `None` when the link has no such lane.
+    ///
+    /// For reading only: over shared memory it is the peer's slot, mapped without the right to
+    /// write, and a store into it is a segmentation fault.
+    fn receive_slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>>;
 
     /// Publishes the first `frame.payload_bytes` bytes of the send slot to the peer.
     fn push(&mut self, lane: LaneId, frame: Frame) -> Result<(), PushError>;
@@ -96,10 +186,18 @@ pub enum DownReason {
     PeerClosed,
     /// The peer broke the protocol; nothing of the offending frame was used.
     #[error("protocol violation by the peer: {0}")]
-    Protocol(String),
+    Protocol(ProtocolError),
     /// The operating system reported a failure.
-    #[error("transport failure: {0}")]
-    Transport(String),
+    #[error("transport failure while {during}: {}", std::io::Error::from_raw_os_error(*.os_error))]
+    Transport {
+        /// What was being done.
+        during: &'static str,
+        /// The `errno`.
+        os_error: i32,
+    },
+    /// The peer came back, and its new link took the place of this one.
+    #[error("replaced by a new link of epoch {0}")]
+    Replaced(Epoch),
     /// This end closed it.
     #[error("closed by this end")]
     Closed,
@@ -109,10 +207,13 @@ pub enum DownReason {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PushError {
     /// The lane's last push is not answered yet (initiator), or nothing arrived to answer.
-    #[error("lane {0} has no credit")]
+    #[error(
+        "lane {0} has no credit: its last frame is not answered, or nothing arrived to answer. Push \
+         after the next arrival on it"
+    )]
     NoCredit(LaneId),
     /// The lane does not exist in the link's geometry.
-    #[error("lane {lane} does not exist: the link has {num_lanes} lanes")]
+    #[error("lane {lane} does not exist: the link has {num_lanes}. Use one below {num_lanes}")]
     NoSuchLane {
         /// What was asked.
         lane: LaneId,
@@ -120,13 +221,19 @@ pub enum PushError {
         num_lanes: u8,
     },
     /// More bytes than the slot holds.
-    #[error("payload of {payload_bytes} bytes exceeds the slot of {slot_bytes}")]
+    #[error(
+        "payload of {payload_bytes} bytes exceeds the slot of {slot_bytes}. Push fewer tokens or raise \
+         `max_tokens_per_micro_batch`"
+    )]
     TooLarge {
         /// What was asked.
         payload_bytes: usize,
         /// What there is.
         slot_bytes: usize,
     },
+    /// There is no link to this instance.
+    #[error("instance {0} is not linked. Connect it first")]
+    NotLinked(InstanceId),
     /// The link is down.
     #[error("link is down: {0}")]
     Down(DownReason),
@@ -142,6 +249,7 @@ pub trait Doorbell: Send + Sync {
     fn current(&self) -> u32;
     /// Increments the counter and wakes the sleeper.
     fn ring(&self);
-    /// Sleeps until the counter differs from `seen` or `timeout` has passed; true if it differs.
+    /// Sleeps until the counter differs from `seen` or `timeout` has passed; true if it differs. A
+    /// signal does not end it: who must react to signals waits in slices.
     fn wait(&self, seen: u32, timeout: Duration) -> bool;
 }

@@ -14,7 +14,95 @@
 //!   push s+1                   ── A2F ──▶    ...                        (frees A's receive slot)
 //! ```
 //!
-//! Reading order: [`contract`], [`frame`], `endpoint`, then one fabric.
+//! An [`endpoint::Endpoint`] has all links of a process. This is a whole exchange, with both ends
+//! in one process:
+//!
+//! ```
+//! use std::time::Duration;
+//! use step3rt_core::ids::{Epoch, InstanceId, LaneId};
+//! use step3rt_fabric::address::{PeerAddress, boot_id};
+//! use step3rt_fabric::contract::{Geometry, LinkIdentity, Side};
+//! use step3rt_fabric::endpoint::{Endpoint, EndpointConfig, FabricEvent, LinkSettings};
+//! use step3rt_fabric::frame::Frame;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = |instance, side| EndpointConfig {
+//!     identity: LinkIdentity { instance: InstanceId(instance), epoch: Epoch(1) },
+//!     side,
+//!     geometry: Geometry { num_lanes: 3, a2f_slot_bytes: 4096, f2a_slot_bytes: 4096 },
+//!     fabric: "auto".parse().expect("a fabric setting"),
+//!     listen_shm: side == Side::Responder,
+//!     listen_tcp: None,
+//!     advertise_host: None,
+//!     settings: LinkSettings::default(),
+//! };
+//! let mut ffn = Endpoint::bind(config(2, Side::Responder))?;
+//! let mut attention = Endpoint::bind(config(1, Side::Initiator))?;
+//!
+//! // The address travels by the control plane.
+//! let address = PeerAddress {
+//!     identity: ffn.config().identity,
+//!     boot_id: boot_id()?,
+//!     addresses: ffn.addresses().to_vec(),
+//! };
+//! let link = attention.connect(&address)?;
+//! assert_eq!((link.fabric, link.reason.as_str()), ("shm", "both ends run on one host"));
+//!
+//! let lane = LaneId(0);
+//! attention.send_slot(InstanceId(2), lane).expect("linked").write(b"hidden states");
+//! let frame = Frame { step: 0, layer: 0, num_tokens: 1, payload_bytes: 13 };
+//! attention.push(InstanceId(2), lane, frame)?;
+//!
+//! // The loop of every instance: note the counter, poll, and sleep only if nothing came.
+//! let doorbell = ffn.doorbell();
+//! let mut events = Vec::new();
+//! let header = 'arrived: loop {
+//!     let seen = doorbell.current();
+//!     ffn.poll(&mut events);
+//!     for event in events.drain(..) {
+//!         if let FabricEvent::Arrived { header, .. } = event {
+//!             break 'arrived header;
+//!         }
+//!     }
+//!     doorbell.wait(seen, Duration::from_millis(100));
+//! };
+//! let mut payload = vec![0; header.frame.payload_bytes];
+//! ffn.receive_slot(header.source, header.lane).expect("linked").read(&mut payload);
+//! assert_eq!(payload, b"hidden states");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, [`sim`]).
+//! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
+//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `connect`,
+//! `accept`, `watcher`, `hub`.
 
+pub mod address;
 pub mod contract;
+pub mod endpoint;
 pub mod frame;
+pub mod sim;
+
+mod accept;
+mod config;
+mod connect;
+mod credentials;
+mod doorbell;
+mod handshake;
+mod hub;
+mod lane;
+mod memory;
+mod refusal;
+mod region;
+mod shm;
+mod state;
+mod tcp;
+mod tcp_socket;
+mod watcher;
+
+#[cfg(test)]
+mod hostile;
+
+pub use memory::MapError;
+pub use refusal::{HandshakeError, Refusal};

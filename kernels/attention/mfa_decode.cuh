@@ -1,0 +1,399 @@
+// What the BF16 and FP8 decode kernels share: shared-memory layout, producer warps, online softmax,
+// and the epilogue that merges the two warpgroups and the CTAs of a split sequence.
+// Knows nothing of the KV format: the kernels issue the copies and the matrix products.
+#pragma once
+
+#include "attention/mfa_work.cuh"
+#include "common/barrier.cuh"
+#include "common/ptx.cuh"
+#include "common/tma.cuh"
+#include "common/types.cuh"
+
+constexpr int kHeads = 64;  // rows of one wgmma; fewer query heads are padded by the TMA unit
+constexpr int kHeadDim = 256;
+constexpr int kThreads = 3 * kWarpgroupThreads;  // producer, consumer 0, consumer 1
+constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
+constexpr int kConsumerWarps = kConsumerThreads / kWarpThreads;
+constexpr int kOutputRegs = kHeads * kHeadDim / kWarpgroupThreads;     // 128 per thread
+constexpr int kScoreRegs = kHeads * kBlockTokens / kWarpgroupThreads;  // 32 per thread
+constexpr int kProducerRegs = 24;  // 24 * 128 + 240 * 256 = 64,512 of 65,536 registers
+constexpr int kConsumerRegs = 240;
+constexpr int kMergeRegs = 32;  // accumulators exchanged per warpgroup and round
+constexpr int kBarrierConsumers = 1;
+constexpr int kBarrierConsumer0 = 2;
+constexpr int kBarrierConsumer1 = 3;
+
+// Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
+//   query or merge | ring of consumer 0 | ring of consumer 1 | stats | barriers
+// Block i of the CTA goes to consumer i % 2, as K, then V, in that consumer's own ring. Two rings,
+// not one, because a consumer has to see every phase of the barriers that it waits for: copies land
+// out of order, and a parity that is two phases behind looks like the one that is awaited.
+// The merge at the end of a sequence reuses the query's memory: the next query waits for it.
+template <int kQueryBytes_, int kBufferBytes_, int kStages_>
+struct MfaShared {
+  static constexpr int kQueryBytes = kQueryBytes_;
+  static constexpr int kBufferBytes = kBufferBytes_;
+  static constexpr int kStages = kStages_;  // of each consumer
+
+  union alignas(1024) {
+    uint8_t query[kQueryBytes];
+    float4 merge[2][kMergeRegs / 4][kWarpgroupThreads];
+  };
+  uint8_t ring[2][kStages][kBufferBytes];
+  float2 stats[2][kHeads];     // {maximum, sum} of each row, per consumer
+  uint64_t full[2][kStages];   // completes when a copy has landed
+  uint64_t empty[2][kStages];  // completes when the four warps of the consumer are done
+  uint64_t query_full;
+  uint64_t query_empty;
+  int is_last_arrival;
+};
+
+struct MfaParams {
+  const MfaWork* schedule;  // [num_ctas]
+  const int* seq_lens;      // i32[S]
+  const int* block_table;   // i32[S, block_table_stride]
+  int block_table_stride;
+  int num_heads;             // <= 64
+  float softmax_scale_log2;  // softmax scale (and K scale) times log2(e)
+  float output_scale;        // V scale; undoes the scale of P
+  uint16_t* out;             // bf16[S, num_heads, 256]
+  float* partial_out;        // f32[2 * num_ctas, 64, 256]
+  float2* partial_stats;     // f32[2 * num_ctas, 64, 2]: {maximum, sum}
+  int* arrivals;             // i32[num_ctas], zero between launches
+};
+
+template <class Shared>
+__device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * Shared::kStages; ++i) {
+      mbarrier_init(&shared.full[0][i], 1);
+      mbarrier_init(&shared.empty[0][i], kWarpgroupThreads / kWarpThreads);
+    }
+    mbarrier_init(&shared.query_full, 1);
+    mbarrier_init(&shared.query_empty, kConsumerWarps);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+// ---- producer ------------------------------------------------------------------------------
+
+// Streams K and V of every block of every part through the ring. Runs ahead into the next sequence
+// while the consumers still finish this one, so that the memory stream has no gap in between.
+// `load(block, is_v, destination, barrier)` issues the copy of one buffer.
+//
+// Only lane 0 waits and copies: lanes that poll a barrier on their own may fall a phase behind.
+// Of all KV blocks, the previous kernel of the stream may write only the last one of a sequence
+// (the new token); everything before it is fetched while that kernel still runs.
+template <class Shared, class Load>
+__device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
+                                               const MfaRange& range, Load load) {
+  const int lane = threadIdx.x % kWarpThreads;
+  bool has_waited = false;
+  int consumer = 0;
+  RingCursor<Shared::kStages> cursor;  // of both rings: they take turns
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
+    const int* table =
+        params.block_table + static_cast<int64_t>(sequence) * params.block_table_stride;
+    // Bounded by the row, not by the sequence, so that the load need not wait for the length.
+    const auto load_ids = [&](int first) {
+      const bool is_in_row = first + lane < params.block_table_stride;
+      return is_in_row ? ld_global_cg(table + first + lane) : 0;
+    };
+    int lane_block = load_ids(range.first_block_of(sequence));
+    const MfaPart part = mfa_part(range, params.seq_lens, sequence);
+    const int last_block = (part.num_tokens - 1) / kBlockTokens;
+    for (int b = part.block_begin; b < part.block_end; ++b) {
+      const int chunk_index = (b - part.block_begin) % kWarpThreads;
+      if (chunk_index == 0 && b > part.block_begin) lane_block = load_ids(b);
+      const int block = __shfl_sync(kFullWarp, lane_block, chunk_index);
+      if (!has_waited && b == last_block) {
+        griddepcontrol_wait();
+        has_waited = true;
+      }
+      RingCursor<Shared::kStages> at = cursor;
+#pragma unroll
+      for (int is_v = 0; is_v < 2; ++is_v) {
+        if (lane == 0) {
+          uint64_t* full = &shared.full[consumer][at.stage];
+          mbarrier_wait(&shared.empty[consumer][at.stage], at.parity ^ 1);
+          mbarrier_arrive_expect_tx(full, Shared::kBufferBytes);
+          load(block, is_v, shared.ring[consumer][at.stage], full);
+        }
+        at.advance();
+      }
+      if (consumer == 1) cursor = at;
+      consumer ^= 1;
+    }
+  }
+}
+
+// Loads the queries of each part; a warp of its own, so that waiting for the query buffer never
+// holds back the KV stream.
+template <class Shared, class Load>
+__device__ __forceinline__ void mfa_produce_query(Shared& shared, const MfaRange& range,
+                                                  Load load) {
+  if (threadIdx.x % kWarpThreads != 0) return;
+  griddepcontrol_wait();
+  uint32_t parity = 0;
+  for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {
+    mbarrier_wait(&shared.query_empty, parity ^ 1);
+    mbarrier_arrive_expect_tx(&shared.query_full, Shared::kQueryBytes);
+    load(sequence, shared.query, &shared.query_full);
+    parity ^= 1;
+  }
+}
+
+// Waits for a copy. The lanes leave together: none may fall a phase behind.
+__device__ __forceinline__ void mfa_acquire(uint64_t* barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+  __syncwarp();
+}
+
+// One arrival per warp: a warp's own wait only proves that its own rows have been read.
+__device__ __forceinline__ void mfa_release(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(barrier);
+}
+
+// Barrier among the 128 threads of one consumer.
+__device__ __forceinline__ void mfa_sync_consumer(int consumer) {
+  if (consumer == 0) {
+    bar_sync<kBarrierConsumer0, kWarpgroupThreads>();
+  } else {
+    bar_sync<kBarrierConsumer1, kWarpgroupThreads>();
+  }
+}
+
+// ---- online softmax ------------------------------------------------------------------------
+
+// State of one consumer thread: its two rows, lane/4 and lane/4 + 8 of its warp's 16.
+struct MfaRows {
+  float maximum[2];  // of the scaled scores, in log2 units; the same in the 4 lanes of a row
+  float sum[2];      // of this lane's share of the weights
+};
+
+// Turns scores into weights 2^(score * scale - maximum + log2_weight_scale), in place, and updates
+// the running maximum and sum. Returns the factors that rescale what was accumulated before.
+// Tokens at `num_valid` and beyond get weight 0. scale > 0.
+__device__ __forceinline__ void mfa_softmax(float (&scores)[kScoreRegs], MfaRows& rows,
+                                            const float (&scale)[2], float log2_weight_scale,
+                                            int num_valid, float (&rescale)[2]) {
+  if (num_valid < kBlockTokens) {
+    const int first_column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; ++i) {
+      const int column = 8 * (i / 4) + first_column + i % 2;
+      if (column >= num_valid) scores[i] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = scores[2 * r];
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; i += 4) {
+      top = fmaxf(top, fmaxf(scores[i + 2 * r], scores[i + 2 * r + 1]));
+    }
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+    const float maximum = fmaxf(rows.maximum[r], top * scale[r]);
+    rescale[r] = ex2_approx(rows.maximum[r] - maximum);
+    rows.maximum[r] = maximum;
+    const float offset = log2_weight_scale - maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScoreRegs; i += 4) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[i + 2 * r + c];
+        score = ex2_approx(fmaf(score, scale[r], offset));
+        sum += score;
+      }
+    }
+    rows.sum[r] = fmaf(rows.sum[r], rescale[r], sum);
+  }
+}
+
+// ---- epilogue ------------------------------------------------------------------------------
+
+// 2^(maximum - reference), and 0 for a consumer that saw no block (its maximum is -inf).
+__device__ __forceinline__ float mfa_weight(float maximum, float reference) {
+  return maximum == -INFINITY ? 0.0f : ex2_approx(maximum - reference);
+}
+
+struct MfaTarget {
+  uint16_t* out;       // whole sequence: bf16[num_heads, 256]
+  float* partial_out;  // split sequence: f32[64, 256]; null when whole
+};
+
+__device__ __forceinline__ void mfa_store_pair(const MfaTarget& target, int num_heads, int row,
+                                               int column, float x, float y) {
+  const int offset = row * kHeadDim + column;
+  if (target.partial_out != nullptr) {
+    *reinterpret_cast<float2*>(target.partial_out + offset) = make_float2(x, y);
+  } else if (row < num_heads) {
+    *reinterpret_cast<uint32_t*>(target.out + offset) = cvt_bf16x2(x, y);
+  }
+}
+
+// The two consumers saw every other block each. Consumer w keeps columns [128w, 128w + 128) of the
+// merged output and gives away its accumulators of the others, 64 columns a round. Both hold the
+// same (row, column) in the same register of the same thread, so the exchange needs no index
+// arithmetic.
+template <int kConsumer, class Shared>
+__device__ __forceinline__ void mfa_give(Shared& shared, int round,
+                                         const float (&acc)[kOutputRegs]) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+#pragma unroll
+  for (int i = 0; i < kMergeRegs; i += 4) {
+    const int give = (1 - kConsumer) * kOutputRegs / 2 + round * kMergeRegs + i;
+    shared.merge[kConsumer][i / 4][thread] =
+        make_float4(acc[give], acc[give + 1], acc[give + 2], acc[give + 3]);
+  }
+}
+
+template <int kConsumer, class Shared>
+__device__ __forceinline__ void mfa_keep(Shared& shared, const MfaTarget& target, int num_heads,
+                                         int round, const float (&mine)[2],
+                                         const float (&theirs)[2],
+                                         const float (&acc)[kOutputRegs]) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int lane = thread % kWarpThreads;
+  const int row = thread / kWarpThreads * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < kMergeRegs; i += 4) {
+    const int keep = kConsumer * kOutputRegs / 2 + round * kMergeRegs + i;
+    const float4 other = shared.merge[1 - kConsumer][i / 4][thread];
+    const int column = 2 * keep + 2 * (lane % 4);  // register 4j holds column 8j
+    mfa_store_pair(target, num_heads, row, column, acc[keep] * mine[0] + other.x * theirs[0],
+                   acc[keep + 1] * mine[0] + other.y * theirs[0]);
+    mfa_store_pair(target, num_heads, row + 8, column,
+                   acc[keep + 2] * mine[1] + other.z * theirs[1],
+                   acc[keep + 3] * mine[1] + other.w * theirs[1]);
+  }
+}
+
+template <class Shared>
+__device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTarget& target,
+                                                    int num_heads, int consumer,
+                                                    const MfaRows& rows, float output_scale,
+                                                    const float (&acc)[kOutputRegs]) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+  if (thread % 4 == 0) {
+    shared.stats[consumer][row] = make_float2(rows.maximum[0], rows.sum[0]);
+    shared.stats[consumer][row + 8] = make_float2(rows.maximum[1], rows.sum[1]);
+  }
+  bar_sync<kBarrierConsumers, kConsumerThreads>();  // nobody reads the query any more
+  float mine[2];
+  float theirs[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float2 other = shared.stats[1 - consumer][row + 8 * r];
+    const float maximum = fmaxf(rows.maximum[r], other.x);
+    mine[r] = mfa_weight(rows.maximum[r], maximum);
+    theirs[r] = mfa_weight(other.x, maximum);
+    if (target.partial_out == nullptr) {
+      const float sum = rows.sum[r] * mine[r] + other.y * theirs[r];
+      const float inverse = sum > 0.0f ? __fdividef(output_scale, sum) : 0.0f;  // no token: 0
+      mine[r] *= inverse;
+      theirs[r] *= inverse;
+    }
+  }
+  // The branches on `consumer` let each name its registers by constants.
+#pragma unroll
+  for (int round = 0; round < kOutputRegs / 2 / kMergeRegs; ++round) {
+    if (round > 0) bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (consumer == 0) {
+      mfa_give<0>(shared, round, acc);
+    } else {
+      mfa_give<1>(shared, round, acc);
+    }
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (consumer == 0) {
+      mfa_keep<0>(shared, target, num_heads, round, mine, theirs, acc);
+    } else {
+      mfa_keep<1>(shared, target, num_heads, round, mine, theirs, acc);
+    }
+  }
+  fence_proxy_async_shared();  // the copy engine writes the next query where the merge was
+  mfa_release(&shared.query_empty);
+}
+
+// Merges all partial results of a split sequence; run by the CTA that finished last. 64 threads a
+// head, 4 columns a thread, 4 heads at a time.
+__device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaSplit& split,
+                                                  uint16_t* out) {
+  constexpr int kThreadsPerHead = kHeadDim / 4;
+  const int thread = threadIdx.x - kWarpgroupThreads;
+  const int column = thread % kThreadsPerHead * 4;
+  for (int head = thread / kThreadsPerHead; head < params.num_heads;
+       head += kConsumerThreads / kThreadsPerHead) {
+    float maximum = -INFINITY;
+    for (int p = 0; p < split.num_ctas; ++p) {
+      const int slot = mfa_partial_slot(split.first_cta, p);
+      maximum = fmaxf(maximum, ld_global_cg(&params.partial_stats[slot * kHeads + head]).x);
+    }
+    float sum = 0.0f;
+    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (int p = 0; p < split.num_ctas; ++p) {
+      const int slot = mfa_partial_slot(split.first_cta, p);
+      const float2 stats = ld_global_cg(&params.partial_stats[slot * kHeads + head]);
+      const float4 value = ld_global_cg(reinterpret_cast<const float4*>(
+          params.partial_out + (slot * kHeads + head) * kHeadDim + column));
+      const float weight = mfa_weight(stats.x, maximum);
+      sum = fmaf(stats.y, weight, sum);
+      acc.x = fmaf(value.x, weight, acc.x);
+      acc.y = fmaf(value.y, weight, acc.y);
+      acc.z = fmaf(value.z, weight, acc.z);
+      acc.w = fmaf(value.w, weight, acc.w);
+    }
+    const float inverse = params.output_scale / sum;
+    *reinterpret_cast<uint2*>(out + head * kHeadDim + column) = make_uint2(
+        cvt_bf16x2(acc.x * inverse, acc.y * inverse), cvt_bf16x2(acc.z * inverse, acc.w * inverse));
+  }
+}
+
+// Finishes a part: the two consumers merge; a whole sequence goes to the output, a split one to its
+// partial slot, and the last CTA of the sequence to arrive there combines all parts. Nobody waits
+// for another CTA, so the kernel makes progress however few of its CTAs are resident.
+template <class Shared>
+__device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams& params,
+                                                const MfaPart& part, int consumer, MfaRows& rows,
+                                                const float (&acc)[kOutputRegs]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 1);
+    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 2);
+  }
+  uint16_t* out = params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
+  const int slot = 2 * blockIdx.x + (part.starts_here() ? 1 : 0);
+  const MfaTarget target = {
+      out, part.is_split() ? params.partial_out + slot * kHeads * kHeadDim : nullptr};
+  mfa_merge_and_store(shared, target, params.num_heads, consumer, rows, params.output_scale, acc);
+  if (!part.is_split()) return;
+
+  const MfaSplit split = mfa_load_split(params.schedule, part);
+  const int thread = threadIdx.x - kWarpgroupThreads;
+  if (thread < kHeads) {
+    const float2 a = shared.stats[0][thread];
+    const float2 b = shared.stats[1][thread];
+    const float maximum = fmaxf(a.x, b.x);
+    params.partial_stats[slot * kHeads + thread] =
+        make_float2(maximum, a.y * mfa_weight(a.x, maximum) + b.y * mfa_weight(b.x, maximum));
+  }
+  __threadfence();
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  if (thread == 0) {
+    int* arrivals = &params.arrivals[split.first_cta];
+    const bool is_last = atom_add_acq_rel_gpu(arrivals, 1) == split.num_ctas - 1;
+    if (is_last) *arrivals = 0;  // everyone has arrived: ready for the next launch
+    shared.is_last_arrival = is_last;
+  }
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  if (shared.is_last_arrival) {
+    __threadfence();
+    mfa_combine_parts(params, split, out);
+  }
+}

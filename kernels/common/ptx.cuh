@@ -1,0 +1,113 @@
+// One wrapper per scalar PTX instruction, named as the instruction. Holds no algorithm.
+// PTX for barriers, TMA and wgmma lives in the neighbouring headers; nowhere else is there any.
+#pragma once
+
+#include "common/types.cuh"
+
+// ---- roles ---------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Programmatic dependent launch: the next grid of the stream may be scheduled from here on.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits until every grid that this one depends on has finished and its writes are visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Nanoseconds, in coarse ticks.
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t time_ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time_ns));
+  return time_ns;
+}
+
+// ---- arithmetic ----------------------------------------------------------------------------
+
+__device__ __forceinline__ float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats to packed bf16; `lo` takes the lower half word, that is the lower address.
+__device__ __forceinline__ uint32_t cvt_bf16x2(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+// Two floats to packed e4m3, saturating at 448; `lo` takes the lower byte.
+__device__ __forceinline__ uint16_t cvt_e4m3x2(float lo, float hi) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+__device__ __forceinline__ uint32_t cvt_e4m3x4(float b0, float b1, float b2, float b3) {
+  return static_cast<uint32_t>(cvt_e4m3x2(b0, b1)) |
+         (static_cast<uint32_t>(cvt_e4m3x2(b2, b3)) << 16);
+}
+
+// ---- memory --------------------------------------------------------------------------------
+
+// Loads through L2 only: the data may be younger than what L1 holds, as when another SM wrote it in
+// this launch, or a kernel that this one overlaps with.
+__device__ __forceinline__ int ld_global_cg(const int* address) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ int4 ld_global_cg(const int4* address) {
+  int4 v;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float4 ld_global_cg(const float4* address) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 ld_global_cg(const float2* address) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+// Adds and returns the old value; releases this thread's writes and acquires those of the others.
+__device__ __forceinline__ int atom_add_acq_rel_gpu(int* address, int value) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
+// Makes ordinary shared-memory stores of this thread visible to wgmma and the TMA unit.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}

@@ -1,0 +1,1 @@
+"""Measurements, one command per module. Imports nothing itself."""

@@ -1,0 +1,1 @@
+"""Step-3: configuration, checkpoint, weights and the order of its layers."""

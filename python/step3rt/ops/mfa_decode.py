@@ -1,0 +1,211 @@
+"""MFA decode attention: one query token per sequence against the paged KV cache of one layer.
+
+Launches the BF16 and FP8 kernels of kernels/attention; never appends to the cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from step3rt.ops import launch
+from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM, PADDED_HEADS, MfaSchedule
+from step3rt.ops.tensor_map import TileView, encode_tensor_map
+
+LOG2_E = 1.4426950408889634
+
+_BF16_KERNEL = launch.Kernel(
+    "attention/sm90_bf16_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
+)
+_FP8_KERNEL = launch.Kernel(
+    "attention/sm90_fp8_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
+)
+
+# struct MfaParams of kernels/attention/mfa_decode.cuh.
+_PARAMS_DTYPE = np.dtype(
+    [
+        ("schedule", np.uint64),
+        ("seq_lens", np.uint64),
+        ("block_table", np.uint64),
+        ("block_table_stride", np.int32),
+        ("num_heads", np.int32),
+        ("softmax_scale_log2", np.float32),
+        ("output_scale", np.float32),
+        ("out", np.uint64),
+        ("partial_out", np.uint64),
+        ("partial_stats", np.uint64),
+        ("arrivals", np.uint64),
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MfaBatch:
+    """The sequences of one decode launch, on the device.
+
+    `block_table` i32[S, max blocks], contiguous: KV block ids, of which a row's first
+    ceil(seq_len / 64) are read. `seq_lens` i32[S]: tokens in the cache, the new one included; 0
+    marks an unused row. `schedule`: filled by `mfa_schedule` from the same `seq_lens`.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    schedule: MfaSchedule
+
+
+def mfa_decode_bf16(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: MfaBatch,
+    out: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Writes softmax(q k^T * softmax_scale) v of every sequence to `out`.
+
+    Args:
+        q: bf16[S, N, 256], contiguous, rotary embedding applied; N <= 64.
+        kv_cache: bf16[B, 2, 64, 256], contiguous: K, with rotary embedding, then V of each block.
+        batch: The sequences.
+        out: bf16[S, N, 256], contiguous. Rows of empty sequences become 0.
+        softmax_scale: Usually 1 / 16.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
+    _check(q, torch.bfloat16, batch, out, softmax_scale)
+    launch.check_tensor("kv_cache", kv_cache, bf16_cache_shape(-1), torch.bfloat16, q.device)
+    num_halves = 2 * kv_cache.shape[0]
+    row_bytes = 2 * HEAD_DIM
+    kv_map = encode_tensor_map(
+        kv_cache,
+        TileView(
+            sizes=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, num_halves),
+            strides_bytes=(row_bytes, 128, BLOCK_SIZE_TOKENS * row_bytes),
+            box=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 1),
+            swizzle_bytes=128,
+        ),
+    )
+    params = _params(q, batch, out, softmax_scale, 1.0)
+    _BF16_KERNEL.launch(q.device, batch.schedule.num_ctas, (_query_map(q), kv_map, params))
+
+
+def mfa_decode_fp8(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: MfaBatch,
+    out: torch.Tensor,
+    softmax_scale: float,
+    kv_scale: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Writes softmax(q k^T * softmax_scale) v of every sequence to `out`, from an FP8 cache.
+
+    Args:
+        q: e4m3[S, N, 256], contiguous, rotary embedding applied; N <= 64.
+        q_scale: f32[S, N], positive: the query is q * q_scale.
+        kv_cache: u8[B, 32768], the layout of `pack_fp8_blocks`.
+        batch: The sequences.
+        out: bf16[S, N, 256], contiguous. Rows of empty sequences become 0.
+        softmax_scale: Usually 1 / 16.
+        kv_scale: What one unit of the cached K and V is worth, constants of the layer.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit, or a scale is not positive.
+    """
+    _check(q, torch.float8_e4m3fn, batch, out, softmax_scale)
+    launch.check_tensor("q_scale", q_scale, q.shape[:2], torch.float32, q.device)
+    launch.check_tensor("kv_cache", kv_cache, fp8_cache_shape(-1), torch.uint8, q.device)
+    k_scale, v_scale = kv_scale
+    if not (k_scale > 0 and v_scale > 0):
+        raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
+    arguments = (_query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
+    _FP8_KERNEL.launch(q.device, batch.schedule.num_ctas, arguments)
+
+
+def reference_mfa_decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Returns f64[S, N, 256], computed in float64 on the tensors' device.
+
+    Args:
+        q: float[S, N, 256], dequantised.
+        kv: float[B, 2, 64, 256], dequantised.
+        block_table: i32[S, max blocks].
+        seq_lens: i32[S]; the row of an empty sequence is 0.
+        softmax_scale: As in the kernels.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for sequence, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            continue
+        blocks = block_table[sequence, : -(-length // BLOCK_SIZE_TOKENS)].long()
+        keys, values = kv[blocks].double().transpose(0, 1).flatten(1, 2)[:, :length]
+        scores = q[sequence].double() @ keys.T * softmax_scale
+        out[sequence] = scores.softmax(dim=-1) @ values
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    q_dtype: torch.dtype,
+    batch: MfaBatch,
+    out: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    device = batch.schedule.device
+    launch.check_tensor("q", q, (-1, -1, HEAD_DIM), q_dtype, device)
+    num_sequences, num_heads = q.shape[:2]
+    if not 1 <= num_heads <= PADDED_HEADS:
+        raise ValueError(
+            f"`q` has {num_heads} heads, the kernel takes 1 to {PADDED_HEADS}. Launch once per "
+            f"group of {PADDED_HEADS} heads."
+        )
+    launch.check_tensor("out", out, q.shape, torch.bfloat16, device)
+    launch.check_tensor("seq_lens", batch.seq_lens, (num_sequences,), torch.int32, device)
+    launch.check_tensor("block_table", batch.block_table, (num_sequences, -1), torch.int32, device)
+    if not softmax_scale > 0:
+        raise ValueError(
+            f"softmax_scale is {softmax_scale}. The running maximum is taken before scaling, which "
+            "needs a positive scale. Pass 1 / sqrt(head_dim)."
+        )
+
+
+def _query_map(q: torch.Tensor) -> Any:
+    """A box is all heads of one sequence in 128-byte column slices; heads past N arrive as 0."""
+    num_sequences, num_heads, _ = q.shape
+    item_bytes = q.element_size()
+    slice_elements = 128 // item_bytes
+    row_bytes = HEAD_DIM * item_bytes
+    view = TileView(
+        sizes=(slice_elements, num_heads, row_bytes // 128, num_sequences),
+        strides_bytes=(row_bytes, 128, num_heads * row_bytes),
+        box=(slice_elements, PADDED_HEADS, row_bytes // 128, 1),
+        swizzle_bytes=128,
+    )
+    return encode_tensor_map(q, view)
+
+
+def _params(
+    q: torch.Tensor, batch: MfaBatch, out: torch.Tensor, score_scale: float, output_scale: float
+) -> Any:
+    params = np.zeros(1, dtype=_PARAMS_DTYPE)
+    params["schedule"] = batch.schedule.rows.data_ptr()
+    params["seq_lens"] = batch.seq_lens.data_ptr()
+    params["block_table"] = batch.block_table.data_ptr()
+    params["block_table_stride"] = batch.block_table.shape[1]
+    params["num_heads"] = q.shape[1]
+    params["softmax_scale_log2"] = score_scale * LOG2_E
+    params["output_scale"] = output_scale
+    params["out"] = out.data_ptr()
+    params["partial_out"] = batch.schedule.partial_out.data_ptr()
+    params["partial_stats"] = batch.schedule.partial_stats.data_ptr()
+    params["arrivals"] = batch.schedule.arrivals.data_ptr()
+    return params

@@ -1,0 +1,175 @@
+"""Predicted beside measured, stage by stage, and the profile that explains the measurements best.
+
+Owns the error measure and the fit; reads no files (`measurement` does). The fit moves efficiencies
+as little as the measurements demand: what no run depends on stays what the profile said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from step3rt.errors import InvalidArgument
+from step3rt.plan.architecture import Model
+from step3rt.plan.measurement import Measurement
+from step3rt.plan.profile import SHARES, Profile
+from step3rt.plan.search import jitter_us
+from step3rt.plan.stages import Floats, ffn_sides, stage_times, step_us
+
+# What a fit may change. Jitter and skew show in percentiles and imbalance, not in means.
+_FITTED = (
+    "attention_bytes_bf16",
+    "attention_bytes_fp8",
+    "attention_flops",
+    "linear_bytes",
+    "linear_flops",
+    "attention_fixed_us",
+    "moe_bytes",
+    "moe_flops",
+    "ffn_fixed_us",
+    "nic_share",
+    "nvlink_share",
+    "nic_latency_us",
+    "nvlink_latency_us",
+    "step_fixed_us",
+)
+_ITERATIONS = 30
+_NUDGE = 1e-4
+# Weight of leaving a parameter alone, against one of a reading: changing it by a factor of e costs
+# as much as an error of 3 % in one reading.
+_PRIOR = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One reading of one run: what was predicted and what measured.
+
+    Attributes:
+        run: the run's name.
+        quantity: "tpot_ms", "tokens_per_s_per_gpu" or a stage's time in us.
+        predicted: by the model.
+        measured: by the benchmark.
+    """
+
+    run: str
+    quantity: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted / self.measured - 1
+
+
+def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[str, float]:
+    """The model's mean for everything that a result file may have.
+
+    Raises:
+        InvalidArgument: the run had another number of layers than `model`.
+    """
+    if measurement.num_layers not in (None, model.num_layers):
+        raise InvalidArgument(
+            f"The run {measurement.name!r} had {measurement.num_layers} layers, the model "
+            f"{model.name!r} has {model.num_layers}. Their times cannot be compared. Give the "
+            "model that ran with --model"
+        )
+    if measurement.num_experts is not None:
+        model = model.with_num_experts(measurement.num_experts)
+    deployment = measurement.deployment
+    places = deployment.lanes * deployment.num_attention_gpus
+    size = np.array([measurement.batch / places])
+    precision = measurement.precision
+    times = stage_times(model, deployment, profile, size, measurement.context_tokens, precision)
+    weights = times.counts / times.counts.sum()
+    # A stage's mean is over GPUs; only the step waits for the busiest.
+    ffn_us = []
+    for group in model.groups:
+        tokens = size * deployment.num_attention_gpus
+        sides = ffn_sides(group.ffn, deployment, profile, tokens, np.ones(1))
+        ffn_us.append(float(np.hypot(*sides)[0]) + profile.ffn_fixed_us)
+    tpot_us = float(step_us(times, deployment)[0]) + jitter_us(model, deployment, profile)
+    a2f, f2a = float(weights @ times.a2f[:, 0]), float(weights @ times.f2a[:, 0])
+    return {
+        "attention": float(weights @ times.attention[:, 0]) + profile.jitter_us,
+        "a2f": a2f,
+        "ffn": float(weights @ np.array(ffn_us)) + profile.jitter_us,
+        "f2a": f2a,
+        "transfer": a2f + f2a + float(weights @ times.latency),
+        "tpot_ms": tpot_us / 1e3,
+        "tokens_per_s_per_gpu": measurement.batch / tpot_us * 1e6 / deployment.num_gpus,
+    }
+
+
+def compare(model: Model, measurements: Sequence[Measurement], profile: Profile) -> tuple[Row, ...]:
+    """Predicted beside measured for every reading of every run."""
+    rows = []
+    for measurement in measurements:
+        predicted = predict(model, measurement, profile)
+        readings = {
+            "tokens_per_s_per_gpu": measurement.tokens_per_s_per_gpu,
+            "tpot_ms": measurement.tpot_ms,
+            **measurement.stage_us,
+        }
+        rows += [
+            Row(measurement.name, quantity, predicted[quantity], measured)
+            for quantity, measured in readings.items()
+        ]
+    return tuple(rows)
+
+
+def median_error(rows: Sequence[Row], quantity: str = "tokens_per_s_per_gpu") -> float:
+    """Median of the absolute errors in one quantity."""
+    errors = [abs(row.error) for row in rows if row.quantity == quantity]
+    return float(np.median(errors)) if errors else float("nan")
+
+
+def fit(model: Model, measurements: Sequence[Measurement], profile: Profile) -> Profile:
+    """The profile, changed as little as it takes to explain the measurements.
+
+    Gauss-Newton on the logarithms of predicted over measured, in the logarithms of the
+    efficiencies and times, with a small cost for leaving where they were.
+
+    Raises:
+        InvalidArgument: there is nothing to fit to.
+    """
+    if not measurements:
+        raise InvalidArgument(
+            "There is no measurement to fit to. A profile is fitted to runs. Give result files"
+        )
+    start = np.log([max(getattr(profile, name), _NUDGE) for name in _FITTED])
+    high = np.log([1.0 if name in SHARES else 1e6 for name in _FITTED])
+
+    def at(theta: Floats) -> Profile:
+        values = np.exp(np.minimum(theta, high))
+        return replace(profile, **dict(zip(_FITTED, values.tolist(), strict=True)))
+
+    def residuals(theta: Floats) -> Floats:
+        rows = compare(model, measurements, at(theta))
+        errors = [np.log(r.predicted / r.measured) for r in rows if r.measured > 0]
+        return np.concatenate((np.array(errors), _PRIOR * (theta - start)))
+
+    theta = start.copy()
+    now = residuals(theta)
+    for _ in range(_ITERATIONS):
+        slopes = np.stack(
+            [(residuals(theta + step) - now) / _NUDGE for step in _NUDGE * np.eye(theta.size)],
+            axis=1,
+        )
+        step = np.linalg.lstsq(slopes, -now, rcond=None)[0]
+        # A stage that is not the bottleneck has no slope until it becomes one: halve the step
+        # until it helps.
+        for _ in range(12):
+            trial = np.minimum(theta + step, high)
+            after = residuals(trial)
+            if after @ after < now @ now:
+                break
+            step = step / 2
+        else:
+            break
+        gained = now @ now - after @ after
+        theta, now = trial, after
+        if gained < 1e-9:
+            break
+    runs = ", ".join(measurement.name for measurement in measurements)
+    return replace(at(theta), source=f"{profile.source}; fitted to {runs}")

@@ -1,0 +1,88 @@
+"""Writes a plan as the cluster file that `step3rt serve --config` takes.
+
+Owns the translation from a deployment to `ServeConfig`; never decides (`verdict` does).
+"""
+
+import json
+from pathlib import Path
+
+from step3rt.config import ServeConfig, build
+from step3rt.errors import ConfigError, InvalidArgument
+from step3rt.plan.cost import Precision
+from step3rt.plan.verdict import Choice
+
+_MIN_MICRO_BATCH_TOKENS = 512  # room for prefill beside a small decode batch
+
+
+def cluster_toml(
+    choice: Choice, precision: Precision, *, model: str, context_tokens: int, command: str
+) -> str:
+    """The settings of the coordinator of one deployment unit, with predictions as comments.
+
+    Args:
+        choice: a disaggregated choice; `serve` places no other.
+        precision: the KV type that was planned with.
+        model: the checkpoint that `serve` shall load.
+        context_tokens: the context that was planned for.
+        command: what made the plan, for the comment.
+
+    Raises:
+        InvalidArgument: `serve` cannot run this placement.
+    """
+    candidate, result = choice.candidate, choice.result
+    deployment = candidate.deployment
+    if deployment.is_colocated or deployment.ffn_parallelism != "ep":
+        raise InvalidArgument(
+            f"The deployment {deployment.label!r} cannot be written as a cluster file. "
+            "`step3rt serve` runs attention and FFN instances apart, with whole experts on each. "
+            "Plan with --placement disaggregated --ffn-parallelism ep"
+        )
+    places = deployment.lanes * deployment.num_attention_gpus
+    sequences = -(-candidate.batch // places)
+    settings: dict[str, str | int] = {
+        "model": model,
+        "attention": deployment.num_attention_gpus,
+        "ffn": deployment.num_ffn_gpus,
+        "lanes": deployment.lanes,
+        "dtype": "bfloat16",
+        "precision": "production",
+        "kv_dtype": "fp8" if precision.kv_bytes == 1 else "bfloat16",
+        "max_sequences_per_lane": sequences,
+        "max_tokens_per_micro_batch": max(_MIN_MICRO_BATCH_TOKENS, sequences),
+    }
+    # What is written is what `serve` checks: a plan that it would refuse fails here.
+    build(ServeConfig, settings, "plan")
+    limit = choice.limits[0] if choice.limits else None
+    comments = [
+        f"Made by `{command}`. For `step3rt serve --config`.",
+        f"One unit: {deployment.label}; {candidate.num_units} such units fit the inventory.",
+        f"Attention instances run on {deployment.attention_card.name}, one a GPU; FFN instances "
+        f"on {deployment.ffn_card.name}.",
+        f"Predicted at {context_tokens} tokens of context and {candidate.batch} sequences:",
+        f"  {result.tokens_per_s:,.0f} tokens/s, {result.tokens_per_s_per_gpu:,.0f} per GPU; TPOT "
+        f"p50 {result.tpot_ms['p50']:.1f} ms, p99 {result.tpot_ms['p99']:.1f} ms",
+        "  per layer and micro-batch: "
+        + ", ".join(f"{name} {us:.0f} us" for name, us in result.stage_us.items()),
+    ]
+    if limit is not None:
+        comments.append(f"Limited by {limit.name}: {limit.change} would bring {limit.gain:+.0%}.")
+    # A command may hold any character; a comment ends with its line.
+    lines = [f"# {' '.join(comment.split())}" for comment in comments]
+    # A JSON string is a TOML basic string.
+    lines += [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"The file {str(path)!r} cannot be written: {error.strerror}. Nothing was saved. "
+            "Give another path"
+        ) from error

@@ -1,0 +1,186 @@
+"""Reads the files that `step3rt bench decode` writes (docs/results/decode-*.json).
+
+Owns their names for things and what a run's name says about its placement; never predicts.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step3rt.errors import ConfigError
+from step3rt.plan.cost import DTYPE_BYTES, Precision
+from step3rt.plan.deployment import Deployment
+from step3rt.plan.hardware import Hardware
+
+STAGES = ("attention", "a2f", "ffn", "f2a", "transfer")
+_MAX_FILE_BYTES = 64 << 20
+# A slice carries, on each FFN GPU, what one of the paper's 16 FFN GPUs does of 48 experts.
+_SLICE_EXPERTS_PER_GPU = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One measured run.
+
+    Attributes:
+        name: the run's name and its file.
+        deployment: where it ran.
+        batch: sequences in flight over all GPUs and lanes.
+        context_tokens: mean context.
+        precision: of the KV cache.
+        num_experts: routed experts, if fewer than the model has; else None.
+        num_layers: layers that ran; None if the file does not say.
+        tpot_ms: p50.
+        tokens_per_s_per_gpu: over all GPUs.
+        stage_us: mean of one layer and micro-batch, for those of STAGES that the file has;
+            "transfer" is both ways together, latency included.
+    """
+
+    name: str
+    deployment: Deployment
+    batch: int
+    context_tokens: int
+    precision: Precision
+    num_experts: int | None
+    num_layers: int | None
+    tpot_ms: float
+    tokens_per_s_per_gpu: float
+    stage_us: dict[str, float]
+
+
+def load_measurement(
+    path: Path, cards: Mapping[str, Hardware], card: Hardware | None = None
+) -> Measurement:
+    """The run in a result file.
+
+    Args:
+        path: the file.
+        cards: known hardware; the file's "machine" names one of it.
+        card: the hardware, where the file's "machine" does not tell.
+
+    Raises:
+        ConfigError: unreadable, not a decode result, or a value is missing or impossible.
+    """
+    values = _Values(path)
+    run = values.text("run").lower()
+    if card is None:
+        machine = re.findall(r"[a-z]*\d+[a-z]*", values.text("machine").lower())
+        card = next((cards[word] for word in machine if word in cards), None)
+        if card is None:
+            raise values.error("machine", "names no card that the planner knows. Give --hardware")
+    gpus = int(values.number("gpus"))
+    deployment = _placement(values, run, card, gpus, int(values.number("lanes")))
+    experts = values.values.get("experts")
+    if experts is None and "slice" in run:
+        experts = _SLICE_EXPERTS_PER_GPU * deployment.num_ffn_gpus
+    dtype = {"bf16": "bfloat16", "e4m3": "fp8"}.get(
+        values.text("kv_dtype"), values.text("kv_dtype")
+    )
+    if dtype not in DTYPE_BYTES:
+        raise values.error("kv_dtype", f"is not one of {', '.join(DTYPE_BYTES)}")
+    return Measurement(
+        name=f"{run} ({path.name})",
+        deployment=deployment,
+        batch=int(values.number("batch")),
+        context_tokens=int(values.number("context")),
+        precision=Precision(kv_bytes=DTYPE_BYTES[dtype]),
+        num_experts=None if experts is None else int(experts),
+        num_layers=int(values.number("layers")) if "layers" in values.values else None,
+        tpot_ms=values.number("tpot_ms", "p50"),
+        tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
+        stage_us={name: us for name in STAGES if (us := values.stage_us(name)) is not None},
+    )
+
+
+def _placement(values: "_Values", run: str, card: Hardware, gpus: int, lanes: int) -> Deployment:
+    if "colocated" in run:
+        return Deployment(
+            placement="colocated",
+            attention_card=card,
+            ffn_card=card,
+            num_attention_gpus=gpus,
+            num_ffn_gpus=0,
+            lanes=lanes,
+        )
+    match = re.search(r"(\d+)a(\d+)f", run)
+    if match is None:
+        raise values.error("run", "names neither a colocated run nor one like 2a2f")
+    attention, ffn = int(match[1]), int(match[2])
+    # "2A2F" counts GPUs here, and hosts of 8 in the paper.
+    per_instance = {attention + ffn: 1, (attention + ffn) * card.gpus_per_host: card.gpus_per_host}
+    if gpus not in per_instance:
+        raise values.error("gpus", f"is neither {' nor '.join(map(str, per_instance))}")
+    return Deployment(
+        placement="disaggregated",
+        attention_card=card,
+        ffn_card=card,
+        num_attention_gpus=attention * per_instance[gpus],
+        num_ffn_gpus=ffn * per_instance[gpus],
+        lanes=lanes,
+        ffn_parallelism="ep" if per_instance[gpus] == 1 else "tp_ep",
+    )
+
+
+class _Values:
+    """A result file's values, checked when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values = read_json_object(path, "decode")
+
+    def error(self, key: str, what: str) -> ConfigError:
+        return ConfigError(
+            f"The result file {str(self.path)!r} has {key} = {self.values.get(key)!r}, which "
+            f"{what}. The run cannot be predicted. Correct the file"
+        )
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if not isinstance(value, str):
+            raise self.error(key, "is not text")
+        return value
+
+    def number(self, key: str, inner: str | None = None) -> float:
+        value = self.values.get(key)
+        if inner is not None:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if not is_positive(value):
+            raise self.error(key, f"has no number above 0{f' as {inner}' if inner else ''}")
+        return float(value)  # type: ignore[arg-type]
+
+    def stage_us(self, name: str) -> float | None:
+        stages = self.values.get("stages")
+        value = stages.get(name) if isinstance(stages, dict) else None
+        if isinstance(value, dict):
+            value = value.get("us")
+        return float(value) if is_positive(value) else None  # type: ignore[arg-type]
+
+
+def read_json_object(path: Path, benchmark: str) -> dict[str, Any]:
+    """The object in a file that `step3rt bench` wrote.
+
+    Raises:
+        ConfigError: unreadable, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"The result file {str(path)!r} cannot be read: {error}. The planner compares with "
+            f"what `step3rt bench {benchmark}` wrote. Give such a file"
+        ) from error
+    return values
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value is a finite number above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0  # type: ignore[operator,arg-type]

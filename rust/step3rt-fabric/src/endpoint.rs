@@ -1,0 +1,315 @@
+//! All links of one process: binds, connects, accepts, and reports what happens.
+//!
+//! It never blocks for a peer except in [`Endpoint::connect`], and never looks into a payload.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use step3rt_core::ids::{InstanceId, LaneId};
+
+use crate::address::{DataAddress, PeerAddress, boot_id, candidates};
+pub use crate::config::{BindError, EndpointConfig, LinkSettings};
+use crate::connect::Attempt;
+pub use crate::connect::ConnectError;
+use crate::contract::{
+    Doorbell, DownReason, Link, LinkEvent, LinkIdentity, PushError, Side, SlotMemory,
+};
+use crate::frame::{Frame, FrameHeader};
+use crate::handshake::{Introduction, RefusalCode};
+use crate::hub::{Accepted, Hub};
+use crate::watcher::Watcher;
+
+/// A new link, for people and reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkSummary {
+    /// Who is at the other end.
+    pub peer: LinkIdentity,
+    /// `"shm"`, `"tcp"` or `"sim"`.
+    pub fabric: &'static str,
+    /// Why this fabric and no other.
+    pub reason: String,
+}
+
+/// What an endpoint reports. A peer's events are in order: up, arrivals, down.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FabricEvent {
+    /// A peer connected to this endpoint. (What [`Endpoint::connect`] linked is its return value,
+    /// not an event.)
+    LinkUp(LinkSummary),
+    /// A checked frame lies in the receive slot of its lane.
+    Arrived {
+        /// Who sent it.
+        peer: InstanceId,
+        /// What it says.
+        header: FrameHeader,
+    },
+    /// A link is over. It is forgotten at the next poll, so that what arrived with this event can
+    /// still be read; slots that the caller holds stay mapped as long as it holds them.
+    LinkDown {
+        /// Who was at the other end, with the epoch of the link that ended.
+        peer: LinkIdentity,
+        /// Why.
+        reason: DownReason,
+    },
+}
+
+/// All links of one process. Owned by one thread, which may change.
+pub struct Endpoint {
+    config: EndpointConfig,
+    boot_id: String,
+    addresses: Vec<DataAddress>,
+    links: Vec<Entry>,
+    /// Events of this end's own doing, for the next poll.
+    notices: Vec<FabricEvent>,
+    /// Kept so that a poll does not allocate.
+    scratch: Vec<LinkEvent>,
+    hub: Arc<Hub>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+struct Entry {
+    peer: LinkIdentity,
+    link: Box<dyn Link>,
+    /// Its end was reported; the next poll forgets it.
+    is_over: bool,
+}
+
+impl Endpoint {
+    /// Binds the listeners and starts the watcher thread.
+    pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
+        config.geometry.validate()?;
+        let introduction = Introduction {
+            identity: config.identity,
+            side: config.side,
+            geometry: config.geometry,
+        };
+        let (listeners, addresses) = config.listen()?;
+        let hub = Arc::new(Hub::new(introduction, config.settings)?);
+        let watcher = Watcher::new(Arc::clone(&hub), listeners);
+        let watcher = std::thread::Builder::new()
+            .name("fabric-watch".to_owned())
+            .spawn(move || watcher.run())?;
+        Ok(Self {
+            // Unknown only where /proc is not mounted; then no host is the same host.
+            boot_id: boot_id().unwrap_or_default(),
+            config,
+            addresses,
+            links: Vec::new(),
+            notices: Vec::new(),
+            scratch: Vec::new(),
+            hub,
+            watcher: Some(watcher),
+        })
+    }
+
+    /// Where peers reach this endpoint, to be published as they are.
+    pub fn addresses(&self) -> &[DataAddress] {
+        &self.addresses
+    }
+
+    /// What rings whenever [`Endpoint::poll`] has something new. May be waited on, and rung, by any
+    /// thread, also after the endpoint is gone.
+    pub fn doorbell(&self) -> Arc<dyn Doorbell> {
+        Arc::clone(&self.hub.bell) as Arc<dyn Doorbell>
+    }
+
+    /// Links to a peer; blocks for at most the handshake timeout per fabric tried. An existing link
+    /// to that instance is replaced (its end is reported by [`Endpoint::poll`]).
+    pub fn connect(&mut self, peer: &PeerAddress) -> Result<LinkSummary, ConnectError> {
+        if self.config.side == Side::Responder {
+            return Err(ConnectError::WrongSide);
+        }
+        let instance = peer.identity.instance;
+        self.admit(peer.identity)?;
+        match self.attempt(peer) {
+            Ok((link, reason)) => {
+                let (peer, fabric) = (link.peer(), link.fabric());
+                self.insert(link);
+                tracing::info!(%instance, epoch = %peer.epoch, fabric, reason, "linked");
+                Ok(LinkSummary {
+                    peer,
+                    fabric,
+                    reason,
+                })
+            }
+            Err(error) => {
+                self.hub.dismiss(instance);
+                Err(error)
+            }
+        }
+    }
+
+    fn admit(&self, peer: LinkIdentity) -> Result<(), ConnectError> {
+        self.hub.admit(peer).map_err(|code| match code {
+            RefusalCode::Stale(_) => ConnectError::Stale(peer),
+            // An admission fails for no other reason.
+            _ => ConnectError::Full {
+                instance: peer.instance,
+                max_peers: self.config.settings.max_peers,
+            },
+        })
+    }
+
+    /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
+    fn attempt(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
+        let mut candidates = candidates(self.config.fabric, &self.boot_id, peer).into_iter();
+        let mut next = candidates.next();
+        let mut unreachable: Option<ConnectError> = None;
+        while let Some((fabric, choice)) = next {
+            next = candidates.next();
+            match (Attempt {
+                hub: &self.hub,
+                peer,
+                fabric,
+                choice,
+            })
+            .run()
+            {
+                Ok(link) => {
+                    let reason = match unreachable {
+                        Some(error) => format!("{choice}: {error}"),
+                        None => choice.to_string(),
+                    };
+                    return Ok((link, reason));
+                }
+                Err(error @ ConnectError::Unreachable { .. }) if next.is_some() => {
+                    unreachable = Some(error);
+                }
+                // That the last resort is not even offered says less than why the first failed.
+                Err(ConnectError::NotOffered { .. }) if unreachable.is_some() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(unreachable.expect("there is a candidate, and the last one returns its error"))
+    }
+
+    /// Adopts a link made elsewhere, such as one end of a simulated pair, and reports it as up.
+    pub fn adopt(&mut self, link: Box<dyn Link>) -> Result<(), ConnectError> {
+        self.admit(link.peer())?;
+        self.insert_and_report(link, "adopted".to_owned());
+        self.hub.bell.ring();
+        Ok(())
+    }
+
+    /// Appends what has happened since the last call. Never blocks.
+    pub fn poll(&mut self, out: &mut Vec<FabricEvent>) {
+        while let Some(at) = self.links.iter().position(|entry| entry.is_over) {
+            self.remove(at);
+        }
+        for Accepted { link, reason } in self.hub.take_accepted() {
+            self.insert_and_report(link, reason);
+        }
+        out.append(&mut self.notices);
+        for Entry {
+            peer,
+            link,
+            is_over,
+        } in &mut self.links
+        {
+            link.poll(&mut self.scratch);
+            out.extend(self.scratch.drain(..).map(|event| match event {
+                LinkEvent::Arrived(header) => FabricEvent::Arrived {
+                    peer: peer.instance,
+                    header,
+                },
+                LinkEvent::Down(reason) => {
+                    *is_over = true;
+                    let (instance, epoch) = (peer.instance, peer.epoch);
+                    tracing::info!(%instance, %epoch, %reason, "link down");
+                    FabricEvent::LinkDown {
+                        peer: *peer,
+                        reason,
+                    }
+                }
+            }));
+        }
+    }
+
+    /// See [`Link::send_slot`]; `None` also when the peer is not linked.
+    pub fn send_slot(&self, peer: InstanceId, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
+        self.links[self.position(peer)?].link.send_slot(lane)
+    }
+
+    /// See [`Link::receive_slot`]; `None` also when the peer is not linked.
+    pub fn receive_slot(&self, peer: InstanceId, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
+        self.links[self.position(peer)?].link.receive_slot(lane)
+    }
+
+    /// See [`Link::push`].
+    pub fn push(&mut self, peer: InstanceId, lane: LaneId, frame: Frame) -> Result<(), PushError> {
+        let at = self.position(peer).ok_or(PushError::NotLinked(peer))?;
+        self.links[at].link.push(lane, frame)
+    }
+
+    /// Closes the link to a peer; the next poll reports it down. Nothing if there is none.
+    pub fn disconnect(&mut self, peer: InstanceId) {
+        if let Some(at) = self.position(peer) {
+            self.end(at, DownReason::Closed);
+        }
+    }
+
+    /// What it was bound with.
+    pub fn config(&self) -> &EndpointConfig {
+        &self.config
+    }
+
+    /// A process has few peers, and their ids are contiguous in memory: no map is faster.
+    fn position(&self, peer: InstanceId) -> Option<usize> {
+        self.links
+            .iter()
+            .position(|entry| entry.peer.instance == peer)
+    }
+
+    fn insert_and_report(&mut self, link: Box<dyn Link>, reason: String) {
+        let (peer, fabric) = (link.peer(), link.fabric());
+        self.insert(link);
+        tracing::info!(instance = %peer.instance, epoch = %peer.epoch, fabric, reason, "linked");
+        self.notices.push(FabricEvent::LinkUp(LinkSummary {
+            peer,
+            fabric,
+            reason,
+        }));
+    }
+
+    /// Adds a link, in place of an earlier one to the same instance.
+    fn insert(&mut self, link: Box<dyn Link>) {
+        let peer = link.peer();
+        self.hub.confirm(peer);
+        if let Some(at) = self.position(peer.instance) {
+            self.end(at, DownReason::Replaced(peer.epoch));
+        }
+        self.links.push(Entry {
+            peer,
+            link,
+            is_over: false,
+        });
+    }
+
+    /// Ends a link from this side.
+    fn end(&mut self, at: usize, reason: DownReason) {
+        let Entry { peer, is_over, .. } = self.remove(at);
+        if !is_over {
+            self.notices.push(FabricEvent::LinkDown { peer, reason });
+            self.hub.bell.ring();
+        }
+    }
+
+    fn remove(&mut self, at: usize) -> Entry {
+        let entry = self.links.swap_remove(at);
+        self.hub.dismiss(entry.peer.instance);
+        entry
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.hub.stop();
+        if self
+            .watcher
+            .take()
+            .is_some_and(|watcher| watcher.join().is_err())
+        {
+            tracing::error!("the fabric's watcher panicked");
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! Memory that slots lie in: sealed memfds shared between processes, and private memory.
+//!
+//! The one module with `unsafe`. It never forms a reference to slot bytes: other processes, the
+//! kernel and the embedding program write them, so they are reached by raw pointer, by system call
+//! or through atomics only.
+
+#![allow(
+    unsafe_code,
+    reason = "maps memory and does I/O on it; all of the crate's unsafe is here"
+)]
+
+use std::ffi::c_void;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+use thiserror::Error;
+
+use crate::contract::SlotMemory;
+
+/// Mappings are whole pages of this size; a multiple of it is fine where pages are larger, because
+/// `mmap` rounds up itself.
+pub(crate) const PAGE_BYTES: usize = 4096;
+
+/// Slot bytes are copied and summed by words: atomics, because another process may write them.
+pub(crate) const WORD_BYTES: usize = size_of::<u64>();
+
+/// What the other process may do with a memfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Only the creator writes. The seal also forbids punching holes, so that reading the mapping
+    /// can never fault.
+    PeerReads,
+    /// Both write.
+    PeerWrites,
+}
+
+impl Sharing {
+    fn seals(self) -> SealFlags {
+        let fixed_size = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        match self {
+            Self::PeerReads => fixed_size | SealFlags::FUTURE_WRITE,
+            Self::PeerWrites => fixed_size,
+        }
+    }
+}
+
+/// Why a received memfd was not mapped.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// A memfd of another size than agreed.
+    #[error("shared memory has {found} bytes where {expected} were agreed")]
+    Size {
+        /// Of the memfd.
+        found: u64,
+        /// By the geometry.
+        expected: usize,
+    },
+    /// Without the seals the peer could shrink it under our feet.
+    #[error("shared memory has seals {found:#x}, {expected:#x} are needed")]
+    Seals {
+        /// Of the memfd.
+        found: u32,
+        /// Needed.
+        expected: u32,
+    },
+    /// The operating system refused.
+    #[error("shared memory cannot be mapped: {0}")]
+    System(#[from] io::Error),
+}
+
+/// A mapped range, unmapped when the last owner drops it.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    is_writable: bool,
+}
+
+// SAFETY: the range stays mapped until Drop, which needs the last owner; all accesses go through
+// atomics, system calls or raw pointers, none of which depend on the thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send; no method forms a reference to plain bytes.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Makes a sealed memfd of `len` bytes, allocated in full and zeroed, and maps it for writing.
+    pub(crate) fn share(name: &str, len: usize, sharing: Sharing) -> io::Result<(Self, OwnedFd)> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        // Allocated now: a full machine is an error here and not a SIGBUS at the first store.
+        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len as u64)?;
+        let mapping = Self::map(&fd, len, true)?;
+        rustix::fs::fcntl_add_seals(&fd, sharing.seals())?;
+        Ok((mapping, fd))
+    }
+
+    /// Maps a memfd that a peer made with [`Mapping::share`], after checking its size and seals.
+    pub(crate) fn open(fd: &OwnedFd, len: usize, sharing: Sharing) -> Result<Self, MapError> {
+        let found = u64::try_from(rustix::fs::fstat(fd).map_err(io::Error::from)?.st_size);
+        let found = found.unwrap_or(0);
+        if found != len as u64 {
+            return Err(MapError::Size {
+                found,
+                expected: len,
+            });
+        }
+        let seals = rustix::fs::fcntl_get_seals(fd).map_err(io::Error::from)?;
+        if !seals.contains(sharing.seals()) {
+            let (found, expected) = (seals.bits(), sharing.seals().bits());
+            return Err(MapError::Seals { found, expected });
+        }
+        Ok(Self::map(fd, len, sharing == Sharing::PeerWrites)?)
+    }
+
+    /// Maps private, zeroed memory.
+    pub(crate) fn private(len: usize) -> io::Result<Self> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice aliases nothing.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                protection,
+                MapFlags::PRIVATE | MapFlags::POPULATE,
+            )?
+        };
+        Self::from_mmap(base, len, true)
+    }
+
+    fn map(fd: &OwnedFd, len: usize, is_writable: bool) -> io::Result<Self> {
+        let protection = if is_writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        // SAFETY: a new mapping at an address of the kernel's choice aliases no Rust object. The
+        // memfd cannot shrink below `len`: our own is sealed right after, a peer's was checked.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                protection,
+                MapFlags::SHARED | MapFlags::POPULATE,
+                fd,
+                0,
+            )?
+        };
+        Self::from_mmap(base, len, is_writable)
+    }
+
+    fn from_mmap(base: *mut c_void, len: usize, is_writable: bool) -> io::Result<Self> {
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            base,
+            len,
+            is_writable,
+        })
+    }
+
+    /// The 32-bit word at `offset`, for futexes. Panics outside of the mapping, when misaligned, and
+    /// on memory that this process may not write.
+    pub(crate) fn u32_at(&self, offset: usize) -> &AtomicU32 {
+        assert!(
+            self.is_writable,
+            "an atomic that may be stored to needs writable memory"
+        );
+        let pointer = self.at(offset, size_of::<AtomicU32>(), align_of::<AtomicU32>());
+        // SAFETY: in bounds and aligned (checked by `at`), mapped for as long as `self` lives, and
+        // only ever accessed as an atomic, here and by other processes.
+        unsafe { AtomicU32::from_ptr(pointer.cast()) }
+    }
+
+    /// Loads the 64-bit word at `offset`. Panics outside of the mapping or when misaligned.
+    pub(crate) fn load_u64(&self, offset: usize, ordering: Ordering) -> u64 {
+        let pointer = self.at(offset, size_of::<AtomicU64>(), align_of::<AtomicU64>());
+        // SAFETY: in bounds and aligned (checked by `at`), mapped for as long as `self` lives. Atomic
+        // loads of this size are allowed on read-only memory.
+        unsafe { AtomicU64::from_ptr(pointer.cast()) }.load(ordering)
+    }
+
+    /// Stores the 64-bit word at `offset`. Panics as [`Mapping::u32_at`] does.
+    pub(crate) fn store_u64(&self, offset: usize, value: u64, ordering: Ordering) {
+        assert!(self.is_writable, "a store needs writable memory");
+        let pointer = self.at(offset, size_of::<AtomicU64>(), align_of::<AtomicU64>());
+        // SAFETY: in bounds, aligned and writable (checked), mapped for as long as `self` lives.
+        unsafe { AtomicU64::from_ptr(pointer.cast()) }.store(value, ordering);
+    }
+
+    /// Sends bytes of the mapping on a socket; may send fewer, as the system call does.
+    pub(crate) fn send(
+        &self,
+        socket: impl AsFd,
+        range: Range<usize>,
+        flags: i32,
+    ) -> io::Result<usize> {
+        let pointer = self.at(range.start, range.len(), 1);
+        let socket = socket.as_fd().as_raw_fd();
+        // SAFETY: the kernel reads `range`, which is in bounds (checked by `at`) and mapped until
+        // `self` drops; what it reads while somebody writes is theirs to answer for.
+        let sent = unsafe {
+            libc::send(
+                socket,
+                pointer.cast(),
+                range.len(),
+                flags | libc::MSG_NOSIGNAL,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Receives into the mapping from a socket; 0 when the peer has closed.
+    pub(crate) fn receive(&self, socket: impl AsFd, range: Range<usize>) -> io::Result<usize> {
+        assert!(self.is_writable, "receiving needs writable memory");
+        let pointer = self.at(range.start, range.len(), 1);
+        let socket = socket.as_fd().as_raw_fd();
+        // SAFETY: the kernel writes `range`, which is in bounds (checked by `at`), writable and
+        // mapped until `self` drops. The lane's credit says that nobody reads it meanwhile; who
+        // does all the same sees torn bytes and no more.
+        let received = unsafe { libc::recv(socket, pointer.cast(), range.len(), 0) };
+        usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
+        let end = offset.checked_add(len);
+        assert!(
+            end.is_some_and(|end| end <= self.len) && offset.is_multiple_of(align),
+            "{len} bytes at {offset} are misaligned or outside of a mapping of {} bytes",
+            self.len
+        );
+        // SAFETY: `offset` is at most `len` (just checked), so the result stays in the allocation.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are what mmap returned, and the last owner is here, so no pointer
+        // that this crate gave out under an owner is left.
+        if let Err(error) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
+            tracing::error!(%error, len_bytes = self.len, "memory cannot be unmapped");
+        }
+    }
+}
+
+/// The payload bytes of one slot; keeps its mapping alive.
+#[derive(Debug)]
+pub(crate) struct SlotBytes {
+    mapping: Arc<Mapping>,
+    range: Range<usize>,
+}
+
+impl SlotBytes {
+    /// Panics when `range` is not within the mapping or does not start at a multiple of 64. What
+    /// follows it up to the next multiple of 8 must be nobody's.
+    pub(crate) fn new(mapping: Arc<Mapping>, range: Range<usize>) -> Self {
+        mapping.at(range.start, range.len(), 64);
+        Self { mapping, range }
+    }
+}
+
+impl SlotMemory for SlotBytes {
+    fn as_ptr(&self) -> *mut u8 {
+        self.mapping.at(self.range.start, self.range.len(), 64)
+    }
+
+    fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        assert!(
+            bytes.len() <= self.len(),
+            "{} bytes for a slot of {}",
+            bytes.len(),
+            self.len()
+        );
+        for (i, chunk) in bytes.chunks(WORD_BYTES).enumerate() {
+            let offset = self.range.start + i * WORD_BYTES;
+            // Slots are padded to whole words; bytes after the last chunk keep their value.
+            let mut word = self
+                .mapping
+                .load_u64(offset, Ordering::Relaxed)
+                .to_ne_bytes();
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.mapping
+                .store_u64(offset, u64::from_ne_bytes(word), Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self, bytes: &mut [u8]) {
+        assert!(
+            bytes.len() <= self.len(),
+            "{} bytes of a slot of {}",
+            bytes.len(),
+            self.len()
+        );
+        for (i, chunk) in bytes.chunks_mut(WORD_BYTES).enumerate() {
+            let offset = self.range.start + i * WORD_BYTES;
+            let word = self
+                .mapping
+                .load_u64(offset, Ordering::Relaxed)
+                .to_ne_bytes();
+            chunk.copy_from_slice(&word[..chunk.len()]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain_memfd(len: u64) -> OwnedFd {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("test", flags).unwrap();
+        rustix::fs::ftruncate(&fd, len).unwrap();
+        fd
+    }
+
+    #[test]
+    fn a_store_of_the_creator_is_seen_through_the_passed_fd() {
+        let (ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerReads).unwrap();
+        let theirs = Mapping::open(&fd, PAGE_BYTES, Sharing::PeerReads).unwrap();
+        ours.store_u64(64, 0xfeed, Ordering::Release);
+        assert_eq!(theirs.load_u64(64, Ordering::Acquire), 0xfeed);
+    }
+
+    #[test]
+    fn the_reader_can_neither_map_for_writing_nor_resize_nor_punch_holes() {
+        let (_ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerReads).unwrap();
+        assert!(Mapping::map(&fd, PAGE_BYTES, true).is_err());
+        assert!(rustix::fs::ftruncate(&fd, 0).is_err());
+        assert!(rustix::fs::ftruncate(&fd, 1 << 20).is_err());
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        assert!(rustix::fs::fallocate(&fd, punch, 0, PAGE_BYTES as u64).is_err());
+        assert!(rustix::fs::fcntl_add_seals(&fd, SealFlags::WRITE).is_err());
+    }
+
+    #[test]
+    fn memory_of_another_size_or_without_seals_is_refused() {
+        let (_ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerWrites).unwrap();
+        let error = Mapping::open(&fd, 2 * PAGE_BYTES, Sharing::PeerWrites).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                MapError::Size {
+                    found: 4096,
+                    expected: 8192
+                }
+            ),
+            "{error}"
+        );
+        let error = Mapping::open(&fd, PAGE_BYTES, Sharing::PeerReads).unwrap_err();
+        assert!(matches!(error, MapError::Seals { .. }), "{error}");
+        let bare = plain_memfd(PAGE_BYTES as u64);
+        let error = Mapping::open(&bare, PAGE_BYTES, Sharing::PeerWrites).unwrap_err();
+        assert!(matches!(error, MapError::Seals { found: 0, .. }), "{error}");
+    }
+
+    #[test]
+    fn something_that_is_no_memfd_is_refused() {
+        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        assert!(Mapping::open(&fd, 0, Sharing::PeerReads).is_err());
+        let directory: OwnedFd = std::fs::File::open("/").unwrap().into();
+        assert!(Mapping::open(&directory, PAGE_BYTES, Sharing::PeerReads).is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of a mapping")]
+    fn a_word_outside_of_the_mapping_panics() {
+        Mapping::private(PAGE_BYTES)
+            .unwrap()
+            .load_u64(PAGE_BYTES - 4, Ordering::Relaxed);
+    }
+
+    #[test]
+    #[should_panic(expected = "writable")]
+    fn a_store_to_the_peers_memory_panics_instead_of_faulting() {
+        let (_ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerReads).unwrap();
+        let theirs = Mapping::open(&fd, PAGE_BYTES, Sharing::PeerReads).unwrap();
+        theirs.store_u64(0, 1, Ordering::Relaxed);
+    }
+}

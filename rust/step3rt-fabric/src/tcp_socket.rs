@@ -1,0 +1,164 @@
+//! TCP sockets before they carry frames: connecting, accepting, the handshake's bytes, options.
+//!
+//! It never sees a frame.
+
+use std::io::{self, Read};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+
+use crate::contract::DownReason;
+use crate::handshake::MESSAGE_BYTES;
+
+/// Probes of a silent peer's host start after this long and come this often, the least that TCP
+/// allows.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Connects to `host:port` within `timeout`, trying each address that the name has. Looking the name
+/// up takes what the resolver takes.
+pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream> {
+    let deadline = Instant::now() + timeout;
+    let mut last_error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in address.to_socket_addrs()? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(stream) => {
+                stream.set_write_timeout(Some(timeout))?;
+                return Ok(stream);
+            }
+            Err(error) => last_error = error,
+        }
+    }
+    Err(last_error)
+}
+
+/// Reads a handshake message within `timeout`, however slowly its bytes come.
+pub(crate) fn read_message(
+    mut stream: &TcpStream,
+    timeout: Duration,
+) -> io::Result<[u8; MESSAGE_BYTES]> {
+    let deadline = Instant::now() + timeout;
+    let mut bytes = [0; MESSAGE_BYTES];
+    let mut num_bytes = 0;
+    while num_bytes < MESSAGE_BYTES {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut bytes[num_bytes..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(more) => num_bytes += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(bytes)
+}
+
+/// Takes the next connection of a listener, not blocking.
+pub(crate) fn accept(listener: &TcpListener) -> io::Result<TcpStream> {
+    let (stream, _) = listener.accept()?;
+    stream.set_nonblocking(true)?;
+    Ok(stream)
+}
+
+/// Sets a socket up for frames, once the handshake is over.
+pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    stream.set_nodelay(true)?;
+    // Keepalive finds a host that fell silent while nothing was being sent, the user timeout one
+    // that stopped acknowledging what was. With 3 s, a link whose wire was cut was down after 3.2 s
+    // either way (2026-11-22, two network namespaces).
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    let num_probes = u32::try_from(peer_timeout.as_secs().clamp(1, 100)).expect("at most 100");
+    sockopt::set_tcp_keepcnt(stream, num_probes)?;
+    let timeout_ms = u32::try_from(peer_timeout.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, timeout_ms)?;
+    Ok(())
+}
+
+/// The end of a link that an error of its socket means.
+pub(crate) fn down_reason(during: &'static str, error: &io::Error) -> DownReason {
+    match error.kind() {
+        io::ErrorKind::ConnectionReset
+        | io::ErrorKind::ConnectionAborted
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::NotConnected => DownReason::PeerClosed,
+        _ => DownReason::Transport {
+            during,
+            os_error: error.raw_os_error().unwrap_or(0),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn connected() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let client = connect(&address, Duration::from_secs(30)).unwrap();
+        (client, accept(&listener).unwrap())
+    }
+
+    #[test]
+    fn a_prepared_socket_sends_at_once_and_gives_a_silent_peer_up() {
+        let (_client, socket) = connected();
+        prepare(&socket, Duration::from_millis(2500)).unwrap();
+        assert!(socket.nodelay().unwrap());
+        assert_eq!(socket.read_timeout().unwrap(), None);
+        assert!(sockopt::socket_keepalive(&socket).unwrap());
+        assert_eq!(
+            sockopt::tcp_keepidle(&socket).unwrap(),
+            Duration::from_secs(1)
+        );
+        assert_eq!(
+            sockopt::tcp_keepintvl(&socket).unwrap(),
+            Duration::from_secs(1)
+        );
+        assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 2);
+        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 2500);
+    }
+
+    #[test]
+    fn a_message_that_drips_in_is_read_up_to_the_deadline() {
+        let (client, mut socket) = connected();
+        let drip = std::thread::spawn(move || {
+            for byte in 0..64 {
+                socket.write_all(&[byte]).unwrap();
+            }
+            socket
+        });
+        let message = read_message(&client, Duration::from_secs(30)).unwrap();
+        assert_eq!((message[0], message[63]), (0, 63));
+        let mut socket = drip.join().unwrap();
+        socket.write_all(&[0; MESSAGE_BYTES - 1]).unwrap();
+        let error = read_message(&client, Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(
+            error.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+        ));
+    }
+
+    #[test]
+    fn an_address_without_a_port_is_an_error() {
+        for address in ["127.0.0.1", "127.0.0.1:x", ""] {
+            assert!(
+                connect(address, Duration::from_secs(30)).is_err(),
+                "{address}"
+            );
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The one thread of an endpoint that waits on sockets: accepts peers and sees links hang up.
+//!
+//! It never touches a slot and never blocks for one peer; it rings the owner's doorbell.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::accept::{Pending, Progress};
+use crate::contract::DownReason;
+use crate::frame::ProtocolError;
+use crate::hub::{Hub, Watch};
+use crate::{shm, tcp_socket};
+
+/// Connections without a hello at one time; more wait in the listener's backlog.
+const MAX_PENDING: usize = 64;
+
+/// How long accepting rests after it failed, as when descriptors run out: the listener stays
+/// readable all the while.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What became ready.
+#[derive(Clone, Copy)]
+enum Source {
+    Wake,
+    ShmListener,
+    TcpListener,
+    Pending(usize),
+    WatchedSocket(usize),
+    WatchedProcess(usize),
+}
+
+/// Where peers come in.
+pub(crate) struct Listeners {
+    pub(crate) shm: Option<OwnedFd>,
+    pub(crate) tcp: Option<TcpListener>,
+}
+
+pub(crate) struct Watcher {
+    hub: Arc<Hub>,
+    listeners: Listeners,
+    pending: Vec<Pending>,
+    watches: Vec<Watch>,
+    accept_after: Option<Instant>,
+}
+
+impl Watcher {
+    pub(crate) fn new(hub: Arc<Hub>, listeners: Listeners) -> Self {
+        Self {
+            hub,
+            listeners,
+            pending: Vec::new(),
+            watches: Vec::new(),
+            accept_after: None,
+        }
+    }
+
+    /// Runs until the hub stops.
+    pub(crate) fn run(mut self) {
+        loop {
+            self.watches.extend(self.hub.take_new_watches());
+            if self.hub.is_stopping() {
+                return;
+            }
+            for source in self.wait() {
+                match source {
+                    Source::Wake => {}
+                    Source::ShmListener | Source::TcpListener => self.accept(source),
+                    Source::Pending(at) => {
+                        let pending = &mut self.pending[at];
+                        if matches!(pending.advance(&self.hub), Progress::Over) {
+                            // Over, and so past its deadline: removed below, where no index is live.
+                            pending.deadline = Instant::now();
+                        }
+                    }
+                    Source::WatchedSocket(at) => check_socket(&self.watches[at]),
+                    Source::WatchedProcess(at) => {
+                        self.watches[at].state.fail(DownReason::PeerClosed);
+                    }
+                }
+            }
+            let now = Instant::now();
+            self.pending.retain(|pending| pending.deadline > now);
+            self.watches.retain(|watch| watch.state.down().is_none());
+        }
+    }
+
+    /// Sleeps until something is ready, or a deadline has come.
+    fn wait(&mut self) -> Vec<Source> {
+        let now = Instant::now();
+        self.accept_after = self.accept_after.filter(|after| *after > now);
+        let sources = self.sources();
+        let mut fds: Vec<_> = sources
+            .iter()
+            .map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+            .collect();
+        let deadlines = self.pending.iter().map(|pending| pending.deadline);
+        let first = deadlines.chain(self.accept_after).min();
+        let timeout = first.map(|deadline| timespec(deadline.saturating_duration_since(now)));
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                // Out of kernel memory: nothing to do but try again, and not at once.
+                tracing::error!(%error, "the fabric's watcher cannot wait for its sockets");
+                std::thread::sleep(ACCEPT_PAUSE);
+            }
+        }
+        let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        let ready = sources.iter().zip(&fds).filter(|(_, fd)| is_ready(fd));
+        ready.map(|((source, _), _)| *source).collect()
+    }
+
+    fn sources(&self) -> Vec<(Source, BorrowedFd<'_>)> {
+        let mut sources = vec![(Source::Wake, self.hub.wake().as_fd())];
+        if self.accept_after.is_none() && self.pending.len() < MAX_PENDING {
+            let shm = self
+                .listeners
+                .shm
+                .iter()
+                .map(|fd| (Source::ShmListener, fd.as_fd()));
+            let tcp = self
+                .listeners
+                .tcp
+                .iter()
+                .map(|fd| (Source::TcpListener, fd.as_fd()));
+            sources.extend(shm.chain(tcp));
+        }
+        for (at, pending) in self.pending.iter().enumerate() {
+            sources.push((Source::Pending(at), pending.fd()));
+        }
+        for (at, watch) in self.watches.iter().enumerate() {
+            sources.push((Source::WatchedSocket(at), watch.socket.as_fd()));
+            let process = watch
+                .process
+                .iter()
+                .map(|fd| (Source::WatchedProcess(at), fd.as_fd()));
+            sources.extend(process);
+        }
+        sources
+    }
+
+    fn accept(&mut self, listener: Source) {
+        let deadline = Instant::now() + self.hub.settings.handshake_timeout;
+        while self.pending.len() < MAX_PENDING {
+            let accepted = match (listener, &self.listeners) {
+                (
+                    Source::ShmListener,
+                    Listeners {
+                        shm: Some(listener),
+                        ..
+                    },
+                ) => shm::accept(listener).map(|socket| Pending::shm(socket, deadline)),
+                (
+                    Source::TcpListener,
+                    Listeners {
+                        tcp: Some(listener),
+                        ..
+                    },
+                ) => tcp_socket::accept(listener).map(|stream| Pending::tcp(stream, deadline)),
+                _ => return,
+            };
+            match accepted {
+                Ok(pending) => self.pending.push(pending),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    io::ErrorKind::PermissionDenied => {
+                        tracing::warn!(%error, "a connection was refused");
+                    }
+                    _ => {
+                        tracing::warn!(%error, "peers cannot be accepted now");
+                        self.accept_after = Some(Instant::now() + ACCEPT_PAUSE);
+                        return;
+                    }
+                },
+            }
+        }
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
+fn check_socket(watch: &Watch) {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match rustix::net::recv(&*watch.socket, &mut [0; 1], flags) {
+        Err(Errno::AGAIN | Errno::INTR) => {}
+        Ok((0, _)) | Err(_) => watch.state.fail(DownReason::PeerClosed),
+        Ok(_) => watch
+            .state
+            .fail(DownReason::Protocol(ProtocolError::Chatter)),
+    }
+}

@@ -1,0 +1,323 @@
+//! Keeps an instance's links equal to the topology.
+//!
+//! Attention instances connect to every FFN instance; FFN instances accept, and let the loop see
+//! only peers that the coordinator has named. Links never decide what a lost peer means for a step.
+//!
+//! ```text
+//!   topology names it    not linked ──connect──▶ up ──down──▶ lost (told to the coordinator;
+//!                            ▲ │                  │            only a new epoch comes back)
+//!                            └─┘ retry            └─ topology drops it ──▶ gone
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use step3rt_core::ids::InstanceId;
+use step3rt_fabric::contract::{Doorbell, DownReason, LinkIdentity};
+use step3rt_fabric::endpoint::{Endpoint, FabricEvent};
+use step3rt_proto::v1;
+use step3rt_proto::v1::session_request::Event;
+
+use crate::event::NodeEvent;
+use crate::options::Role;
+use crate::topology::Topology;
+
+/// First and longest pause between attempts to link to a peer that the topology names.
+const FIRST_RETRY: Duration = Duration::from_millis(50);
+const LONGEST_RETRY: Duration = Duration::from_secs(2);
+
+/// Why a link that the topology no longer wants ends.
+const DROPPED: &str = "the coordinator took the peer out of the topology";
+
+/// What links have to say, to be passed on in this order.
+#[derive(Debug, Default)]
+pub struct LinkNews {
+    /// For the instance's loop.
+    pub events: Vec<NodeEvent>,
+    /// For the coordinator: `LinksReady` and `PeerLost`.
+    pub reports: Vec<Event>,
+    /// For people, when it changed.
+    pub status: Option<String>,
+}
+
+/// The links of one instance.
+pub struct Links {
+    role: Role,
+    endpoint: Endpoint,
+    topology: Topology,
+    peers: BTreeMap<InstanceId, PeerState>,
+    /// What came from peers that the topology does not name yet, in order. The fabric bounds it: a
+    /// peer can send one frame per lane before it is answered.
+    unnamed: Vec<FabricEvent>,
+    reported_version: Option<u64>,
+    /// Reused by every poll.
+    news: Vec<FabricEvent>,
+}
+
+/// A peer of the other role that the topology names.
+struct PeerState {
+    identity: LinkIdentity,
+    role_rank: u32,
+    link: LinkState,
+}
+
+enum LinkState {
+    /// To be connected, not before `at`.
+    Wanted { at: Instant, pause: Duration },
+    /// To be accepted.
+    Awaited,
+    /// Usable.
+    Up {
+        fabric: &'static str,
+        reason: String,
+    },
+    /// It was up and died. A lost peer must register again, so that nothing of the old link counts.
+    Lost,
+}
+
+impl Links {
+    /// No links yet.
+    pub fn new(role: Role, endpoint: Endpoint) -> Self {
+        Self {
+            role,
+            endpoint,
+            topology: Topology::default(),
+            peers: BTreeMap::new(),
+            unnamed: Vec::new(),
+            reported_version: None,
+            news: Vec::new(),
+        }
+    }
+
+    /// What rings whenever there is something to poll.
+    pub fn doorbell(&self) -> Arc<dyn Doorbell> {
+        self.endpoint.doorbell()
+    }
+
+    /// The endpoint, to reach the slots of a peer that the loop has been told of.
+    pub fn endpoint_of(&self, peer: InstanceId) -> Option<&Endpoint> {
+        self.is_up(peer).then_some(&self.endpoint)
+    }
+
+    /// The endpoint, to push to a peer that the loop has been told of.
+    pub fn endpoint_mut_of(&mut self, peer: InstanceId) -> Option<&mut Endpoint> {
+        self.is_up(peer).then_some(&mut self.endpoint)
+    }
+
+    /// Whether the loop has been told of a link to `peer`, and of no end of it.
+    fn is_up(&self, peer: InstanceId) -> bool {
+        self.peers
+            .get(&peer)
+            .is_some_and(|state| matches!(state.link, LinkState::Up { .. }))
+    }
+
+    /// Follows a new topology: drops links to peers that are gone, wants links to new ones.
+    pub fn follow(&mut self, topology: Topology, now: Instant, out: &mut LinkNews) {
+        if topology.version < self.topology.version {
+            return;
+        }
+        self.topology = topology;
+        let gone: Vec<LinkIdentity> = self
+            .peers
+            .values()
+            .map(|state| state.identity)
+            .filter(|&identity| self.topology.find(identity).is_none())
+            .collect();
+        for identity in gone {
+            self.drop_peer(identity, out);
+        }
+        for peer in &self.topology.peers {
+            if peer.role == self.role {
+                continue;
+            }
+            let identity = peer.address.identity;
+            self.peers.entry(identity.instance).or_insert(PeerState {
+                identity,
+                role_rank: peer.role_rank,
+                link: match self.role {
+                    Role::Attention => LinkState::Wanted {
+                        at: now,
+                        pause: FIRST_RETRY,
+                    },
+                    Role::Ffn => LinkState::Awaited,
+                },
+            });
+        }
+        // What came early from a peer that is named now comes in its order.
+        for event in std::mem::take(&mut self.unnamed) {
+            self.take(event, out);
+        }
+    }
+
+    /// Connects what is wanted and due, and takes what the fabric reports.
+    pub fn poll(&mut self, now: Instant, out: &mut LinkNews) {
+        self.take_news(out);
+        if self.role == Role::Attention {
+            self.connect_due(now, out);
+            self.report_ready(out);
+        }
+        if out.status.is_none() && out.events.iter().any(is_about_a_link) {
+            out.status = Some(self.describe());
+        }
+    }
+
+    /// When the next attempt to connect is due.
+    pub fn next_attempt(&self) -> Option<Instant> {
+        self.peers
+            .values()
+            .filter_map(|state| match state.link {
+                LinkState::Wanted { at, .. } => Some(at),
+                _ => None,
+            })
+            .min()
+    }
+
+    fn describe(&self) -> String {
+        let num_up = self.peers.keys().filter(|&&peer| self.is_up(peer)).count();
+        format!("ready, linked to {num_up} of {} peers", self.peers.len())
+    }
+
+    /// Ends the link to a peer that the topology no longer names.
+    fn drop_peer(&mut self, identity: LinkIdentity, out: &mut LinkNews) {
+        let Some(state) = self.peers.remove(&identity.instance) else {
+            return;
+        };
+        if let LinkState::Up { .. } = state.link {
+            self.endpoint.disconnect(identity.instance);
+            out.events.push(NodeEvent::LinkDown {
+                peer: identity.instance,
+                reason: DROPPED.to_owned(),
+            });
+        }
+    }
+
+    fn take_news(&mut self, out: &mut LinkNews) {
+        let mut news = std::mem::take(&mut self.news);
+        self.endpoint.poll(&mut news);
+        for event in news.drain(..) {
+            self.take(event, out);
+        }
+        self.news = news;
+    }
+
+    fn take(&mut self, event: FabricEvent, out: &mut LinkNews) {
+        match event {
+            FabricEvent::Arrived { peer, header } => {
+                if self.is_up(peer) {
+                    out.events.push(NodeEvent::Arrival { peer, header });
+                } else {
+                    self.unnamed.push(event);
+                }
+            }
+            FabricEvent::LinkUp(ref link) => match self.peers.get_mut(&link.peer.instance) {
+                Some(state) if state.identity == link.peer => {
+                    out.events.push(NodeEvent::LinkUp {
+                        peer: link.peer.instance,
+                        role_rank: state.role_rank,
+                        fabric: link.fabric,
+                        reason: link.reason.clone(),
+                    });
+                    state.link = LinkState::Up {
+                        fabric: link.fabric,
+                        reason: link.reason.clone(),
+                    };
+                }
+                _ => self.unnamed.push(event),
+            },
+            FabricEvent::LinkDown { peer, reason } => self.take_down(peer, &reason, out),
+        }
+    }
+
+    fn take_down(&mut self, peer: LinkIdentity, reason: &DownReason, out: &mut LinkNews) {
+        self.unnamed.retain(|event| match event {
+            FabricEvent::LinkUp(link) => link.peer != peer,
+            FabricEvent::Arrived {
+                peer: source,
+                header,
+            } => (*source, header.epoch) != (peer.instance, peer.epoch),
+            FabricEvent::LinkDown { .. } => true,
+        });
+        let Some(state) = self.peers.get_mut(&peer.instance) else {
+            return;
+        };
+        if state.identity != peer || !matches!(state.link, LinkState::Up { .. }) {
+            return;
+        }
+        state.link = LinkState::Lost;
+        let reason = reason.to_string();
+        out.reports.push(Event::PeerLost(v1::PeerLost {
+            instance_id: peer.instance.0,
+            epoch: peer.epoch.0,
+            reason: reason.clone(),
+        }));
+        out.events.push(NodeEvent::LinkDown {
+            peer: peer.instance,
+            reason,
+        });
+    }
+
+    /// Connecting blocks for the peer's handshake thread, never for its loop. While a peer is
+    /// missing this instance has no step to delay, because experts are incomplete without it.
+    fn connect_due(&mut self, now: Instant, out: &mut LinkNews) {
+        for state in self.peers.values_mut() {
+            let LinkState::Wanted { at, pause } = &mut state.link else {
+                continue;
+            };
+            let Some(peer) = self.topology.find(state.identity) else {
+                continue;
+            };
+            if *at > now {
+                continue;
+            }
+            match self.endpoint.connect(&peer.address) {
+                Ok(link) => {
+                    out.events.push(NodeEvent::LinkUp {
+                        peer: state.identity.instance,
+                        role_rank: state.role_rank,
+                        fabric: link.fabric,
+                        reason: link.reason.clone(),
+                    });
+                    state.link = LinkState::Up {
+                        fabric: link.fabric,
+                        reason: link.reason,
+                    };
+                }
+                Err(error) => {
+                    let instance = state.identity.instance;
+                    tracing::warn!(peer = instance.0, %error, "cannot link; trying again");
+                    out.status = Some(format!("cannot link to FFN instance {instance}: {error}"));
+                    *at = Instant::now() + *pause;
+                    *pause = (*pause * 2).min(LONGEST_RETRY);
+                }
+            }
+        }
+    }
+
+    /// Reports each version of the topology once, as soon as all its peers are linked.
+    fn report_ready(&mut self, out: &mut LinkNews) {
+        if self.topology.version == 0 || self.reported_version == Some(self.topology.version) {
+            return;
+        }
+        let mut links = Vec::with_capacity(self.peers.len());
+        for state in self.peers.values() {
+            let LinkState::Up { fabric, reason } = &state.link else {
+                return;
+            };
+            links.push(v1::LinkInfo {
+                peer_instance_id: state.identity.instance.0,
+                fabric: (*fabric).to_owned(),
+                reason: reason.clone(),
+            });
+        }
+        self.reported_version = Some(self.topology.version);
+        out.reports.push(Event::LinksReady(v1::LinksReady {
+            topology_version: self.topology.version,
+            links,
+        }));
+    }
+}
+
+fn is_about_a_link(event: &NodeEvent) -> bool {
+    matches!(event, NodeEvent::LinkUp { .. } | NodeEvent::LinkDown { .. })
+}

@@ -1,0 +1,76 @@
+//! Speaks to the service manager (`sd_notify`). Silent where there is none.
+//!
+//! It never feeds the watchdog by itself: only the instance's loop does, so that a stuck loop is
+//! seen.
+
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
+
+/// How much more time each sign of progress buys while weights are loading. Longer than reading
+/// one shard takes on a slow disk.
+const LOADING_EXTENSION: Duration = Duration::from_mins(2);
+
+/// What the service manager was told, and how often it wants to hear.
+#[derive(Debug)]
+pub struct Supervisor {
+    feed_interval: Option<Duration>,
+    last_fed: Option<Instant>,
+    is_loading: bool,
+}
+
+impl Supervisor {
+    /// Reads the service manager's wishes from the environment.
+    pub fn from_environment() -> Self {
+        Self {
+            // Half of the limit is what sd_watchdog_enabled(3) recommends.
+            feed_interval: sd_notify::watchdog_enabled().map(|limit| limit / 2),
+            last_fed: None,
+            is_loading: true,
+        }
+    }
+
+    /// Shows `text`; while loading it also extends the start time-out.
+    pub fn status(&self, text: &str) {
+        // A line break would end the assignment, and what follows would be read as another one.
+        let line = text.replace(['\n', '\r'], " ");
+        if self.is_loading {
+            let extension_us = u32::try_from(LOADING_EXTENSION.as_micros()).unwrap_or(u32::MAX);
+            tell(&[
+                NotifyState::Status(&line),
+                NotifyState::ExtendTimeoutUsec(extension_us),
+            ]);
+        } else {
+            tell(&[NotifyState::Status(&line)]);
+        }
+    }
+
+    /// Start-up is over.
+    pub fn ready(&mut self) {
+        self.is_loading = false;
+        tell(&[NotifyState::Ready, NotifyState::Status("ready")]);
+    }
+
+    /// The instance's loop came round at `now`.
+    pub fn feed(&mut self, now: Instant) {
+        let Some(interval) = self.feed_interval else {
+            return;
+        };
+        if self.last_fed.is_none_or(|last| now - last >= interval) {
+            self.last_fed = Some(now);
+            tell(&[NotifyState::Watchdog]);
+        }
+    }
+
+    /// The instance finishes what is in flight and ends.
+    pub fn stopping(&self) {
+        tell(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+    }
+}
+
+/// A service manager that does not listen must not stop an instance.
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager could not be told");
+    }
+}

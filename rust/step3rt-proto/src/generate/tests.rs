@@ -1,0 +1,328 @@
+//! Which requests are refused, with which kind and field.
+
+use super::*;
+use crate::sampling::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS};
+use crate::v1::generate_request::Prompt as WirePrompt;
+use crate::v1::sampling_params::StructuredOutput;
+
+fn limits() -> ModelLimits {
+    ModelLimits {
+        vocab_size: 100,
+        max_model_len: 16,
+        eos_tokens: vec![TokenId(2)],
+        defaults: SamplingDefaults {
+            temperature: 0.7,
+            top_p: 0.9,
+            top_k: 40,
+        },
+    }
+}
+
+fn request(tokens: &[u32]) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        prompt: Some(WirePrompt::TokenIds(v1::TokenIds { ids: tokens.into() })),
+        ..Default::default()
+    }
+}
+
+fn with_sampling(sampling: v1::SamplingParams) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        sampling: Some(sampling),
+        ..request(&[1])
+    }
+}
+
+fn with_stopping(stopping: v1::StoppingCriteria) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        stopping: Some(stopping),
+        ..request(&[1])
+    }
+}
+
+fn refused(request: v1::GenerateRequest) -> (ErrorKind, Vec<String>) {
+    let refusal = check(request, &limits(), 7).expect_err("must be refused");
+    let fields = refusal.violations.into_iter().map(|v| v.field).collect();
+    (refusal.error.kind, fields)
+}
+
+#[test]
+fn a_silent_request_gets_the_models_defaults() {
+    let params = check(request(&[1]), &limits(), 7).expect("valid");
+    assert!((params.sampling.temperature - 0.7).abs() < f32::EPSILON);
+    assert!((params.sampling.top_p - 0.9).abs() < f32::EPSILON);
+    assert_eq!(params.sampling.top_k, 40);
+    assert_eq!(params.sampling.seed, 7);
+    assert_eq!(params.sampling.stop_tokens, [TokenId(2)]);
+    assert!(params.output.text && params.output.token_ids);
+}
+
+#[test]
+fn an_explicit_zero_is_a_value() {
+    let params = check(
+        with_sampling(v1::SamplingParams {
+            temperature: Some(0.0),
+            top_k: Some(0),
+            seed: Some(-1),
+            ..Default::default()
+        }),
+        &limits(),
+        7,
+    )
+    .expect("valid");
+    assert!(params.sampling.temperature.abs() < f32::EPSILON);
+    assert_eq!(params.sampling.top_k, 0);
+    assert_eq!(params.sampling.seed, u64::MAX);
+}
+
+#[test]
+fn ignore_eos_keeps_only_the_requests_own_stop_ids() {
+    let params = check(
+        with_stopping(v1::StoppingCriteria {
+            ignore_eos: Some(true),
+            stop_token_ids: vec![9, 5, 9],
+            ..Default::default()
+        }),
+        &limits(),
+        7,
+    )
+    .expect("valid");
+    assert_eq!(params.sampling.stop_tokens, [TokenId(5), TokenId(9)]);
+}
+
+#[test]
+fn numbers_out_of_range_are_refused_by_field() {
+    for (sampling, field) in [
+        (
+            v1::SamplingParams {
+                temperature: Some(f32::NAN),
+                ..Default::default()
+            },
+            "sampling.temperature",
+        ),
+        (
+            v1::SamplingParams {
+                temperature: Some(-0.1),
+                ..Default::default()
+            },
+            "sampling.temperature",
+        ),
+        (
+            v1::SamplingParams {
+                temperature: Some(f32::INFINITY),
+                ..Default::default()
+            },
+            "sampling.temperature",
+        ),
+        (
+            v1::SamplingParams {
+                top_p: Some(0.0),
+                ..Default::default()
+            },
+            "sampling.top_p",
+        ),
+        (
+            v1::SamplingParams {
+                top_p: Some(1.01),
+                ..Default::default()
+            },
+            "sampling.top_p",
+        ),
+        (
+            v1::SamplingParams {
+                min_p: Some(f32::NAN),
+                ..Default::default()
+            },
+            "sampling.min_p",
+        ),
+        (
+            v1::SamplingParams {
+                n: Some(0),
+                ..Default::default()
+            },
+            "sampling.n",
+        ),
+        (
+            v1::SamplingParams {
+                n: Some(u32::MAX),
+                ..Default::default()
+            },
+            "sampling.n",
+        ),
+        (
+            v1::SamplingParams {
+                presence_penalty: Some(f32::NAN),
+                ..Default::default()
+            },
+            "sampling.presence_penalty",
+        ),
+    ] {
+        let expected = (ErrorKind::InvalidParameter, vec![field.to_owned()]);
+        assert_eq!(refused(with_sampling(sampling)), expected);
+    }
+}
+
+#[test]
+fn stopping_criteria_out_of_range_are_refused_by_field() {
+    for (stopping, field) in [
+        (
+            v1::StoppingCriteria {
+                max_tokens: Some(0),
+                ..Default::default()
+            },
+            "stopping.max_tokens",
+        ),
+        (
+            v1::StoppingCriteria {
+                max_tokens: Some(3),
+                min_tokens: Some(4),
+                ..Default::default()
+            },
+            "stopping.min_tokens",
+        ),
+        (
+            v1::StoppingCriteria {
+                stop: vec!["a".to_owned(); MAX_STOP_STRINGS + 1],
+                ..Default::default()
+            },
+            "stopping.stop",
+        ),
+        (
+            v1::StoppingCriteria {
+                stop: vec![String::new()],
+                ..Default::default()
+            },
+            "stopping.stop",
+        ),
+        (
+            v1::StoppingCriteria {
+                stop: vec!["a".repeat(MAX_STOP_STRING_BYTES + 1)],
+                ..Default::default()
+            },
+            "stopping.stop",
+        ),
+        (
+            v1::StoppingCriteria {
+                stop_token_ids: vec![100],
+                ..Default::default()
+            },
+            "stopping.stop_token_ids",
+        ),
+    ] {
+        let expected = (ErrorKind::InvalidParameter, vec![field.to_owned()]);
+        assert_eq!(refused(with_stopping(stopping)), expected);
+    }
+}
+
+#[test]
+fn features_of_later_builds_are_refused_as_unsupported() {
+    for request in [
+        v1::GenerateRequest {
+            media: vec![v1::Media::default()],
+            ..request(&[1])
+        },
+        with_sampling(v1::SamplingParams {
+            repetition_penalty: Some(1.1),
+            ..Default::default()
+        }),
+        with_sampling(v1::SamplingParams {
+            logit_bias: [(1, 0.5)].into(),
+            ..Default::default()
+        }),
+        with_sampling(v1::SamplingParams {
+            structured_output: Some(StructuredOutput::Regex("a".to_owned())),
+            ..Default::default()
+        }),
+    ] {
+        assert_eq!(refused(request).0, ErrorKind::UnsupportedFeature);
+    }
+}
+
+#[test]
+fn neutral_penalties_are_accepted() {
+    let request = with_sampling(v1::SamplingParams {
+        presence_penalty: Some(0.0),
+        repetition_penalty: Some(1.0),
+        ..Default::default()
+    });
+    assert!(check(request, &limits(), 7).is_ok());
+}
+
+#[test]
+fn every_fault_of_a_request_is_told_at_once() {
+    let mut request = with_sampling(v1::SamplingParams {
+        temperature: Some(-1.0),
+        top_p: Some(2.0),
+        ..Default::default()
+    });
+    request.request_id = "a b".to_owned();
+    assert_eq!(
+        refused(request).1,
+        ["request_id", "sampling.temperature", "sampling.top_p"]
+    );
+}
+
+#[test]
+fn prompts_that_cannot_be_are_refused() {
+    assert_eq!(refused(v1::GenerateRequest::default()).1, ["prompt"]);
+    assert_eq!(refused(request(&[99, 100])).1, ["token_ids"]);
+    assert_eq!(refused(request(&[1; 16])).0, ErrorKind::PromptTooLong);
+}
+
+#[test]
+fn without_max_tokens_the_rest_of_the_context_is_generated() {
+    let params = check(request(&[1, 2, 3]), &limits(), 7).expect("valid");
+    let request = params
+        .into_request(RequestId(1), vec![TokenId(1); 3], &limits())
+        .expect("fits");
+    assert_eq!(request.max_tokens, 13);
+}
+
+#[test]
+fn resumed_tokens_count_towards_max_tokens() {
+    let resumed = v1::GenerateRequest {
+        resume_token_ids: Some(v1::TokenIds { ids: vec![4, 5] }),
+        ..with_stopping(v1::StoppingCriteria {
+            max_tokens: Some(15),
+            ..Default::default()
+        })
+    };
+    let params = check(resumed.clone(), &limits(), 7).expect("valid");
+    let request = params
+        .into_request(RequestId(1), vec![TokenId(1)], &limits())
+        .expect("fits");
+    assert_eq!((request.max_tokens, request.resumed.len()), (15, 2));
+
+    let mut done = resumed;
+    done.stopping = Some(v1::StoppingCriteria {
+        max_tokens: Some(1),
+        ..Default::default()
+    });
+    assert_eq!(refused(done).1, ["stopping.max_tokens"]);
+}
+
+#[test]
+fn more_tokens_than_the_context_holds_are_refused_with_the_most_that_fits() {
+    let asked = with_stopping(v1::StoppingCriteria {
+        max_tokens: Some(16),
+        ..Default::default()
+    });
+    let refusal = check(asked, &limits(), 7)
+        .expect("valid so far")
+        .into_request(RequestId(1), vec![TokenId(1)], &limits())
+        .expect_err("15 at most");
+    assert_eq!(refusal.error.kind, ErrorKind::InvalidParameter);
+    assert!(
+        refusal.error.message.contains("at most 15"),
+        "{}",
+        refusal.error.message
+    );
+}
+
+#[test]
+fn an_empty_prompt_is_refused() {
+    let refusal = check(request(&[]), &limits(), 7)
+        .expect("valid so far")
+        .into_request(RequestId(1), vec![], &limits())
+        .expect_err("empty");
+    assert_eq!(refusal.error.kind, ErrorKind::InvalidParameter);
+}

@@ -1,0 +1,88 @@
+//! The only place where an error becomes a Python exception. Classes live in `step3rt.errors`;
+//! this module never defines one.
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+use step3rt_node::error::{NodeError, NodeErrorKind};
+use step3rt_server::ListError;
+use step3rt_server::coordinator::StartError;
+
+/// A class of `step3rt.errors`, looked up at its first use so that importing this module stays
+/// fast.
+struct ErrorClass {
+    name: &'static str,
+    class: PyOnceLock<Py<PyType>>,
+}
+
+impl ErrorClass {
+    const fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            class: PyOnceLock::new(),
+        }
+    }
+
+    fn raise(&self, py: Python<'_>, message: String) -> PyErr {
+        match self.class.import(py, "step3rt.errors", self.name) {
+            Ok(class) => PyErr::from_type(class.clone(), (message,)),
+            Err(broken_installation) => broken_installation,
+        }
+    }
+}
+
+static CONFIG_ERROR: ErrorClass = ErrorClass::new("ConfigError");
+static INVALID_ARGUMENT: ErrorClass = ErrorClass::new("InvalidArgument");
+static UNAVAILABLE: ErrorClass = ErrorClass::new("Unavailable");
+static CANCELLED: ErrorClass = ErrorClass::new("Cancelled");
+static INTERNAL: ErrorClass = ErrorClass::new("Internal");
+
+/// The exception for an error of an instance's session or links.
+pub(crate) fn node_error(py: Python<'_>, error: &NodeError) -> PyErr {
+    let class = match error.kind() {
+        NodeErrorKind::Config => &CONFIG_ERROR,
+        NodeErrorKind::InvalidArgument => &INVALID_ARGUMENT,
+        NodeErrorKind::Unavailable => &UNAVAILABLE,
+        NodeErrorKind::Cancelled => &CANCELLED,
+        NodeErrorKind::Internal => &INTERNAL,
+    };
+    class.raise(py, error.to_string())
+}
+
+/// The exception for a coordinator that does not start.
+pub(crate) fn start_error(py: Python<'_>, error: &StartError) -> PyErr {
+    let class = match error {
+        StartError::System(_) => &INTERNAL,
+        StartError::Config(_)
+        | StartError::Scheduler(_)
+        | StartError::Checkpoint(_)
+        | StartError::Tokenizer(_)
+        | StartError::ForeignTokenizer { .. }
+        | StartError::ChatTemplate(_)
+        | StartError::Listen(_) => &CONFIG_ERROR,
+    };
+    class.raise(py, error.to_string())
+}
+
+/// The exception for a coordinator that does not answer.
+pub(crate) fn list_error(py: Python<'_>, error: &ListError) -> PyErr {
+    let class = match error {
+        ListError::Unreachable { .. } => &UNAVAILABLE,
+        ListError::System(_) => &INTERNAL,
+    };
+    class.raise(py, error.to_string())
+}
+
+/// The exception for an argument that the contract does not allow.
+pub(crate) fn invalid_argument(py: Python<'_>, message: String) -> PyErr {
+    INVALID_ARGUMENT.raise(py, message)
+}
+
+/// The exception for a session that two threads use at once.
+pub(crate) fn used_by_another_thread() -> PyErr {
+    PyRuntimeError::new_err(
+        "NodeSession is in use by another thread: it belongs to one thread, the instance's loop. \
+         Call it from that thread only",
+    )
+}

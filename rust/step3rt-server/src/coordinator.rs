@@ -1,0 +1,327 @@
+//! Puts the coordinator together, runs it, and takes it down in order.
+//!
+//! ```text
+//!   signal 1: NOT_SERVING, no new requests ─▶ running ones end, at most drain_timeout
+//!             ─▶ instances are told to leave ─▶ listeners close ─▶ exit 0
+//!   signal 2, at any time: exit at once
+//! ```
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use step3rt_core::scheduler::Scheduler;
+use step3rt_proto::v1::inference_service_server::InferenceServiceServer;
+use step3rt_proto::v1::node_service_server::NodeServiceServer;
+use step3rt_proto::{
+    FILE_DESCRIPTOR_SET, INFERENCE_SERVICE_NAME, MAX_CONTROL_MESSAGE_BYTES,
+    MAX_RECEIVED_MESSAGE_BYTES, MAX_SENT_MESSAGE_BYTES,
+};
+use thiserror::Error;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
+use tracing::{error, info, warn};
+
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::clock::Clock;
+use crate::config::{ConfigError, CoordinatorConfig};
+use crate::drive::{Drive, DriveParts};
+use crate::drive_handle::{ClusterStatus, DriveHandle, Message};
+use crate::health;
+use crate::inference_service::{InferenceServer, Model};
+use crate::listeners::{ListenError, Listeners, write_ready_file};
+use crate::node_service::NodeServer;
+use crate::notify::{self, Notifier};
+use crate::registry::{Registry, RegistryConfig};
+use crate::shutdown::StopSignal;
+use crate::text::chat_template::ChatTemplate;
+use crate::text::tokenizer::{Tokenizer, TokenizerError};
+
+/// Streams of one connection: what one busy client may have open.
+const MAX_CONCURRENT_STREAMS: u32 = 1_024;
+/// Flow-control window of one stream. Requests are small; images will be some MiB.
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// Most bytes of a request's headers.
+const MAX_HEADER_LIST_BYTES: u32 = 16 * 1024;
+/// How often an idle connection is probed, and how long it may take to answer.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long instances may take to leave, and connections to close, once there is no work left.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the coordinator does not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// A setting is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A setting of the scheduler is not usable.
+    #[error(transparent)]
+    Scheduler(#[from] step3rt_core::config::ConfigError),
+    /// The checkpoint is not usable.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Its tokenizer is not usable.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Its tokenizer belongs to another model.
+    #[error(
+        "tokenizer.json has ids up to {largest} and the model's vocabulary {vocab_size}. Use the \
+         checkpoint's own tokenizer.json"
+    )]
+    ForeignTokenizer {
+        /// The largest id.
+        largest: usize,
+        /// The model's.
+        vocab_size: u32,
+    },
+    /// Its chat template is not usable.
+    #[error("the checkpoint's chat template does not compile: {0}. Correct or remove it")]
+    ChatTemplate(String),
+    /// A listener cannot be had.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The operating system refuses something basic.
+    #[error("the coordinator cannot start: {0}. Check the process's limits")]
+    System(#[from] io::Error),
+}
+
+/// A coordinator whose listeners are bound.
+pub struct Coordinator {
+    config: CoordinatorConfig,
+    model: Arc<Model>,
+    listeners: Listeners,
+}
+
+impl Coordinator {
+    /// Reads the checkpoint's description and binds the listeners.
+    pub fn bind(config: CoordinatorConfig) -> Result<Self, StartError> {
+        let checkpoint = Checkpoint::read(
+            &config.model_path,
+            config.model_name.as_deref(),
+            config.max_model_len,
+        )?;
+        let limits = &checkpoint.limits;
+        config.scheduler_config(limits.max_model_len).validate()?;
+        let tokenizer = Tokenizer::read(&checkpoint.path)?.map(Arc::new);
+        if let Some(tokenizer) = &tokenizer
+            && tokenizer.bytes().num_ids() > limits.vocab_size as usize
+        {
+            return Err(StartError::ForeignTokenizer {
+                largest: tokenizer.bytes().num_ids() - 1,
+                vocab_size: limits.vocab_size,
+            });
+        }
+        let special_tokens = tokenizer
+            .as_ref()
+            .map_or_else(Vec::new, |tokenizer| tokenizer.special_tokens());
+        let chat_template =
+            ChatTemplate::new(&checkpoint, special_tokens).map_err(StartError::ChatTemplate)?;
+        let listeners = Listeners::bind(&config)?;
+        Ok(Self {
+            config,
+            model: Arc::new(Model {
+                checkpoint,
+                tokenizer,
+                chat_template,
+            }),
+            listeners,
+        })
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listeners.address()
+    }
+
+    /// Where instances connect.
+    pub fn control_address(&self) -> io::Result<SocketAddr> {
+        self.listeners.control_address()
+    }
+
+    /// Serves until a stop signal or a defect, and returns the process's exit code.
+    pub async fn serve(self, mut stops: mpsc::Receiver<StopSignal>) -> Result<u8, StartError> {
+        let (address, control_address) = (self.address()?, self.control_address()?);
+        let drain_timeout = Duration::from_secs_f64(self.config.drain_timeout_s);
+        let ready_file = self.config.ready_file.clone();
+        let mut running = self.start()?;
+        if let Some(path) = &ready_file {
+            write_ready_file(path, address, control_address)?;
+        }
+        notify::ready();
+        info!(%address, %control_address, "the coordinator listens");
+
+        let code = tokio::select! {
+            stop = stops.recv() => match stop {
+                Some(_) => running.stop(&mut stops, drain_timeout).await,
+                None => 0,
+            },
+            failed = running.failed() => {
+                error!(failed, "a part of the coordinator ended; it cannot go on");
+                1
+            }
+        };
+        if let Some(path) = &ready_file {
+            // It may be gone already; it only must not stay.
+            let _ = std::fs::remove_file(path);
+        }
+        Ok(code)
+    }
+
+    fn start(self) -> Result<Running, StartError> {
+        let Self {
+            config,
+            model,
+            listeners,
+        } = self;
+        let clock = Clock::start();
+        let (drive_handle, messages) = DriveHandle::new();
+        let (status_sender, status) = watch::channel(ClusterStatus::default());
+        let limits = &model.checkpoint.limits;
+        let drive = Drive::new(DriveParts {
+            clock,
+            scheduler: Scheduler::new(config.scheduler_config(limits.max_model_len)),
+            registry: Registry::new(RegistryConfig {
+                ep_size: config.ep_size,
+                num_attention: config.num_attention,
+                lease_ms: config.lease_ms.into(),
+                max_standstill_ms: config.step_timeout_ms,
+                vocab_size: limits.vocab_size,
+                max_model_len: limits.max_model_len,
+                first_epoch: unix_time_ms(),
+            }),
+            settings: config.cluster_settings(limits.max_model_len),
+            // A standing FFN instance must be found before the steps that wait for it.
+            step_timeout_ms: config.step_timeout_ms + u64::from(config.lease_ms),
+            status: status_sender,
+            notifier: Notifier::from_env(),
+        });
+        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let inference_service = InferenceServiceServer::new(InferenceServer::new(
+            model,
+            drive_handle.clone(),
+            clock,
+            status.clone(),
+        ))
+        .max_decoding_message_size(MAX_RECEIVED_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_SENT_MESSAGE_BYTES);
+        let node_service = NodeServiceServer::new(NodeServer::new(drive_handle.clone()))
+            .max_decoding_message_size(MAX_CONTROL_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_CONTROL_MESSAGE_BYTES);
+        let reflection = config.reflection.then(reflection_service).transpose()?;
+
+        let (close_sender, close) = watch::channel(false);
+        let public = server_builder()
+            .add_service(health_service)
+            .add_service(inference_service)
+            .add_optional_service(reflection)
+            .serve_with_incoming_shutdown(incoming(listeners.public)?, closed(close.clone()));
+        let control = server_builder()
+            .add_service(node_service)
+            .serve_with_incoming_shutdown(incoming(listeners.control)?, closed(close));
+        tokio::spawn(health::report(reporter, status));
+        Ok(Running {
+            drive: drive_handle,
+            drive_task: tokio::spawn(drive.run(messages)),
+            public: tokio::spawn(public),
+            control: tokio::spawn(control),
+            close: close_sender,
+        })
+    }
+}
+
+type ServerTask = JoinHandle<Result<(), tonic::transport::Error>>;
+
+/// The tasks of a coordinator that serves.
+struct Running {
+    drive: DriveHandle,
+    drive_task: JoinHandle<()>,
+    public: ServerTask,
+    control: ServerTask,
+    close: watch::Sender<bool>,
+}
+
+impl Running {
+    /// Resolves when a part that must not end has ended.
+    async fn failed(&mut self) -> String {
+        tokio::select! {
+            ended = &mut self.drive_task => format!("drive loop: {ended:?}"),
+            ended = &mut self.public => format!("public server: {ended:?}"),
+            ended = &mut self.control => format!("control server: {ended:?}"),
+        }
+    }
+
+    /// Takes everything down in order; a second signal ends it at once.
+    async fn stop(self, stops: &mut mpsc::Receiver<StopSignal>, drain_timeout: Duration) -> u8 {
+        notify::stopping();
+        tokio::select! {
+            () = self.drain(drain_timeout) => {
+                info!("stopped");
+                0
+            }
+            Some(stop) = stops.recv() => {
+                warn!("second stop signal: ending at once");
+                stop.exit_code()
+            }
+        }
+    }
+
+    async fn drain(self, drain_timeout: Duration) {
+        tokio::select! {
+            _ = self.drive.ask(Message::Drain) => {}
+            () = sleep(drain_timeout) => warn!("drain_timeout_s is over; running requests end"),
+        }
+        if timeout(CLOSE_TIMEOUT, self.drive.ask(Message::CloseSessions))
+            .await
+            .is_err()
+        {
+            warn!("some instances did not leave in time");
+        }
+        self.close.send_replace(true);
+        let servers = async { tokio::join!(self.public, self.control) };
+        if timeout(CLOSE_TIMEOUT, servers).await.is_err() {
+            warn!("some connections did not close in time");
+        }
+    }
+}
+
+fn server_builder() -> Server {
+    Server::builder()
+        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
+fn incoming(listener: std::net::TcpListener) -> io::Result<TcpIncoming> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    // Tokens are small packets that must not wait for each other.
+    Ok(TcpIncoming::from(listener).with_nodelay(Some(true)))
+}
+
+async fn closed(mut close: watch::Receiver<bool>) {
+    // An error means that the coordinator is gone, which is a reason to close, too.
+    let _ = close.wait_for(|is_closing| *is_closing).await;
+}
+
+fn reflection_service() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // `NodeService` is described in the same set and served elsewhere.
+        .with_service_name(INFERENCE_SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
+        .build_v1()
+        .map_err(|error| StartError::System(io::Error::other(error)))
+}
+
+fn unix_time_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(1, |time| u64::try_from(time.as_millis()).unwrap_or(1))
+}

@@ -1,0 +1,118 @@
+//! The two listening sockets: the public one, which the service manager may hand over, and the
+//! control one. And the file that tells where they are.
+//!
+//! It never accepts a connection.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::{fs, io, process};
+
+use listenfd::ListenFd;
+use thiserror::Error;
+
+use crate::config::{ConfigError, CoordinatorConfig};
+
+/// The bound sockets.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For clients.
+    pub public: TcpListener,
+    /// For instances.
+    pub control: TcpListener,
+}
+
+/// A socket or the ready file cannot be had.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// The address is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The operating system refuses.
+    #[error(
+        "{key} = {address} cannot be bound: {source}. Stop what listens there, or choose another port"
+    )]
+    Bind {
+        /// The configuration key.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The service manager's socket is of no use.
+    #[error("the socket that the service manager passed is not usable: {0}. Check the socket unit")]
+    Activation(io::Error),
+    /// The ready file cannot be written.
+    #[error(
+        "ready_file = {path} cannot be written: {source}. Choose a path in a writable directory"
+    )]
+    ReadyFile {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Listeners {
+    /// Binds both, and takes the public one from the service manager if it passed one.
+    pub fn bind(config: &CoordinatorConfig) -> Result<Self, ListenError> {
+        let activated = ListenFd::from_env()
+            .take_tcp_listener(0)
+            .map_err(ListenError::Activation)?;
+        let public = if let Some(listener) = activated {
+            let address = listener.local_addr().map_err(ListenError::Activation)?;
+            config.check_bind("the socket unit's address", address)?;
+            listener
+        } else {
+            bind("listen", config.listen_address()?)?
+        };
+        let control = bind("control_listen", config.control_listen_address()?)?;
+        for listener in [&public, &control] {
+            listener
+                .set_nonblocking(true)
+                .map_err(ListenError::Activation)?;
+        }
+        Ok(Self { public, control })
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.public.local_addr()
+    }
+
+    /// Where instances connect.
+    pub fn control_address(&self) -> io::Result<SocketAddr> {
+        self.control.local_addr()
+    }
+}
+
+fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(address).map_err(|source| ListenError::Bind {
+        key,
+        address,
+        source,
+    })
+}
+
+/// Writes `{"address","control_address","pid"}` so that a reader sees all of it or nothing.
+pub fn write_ready_file(
+    path: &Path,
+    address: SocketAddr,
+    control_address: SocketAddr,
+) -> Result<(), ListenError> {
+    let failed = |source| ListenError::ReadyFile {
+        path: path.to_owned(),
+        source,
+    };
+    let text = serde_json::json!({
+        "address": address.to_string(),
+        "control_address": control_address.to_string(),
+        "pid": process::id(),
+    })
+    .to_string();
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(format!(".{}", process::id()));
+    fs::write(&unfinished, text).map_err(failed)?;
+    fs::rename(&unfinished, path).map_err(failed)
+}

@@ -1,0 +1,346 @@
+//! The registry against histories of joins, losses and lies.
+
+use super::*;
+
+const LEASE_MS: u64 = 1_000;
+
+fn registry(ep_size: u32, num_attention: u32) -> Registry {
+    Registry::new(RegistryConfig {
+        ep_size,
+        num_attention,
+        lease_ms: LEASE_MS,
+        max_standstill_ms: 5_000,
+        vocab_size: 100,
+        max_model_len: 64,
+        first_epoch: 7,
+    })
+}
+
+fn hello(role: v1::Role) -> v1::Hello {
+    v1::Hello {
+        protocol_version: step3rt_proto::PROTOCOL_VERSION,
+        role: role.into(),
+        model_fingerprint: "f".to_owned(),
+        model: Some(v1::ModelSummary {
+            name: "m".to_owned(),
+            vocab_size: 100,
+            max_model_len: 64,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn join(registry: &mut Registry, role: v1::Role) -> Admission {
+    registry
+        .hello(TimeNs(0), hello(role))
+        .expect("nothing speaks against it")
+}
+
+fn ready(num_kv_blocks: u32) -> v1::Ready {
+    v1::Ready {
+        num_kv_blocks,
+        ..Default::default()
+    }
+}
+
+fn links(topology_version: u64) -> v1::LinksReady {
+    v1::LinksReady {
+        topology_version,
+        ..Default::default()
+    }
+}
+
+/// Actions without the topologies, which follow every change.
+fn decisions(actions: Vec<Action>) -> Vec<Action> {
+    actions
+        .into_iter()
+        .filter(|action| !matches!(action, Action::AnnounceTopology(_)))
+        .collect()
+}
+
+fn attention_ready(admission: Admission) -> Action {
+    Action::AttentionReady {
+        instance: admission.instance,
+        epoch: admission.epoch,
+        num_kv_blocks: 8,
+    }
+}
+
+/// One instance of each role, linked.
+fn serving() -> (Registry, Admission, Admission) {
+    let mut registry = registry(1, 1);
+    let attention = join(&mut registry, v1::Role::Attention);
+    let ffn = join(&mut registry, v1::Role::Ffn);
+    registry.ready(attention.instance, ready(8));
+    registry.ready(ffn.instance, ready(0));
+    let version = registry.topology().version;
+    registry.links_ready(attention.instance, links(version));
+    assert!(registry.is_serving());
+    (registry, attention, ffn)
+}
+
+#[test]
+fn ffn_ranks_are_handed_out_lowest_free_first_and_run_out() {
+    let mut registry = registry(3, 1);
+    let ranks: Vec<_> = (0..3).map(|_| join(&mut registry, v1::Role::Ffn)).collect();
+    assert_eq!(
+        ranks.iter().map(|a| a.role_rank).collect::<Vec<_>>(),
+        [0, 1, 2]
+    );
+    assert_eq!(
+        registry.hello(TimeNs(0), hello(v1::Role::Ffn)),
+        Err(HelloError::NoFreeRank { ep_size: 3 })
+    );
+    registry.session_ended(ranks[1].instance);
+    assert_eq!(join(&mut registry, v1::Role::Ffn).role_rank, 1);
+}
+
+#[test]
+fn instance_numbers_and_epochs_are_never_used_twice() {
+    let mut registry = registry(1, 1);
+    let first = join(&mut registry, v1::Role::Ffn);
+    registry.session_ended(first.instance);
+    let second = join(&mut registry, v1::Role::Ffn);
+    assert_eq!((first.epoch, second.epoch), (Epoch(7), Epoch(8)));
+    assert!(second.instance > first.instance);
+}
+
+#[test]
+fn an_attention_instance_is_used_once_it_is_linked_to_every_expert() {
+    let mut registry = registry(2, 1);
+    let attention = join(&mut registry, v1::Role::Attention);
+    let first = join(&mut registry, v1::Role::Ffn);
+    let second = join(&mut registry, v1::Role::Ffn);
+    assert_eq!(decisions(registry.ready(attention.instance, ready(8))), []);
+    assert_eq!(decisions(registry.ready(first.instance, ready(0))), []);
+    let incomplete = registry.topology().version;
+    assert_eq!(
+        decisions(registry.links_ready(attention.instance, links(incomplete))),
+        []
+    );
+    let actions = decisions(registry.ready(second.instance, ready(0)));
+    assert_eq!(actions, [Action::ExpertsComplete(true)]);
+    assert!(!registry.is_serving(), "linked for an older topology");
+    // A late answer to the older topology proves nothing.
+    assert_eq!(
+        decisions(registry.links_ready(attention.instance, links(incomplete))),
+        []
+    );
+    let complete = registry.topology().version;
+    let actions = decisions(registry.links_ready(attention.instance, links(complete)));
+    assert_eq!(actions, [attention_ready(attention)]);
+    assert!(registry.is_serving());
+}
+
+#[test]
+fn links_made_while_weights_are_loaded_count_when_they_are() {
+    let mut registry = registry(1, 1);
+    let attention = join(&mut registry, v1::Role::Attention);
+    let ffn = join(&mut registry, v1::Role::Ffn);
+    registry.ready(ffn.instance, ready(0));
+    let version = registry.topology().version;
+    assert_eq!(
+        decisions(registry.links_ready(attention.instance, links(version))),
+        []
+    );
+    let actions = decisions(registry.ready(attention.instance, ready(8)));
+    assert_eq!(actions, [attention_ready(attention)]);
+}
+
+#[test]
+fn another_attention_instance_does_not_make_links_stale() {
+    let (mut registry, attention, _ffn) = serving();
+    let other = join(&mut registry, v1::Role::Attention);
+    registry.ready(other.instance, ready(8));
+    assert!(registry.is_linked(attention.instance) && registry.is_serving());
+    assert!(!registry.is_linked(other.instance));
+}
+
+#[test]
+fn a_lost_ffn_instance_stops_steps_but_keeps_attention_and_its_kv() {
+    let (mut registry, attention, ffn) = serving();
+    let actions = decisions(registry.session_ended(ffn.instance));
+    assert_eq!(actions, [Action::ExpertsComplete(false)]);
+    assert!(!registry.is_serving() && !registry.is_linked(attention.instance));
+    let back = join(&mut registry, v1::Role::Ffn);
+    let actions = decisions(registry.ready(back.instance, ready(0)));
+    assert_eq!(actions, [Action::ExpertsComplete(true)]);
+    assert!(!registry.is_linked(attention.instance), "to the dead one");
+    let version = registry.topology().version;
+    assert_eq!(
+        decisions(registry.links_ready(attention.instance, links(version))),
+        []
+    );
+    assert!(registry.is_serving());
+}
+
+#[test]
+fn every_change_is_announced_with_a_higher_version_and_only_ready_instances() {
+    let mut registry = registry(1, 1);
+    let loading = join(&mut registry, v1::Role::Attention);
+    let ffn = join(&mut registry, v1::Role::Ffn);
+    let actions = registry.ready(ffn.instance, ready(0));
+    let Some(Action::AnnounceTopology(first)) = actions.last() else {
+        panic!("announced last: {actions:?}");
+    };
+    assert_eq!(first.peers.len(), 1);
+    assert_eq!(first.peers[0].instance_id, ffn.instance.0);
+    let actions = registry.session_ended(ffn.instance);
+    let Some(Action::AnnounceTopology(second)) = actions.last() else {
+        panic!("announced last: {actions:?}");
+    };
+    assert!(second.version > first.version && second.peers.is_empty());
+    assert_eq!(
+        registry.session_ended(loading.instance),
+        [],
+        "nobody linked to it"
+    );
+}
+
+#[test]
+fn a_lease_runs_out_unless_it_is_renewed() {
+    let (mut registry, attention, ffn) = serving();
+    let half = TimeNs(0).plus_ms(LEASE_MS / 2);
+    registry.renew(half, ffn.instance);
+    let end = TimeNs(0).plus_ms(LEASE_MS);
+    assert_eq!(registry.next_timer(), Some(end));
+    assert_eq!(registry.expire(TimeNs(end.0 - 1)), []);
+    let actions = decisions(registry.expire(end));
+    assert!(matches!(
+        actions.as_slice(),
+        [Action::CloseSession { instance, .. }, Action::AttentionLost(lost)]
+            if *instance == attention.instance && *lost == attention.instance
+    ));
+    assert_eq!(registry.next_timer(), Some(half.plus_ms(LEASE_MS)));
+}
+
+#[test]
+fn a_loop_that_stands_still_loses_its_session_whatever_its_heartbeats_say() {
+    let (mut registry, _attention, ffn) = serving();
+    let beat = |last_progress_age_ms| v1::Heartbeat {
+        last_progress_age_ms,
+        ..Default::default()
+    };
+    assert_eq!(registry.heartbeat(ffn.instance, beat(5_000)), []);
+    let actions = decisions(registry.heartbeat(ffn.instance, beat(5_001)));
+    assert!(matches!(
+        actions.as_slice(),
+        [Action::CloseSession { .. }, Action::ExpertsComplete(false)]
+    ));
+    let loading = join(&mut registry, v1::Role::Ffn);
+    let long_load = registry.heartbeat(loading.instance, beat(600_000));
+    assert_eq!(long_load, [], "loading weights may take long");
+}
+
+#[test]
+fn a_peer_reported_lost_is_closed_unless_the_report_is_stale() {
+    let (mut registry, attention, ffn) = serving();
+    let mut report = v1::PeerLost {
+        instance_id: ffn.instance.0,
+        epoch: ffn.epoch.0 + 1,
+        reason: "reset".to_owned(),
+    };
+    assert_eq!(registry.peer_lost(attention.instance, &report), []);
+    report.epoch = ffn.epoch.0;
+    assert_eq!(
+        registry.peer_lost(InstanceId(99), &report),
+        [],
+        "from nobody"
+    );
+    let actions = decisions(registry.peer_lost(attention.instance, &report));
+    assert!(matches!(
+        actions.as_slice(),
+        [Action::CloseSession { instance, .. }, Action::ExpertsComplete(false)]
+            if *instance == ffn.instance
+    ));
+    assert_eq!(
+        registry.peer_lost(attention.instance, &report),
+        [],
+        "told before"
+    );
+}
+
+#[test]
+fn a_leaving_attention_instance_gets_nothing_new_and_is_lost_once() {
+    let (mut registry, attention, _ffn) = serving();
+    let actions = registry.leaving(attention.instance);
+    assert_eq!(actions, [Action::AttentionLost(attention.instance)]);
+    assert!(!registry.is_serving());
+    let version = registry.topology().version;
+    assert_eq!(
+        decisions(registry.links_ready(attention.instance, links(version))),
+        []
+    );
+    assert_eq!(decisions(registry.session_ended(attention.instance)), []);
+}
+
+#[test]
+fn the_first_instance_fixes_the_model_until_the_last_leaves() {
+    let mut registry = registry(1, 1);
+    let first = join(&mut registry, v1::Role::Attention);
+    let other = v1::Hello {
+        model_fingerprint: "g".to_owned(),
+        ..hello(v1::Role::Ffn)
+    };
+    let refused = registry.hello(TimeNs(0), other.clone());
+    assert!(matches!(refused, Err(HelloError::OtherModel { .. })));
+    registry.session_ended(first.instance);
+    assert!(registry.hello(TimeNs(0), other).is_ok());
+}
+
+#[test]
+fn what_contradicts_the_coordinators_checkpoint_is_refused() {
+    let mut registry = registry(1, 1);
+    let mut short = hello(v1::Role::Attention);
+    short.model.as_mut().expect("set").max_model_len = 63;
+    let no_model = v1::Hello {
+        model: None,
+        ..hello(v1::Role::Attention)
+    };
+    assert_eq!(
+        registry.hello(TimeNs(0), short),
+        Err(HelloError::OtherLimits {
+            key: "max_model_len",
+            found: 63,
+            expected: 64
+        })
+    );
+    assert_eq!(
+        registry.hello(TimeNs(0), no_model),
+        Err(HelloError::NoModel)
+    );
+}
+
+#[test]
+fn attention_without_kv_blocks_and_a_second_ready_are_refused() {
+    let (mut registry, _attention, ffn) = serving();
+    let empty = join(&mut registry, v1::Role::Attention);
+    let actions = registry.ready(empty.instance, ready(0));
+    assert!(matches!(actions.as_slice(), [Action::CloseSession { .. }]));
+    let actions = decisions(registry.ready(ffn.instance, ready(0)));
+    assert!(matches!(actions.first(), Some(Action::CloseSession { .. })));
+}
+
+#[test]
+fn a_draining_cluster_admits_nobody() {
+    let (mut registry, _attention, _ffn) = serving();
+    registry.drain();
+    assert!(!registry.is_serving());
+    let refused = registry.hello(TimeNs(0), hello(v1::Role::Attention));
+    assert_eq!(refused, Err(HelloError::Draining));
+    assert!(registry.status().starts_with("draining"));
+}
+
+#[test]
+fn messages_of_unknown_instances_have_no_effect() {
+    let (mut registry, _attention, _ffn) = serving();
+    let nobody = InstanceId(99);
+    registry.renew(TimeNs(5), nobody);
+    assert_eq!(registry.ready(nobody, ready(8)), []);
+    assert_eq!(registry.links_ready(nobody, links(1)), []);
+    assert_eq!(registry.leaving(nobody), []);
+    assert_eq!(registry.session_ended(nobody), []);
+    assert_eq!(registry.close(nobody, "why"), []);
+    assert!(registry.is_serving());
+}

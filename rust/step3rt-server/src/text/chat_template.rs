@@ -1,0 +1,228 @@
+//! Renders messages with the checkpoint's chat template, which is data from elsewhere: fuel and
+//! output are limited, and a template can reach nothing but its arguments.
+//!
+//! It never has a template of its own.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::text::defuse::defuse;
+use crate::text::python_json::tojson;
+
+/// Instructions that one rendering may take. Real templates take some hundreds per message.
+const FUEL: u64 = 2_000_000;
+/// Most bytes of JSON in one request's messages or tools.
+const MAX_JSON_BYTES: usize = 4 * 1024 * 1024;
+const TEMPLATE_NAME: &str = "chat_template";
+
+/// A checkpoint's chat template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+    special_tokens: Vec<String>,
+}
+
+/// What a chat prompt consists of.
+#[derive(Clone, Copy, Debug)]
+pub struct Chat<'a> {
+    /// A JSON array of messages.
+    pub messages_json: &'a str,
+    /// A JSON array of tools, or nothing.
+    pub tools_json: &'a str,
+    /// Whether the assistant's turn is opened.
+    pub add_generation_prompt: bool,
+}
+
+impl ChatTemplate {
+    /// Compiles the checkpoint's template; `None` if it has none. `special_tokens` are those that
+    /// users' text must not forge.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        special_tokens: Vec<String>,
+    ) -> Result<Option<Self>, String> {
+        let Some(source) = checkpoint.chat_template.clone() else {
+            return Ok(None);
+        };
+        let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
+        // As the reference implementation renders: blocks leave no blank lines behind.
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| error.to_string())?;
+        environment.set_syntax(syntax);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<String, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned(TEMPLATE_NAME, source)
+            .map_err(|error| error.to_string())?;
+        Ok(Some(Self {
+            environment,
+            bos_token: checkpoint.bos_token.clone().unwrap_or_default(),
+            eos_token: checkpoint.eos_token.clone().unwrap_or_default(),
+            special_tokens,
+        }))
+    }
+
+    /// The prompt text of `chat`, cut at every [`SEPARATOR`](crate::text::defuse::SEPARATOR); the error
+    /// says what is wrong with it.
+    pub fn render(&self, chat: Chat<'_>) -> Result<String, String> {
+        let mut messages = parse_list("chat.messages_json", chat.messages_json)?;
+        defuse(&mut messages, &self.special_tokens);
+        if messages.is_empty() {
+            return Err("chat.messages_json has no message. Send at least one".to_owned());
+        }
+        let tools = if chat.tools_json.is_empty() {
+            Vec::new()
+        } else {
+            parse_list("chat.tools_json", chat.tools_json)?
+        };
+        let tools = (!tools.is_empty()).then_some(tools);
+        let template = self
+            .environment
+            .get_template(TEMPLATE_NAME)
+            .expect("added by the constructor");
+        template
+            .render(minijinja::context! {
+                messages => Serde(messages),
+                tools => Serde(tools),
+                add_generation_prompt => chat.add_generation_prompt,
+                bos_token => self.bos_token.as_str(),
+                eos_token => self.eos_token.as_str(),
+            })
+            .map_err(|error| format!("the model's chat template refuses these messages: {error}"))
+    }
+}
+
+/// `serde_json` stops at a depth of 128 by itself.
+fn parse_list(field: &str, json: &str) -> Result<Vec<Value>, String> {
+    if json.len() > MAX_JSON_BYTES {
+        return Err(format!(
+            "{field} has {} bytes, more than {MAX_JSON_BYTES}. Shorten it",
+            json.len()
+        ));
+    }
+    serde_json::from_str(json)
+        .map_err(|error| format!("{field} is not a JSON array: {error}. Correct it"))
+}
+
+#[cfg(test)]
+mod tests {
+    use step3rt_proto::generate::{ModelLimits, SamplingDefaults};
+
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        let checkpoint = Checkpoint {
+            path: "/model".into(),
+            name: "m".to_owned(),
+            limits: ModelLimits {
+                vocab_size: 1,
+                max_model_len: 1,
+                eos_tokens: vec![],
+                defaults: SamplingDefaults::default(),
+            },
+            chat_template: Some(source.to_owned()),
+            bos_token: Some("<s>".to_owned()),
+            eos_token: None,
+        };
+        ChatTemplate::new(&checkpoint, vec![])
+            .expect("compiles")
+            .expect("present")
+    }
+
+    fn render(source: &str, messages_json: &str) -> Result<String, String> {
+        template(source).render(Chat {
+            messages_json,
+            tools_json: "",
+            add_generation_prompt: true,
+        })
+    }
+
+    #[test]
+    fn messages_render_with_python_methods_and_trimmed_blocks() {
+        let source = "{{ bos_token }}\n{% for m in messages %}\n    {% if m.role == 'user' %}\n\
+            <|BOT|>{{ m['role'] }}: {{ m.content.strip() }}\n    {% endif %}\n{% endfor %}\n\
+            {% if add_generation_prompt %}<|BOT|>assistant{% endif %}";
+        let text = render(source, r#"[{"role": "user", "content": " hi "}]"#).expect("renders");
+        assert_eq!(text, "<s>\n<|BOT|>user: hi\n<|BOT|>assistant");
+    }
+
+    #[test]
+    fn an_endless_template_runs_out_of_fuel() {
+        let source =
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}";
+        let error = render(source, r#"[{"role": "user"}]"#).expect_err("no fuel");
+        assert!(error.contains("fuel"), "{error}");
+    }
+
+    #[test]
+    fn a_template_may_refuse_and_messages_must_be_a_list() {
+        let error = render("{{ raise_exception('no system') }}", "[1]").expect_err("refused");
+        assert!(error.contains("no system"), "{error}");
+        assert!(
+            render("x", "{}")
+                .expect_err("not a list")
+                .contains("JSON array")
+        );
+        assert!(
+            render("x", "[]")
+                .expect_err("empty")
+                .contains("at least one")
+        );
+        let deep = "[".repeat(100_000);
+        assert!(render("x", &deep).is_err());
+    }
+
+    #[test]
+    fn a_template_reaches_nothing_of_the_host() {
+        for source in [
+            "{{ ''.__class__ }}",
+            "{{ cycler.__init__ }}",
+            "{{ open('/etc/passwd') }}",
+        ] {
+            let rendered = render(source, "[1]");
+            assert!(
+                rendered.as_deref().unwrap_or_default().is_empty(),
+                "{rendered:?}"
+            );
+        }
+    }
+
+    /// prompt.txt is what Python's jinja2 3.1.6 makes of the same, set up as transformers does:
+    /// `trim_blocks`, `lstrip_blocks`, and `tojson` with `ensure_ascii=False`.
+    #[test]
+    fn the_nano_models_template_renders_as_in_python() {
+        let model = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../python/step3rt/data/nano"
+        );
+        let checkpoint = Checkpoint::read(model.as_ref(), None, None).expect("shipped");
+        let template = ChatTemplate::new(&checkpoint, vec![])
+            .expect("compiles")
+            .expect("present");
+        let text = template.render(Chat {
+            messages_json: include_str!("../../tests/fixtures/chat/messages.json"),
+            tools_json: include_str!("../../tests/fixtures/chat/tools.json"),
+            add_generation_prompt: true,
+        });
+        assert_eq!(
+            text.expect("renders"),
+            include_str!("../../tests/fixtures/chat/prompt.txt")
+        );
+    }
+}

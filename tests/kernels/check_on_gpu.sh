@@ -1,0 +1,20 @@
+#!/bin/bash
+# Checks the kernels on one Hopper GPU: tests with bounded waits first (a hang becomes an error),
+# then compute-sanitizer on small sizes, then the real builds. Arguments go to the last pytest.
+set -u
+cd "$(dirname "$0")/../.."
+export PYTHONPATH=python PYTHONUNBUFFERED=1
+status=0
+step() {
+  echo "== $*"
+  timeout "${LIMIT:-150}" "$@" || { echo "FAILED ($?): $*"; status=1; }
+}
+gpu_tests=(python3 -m pytest -q -m gpu -p no:cacheprovider tests/kernels)
+STEP3RT_TEST_WAIT_LIMIT_NS=2000000000 step "${gpu_tests[@]}" -x
+if [ $status = 0 ]; then
+  for tool in memcheck racecheck; do
+    step compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m tests.kernels.sanitize
+  done
+  step "${gpu_tests[@]}" "$@"
+fi
+exit $status

@@ -1,0 +1,13 @@
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bounded_waits() -> None:
+    """With STEP3RT_TEST_WAIT_LIMIT_NS, kernels trap instead of waiting for ever."""
+    limit_ns = os.environ.get("STEP3RT_TEST_WAIT_LIMIT_NS")
+    if limit_ns is not None:
+        from step3rt.ops import compile as compiler
+
+        compiler.FIXED_OPTIONS += (f"-DSTEP3RT_WAIT_LIMIT_NS={limit_ns}ull",)

@@ -1,0 +1,215 @@
+"""The search finds what enumeration finds; the verdict names the limit that is there."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from step3rt.errors import InvalidArgument
+from step3rt.plan.cost import Precision
+from step3rt.plan.deployment import max_batch_by_memory
+from step3rt.plan.hardware import load_hardware
+from step3rt.plan.hf_config import load_model
+from step3rt.plan.profile import load_profile
+from step3rt.plan.search import Inventory, Target, best_size, deployments, evaluate, search
+from step3rt.plan.simulate import simulate
+from step3rt.plan.verdict import MODEL_ERROR, decide
+from step3rt.plan.workload import Workload
+
+CARDS = load_hardware()
+STEP3 = load_model("step3")
+PAPER = load_profile("paper-h800")
+FP8 = Precision()
+
+
+def inventory(**counts: int) -> Inventory:
+    return Inventory(tuple((CARDS[key], count) for key, count in counts.items()))
+
+
+def test_best_size_is_the_largest_that_enumeration_finds() -> None:
+    target = Target(context_tokens=8192)
+    for unit, _ in list(deployments(inventory(h800=32), target))[::37]:
+        deployment = replace(unit, lanes=2)
+        places = 2 * deployment.num_attention_gpus
+        limit = int(max_batch_by_memory(STEP3, deployment, 8192, FP8) / places)
+        sizes = np.arange(1.0, limit + 1)
+        if not sizes.size:
+            assert best_size(STEP3, deployment, target, PAPER, FP8) == 0
+            continue
+        within = evaluate(STEP3, deployment, target, PAPER, FP8, sizes) <= target.tpot_ms
+        expected = int(sizes[within][-1]) if within.any() else 0
+        assert best_size(STEP3, deployment, target, PAPER, FP8) == expected
+
+
+def test_every_unit_fits_the_inventory() -> None:
+    cards = inventory(h20=8, h800=24)
+    counts = {"h20": 8, "h800": 24}
+    for unit, num_units in deployments(cards, Target(context_tokens=4096)):
+        used = {unit.attention_card.key: num_units * unit.num_attention_gpus}
+        ffn = unit.ffn_card.key
+        used[ffn] = used.get(ffn, 0) + num_units * unit.num_ffn_gpus
+        assert num_units >= 1
+        assert all(used[key] <= counts[key] for key in used)
+
+
+def test_no_point_of_the_front_is_dominated_and_it_holds_the_best() -> None:
+    target = Target(context_tokens=4096)
+    found = search(STEP3, inventory(h800=24, h20=8), target, PAPER, FP8)
+    merits = np.array([(-p.tpot_ms, p.tokens_per_s, 1 / p.usd_per_1m_tokens) for p in found.front])
+    for point in merits:
+        is_better = (merits >= point).all(axis=1) & (merits > point).any(axis=1)
+        assert not is_better.any()
+    best = max(point.tokens_per_s for point in found.front if point.tpot_ms <= target.tpot_ms)
+    assert found.best[0].tokens_per_s == pytest.approx(best)
+
+
+def test_usd_count_the_cards_in_use_and_rates_all_cards() -> None:
+    found = search(STEP3, inventory(h800=31), Target(context_tokens=4096), PAPER, FP8)
+    for candidate in found.best:
+        used = candidate.num_units * candidate.deployment.num_gpus
+        usd_per_s = used * CARDS["h800"].usd_per_hour / 3600
+        assert used <= 31
+        assert candidate.usd_per_1m_tokens == pytest.approx(
+            1e6 * usd_per_s / candidate.tokens_per_s
+        )
+        assert candidate.tokens_per_s_per_gpu == pytest.approx(candidate.tokens_per_s / 31)
+
+
+def test_the_paper_deployment_is_what_the_search_finds_for_32_h800() -> None:
+    target = Target(context_tokens=4096, placement="disaggregated")
+    verdict = decide(STEP3, inventory(h800=32), target, PAPER, FP8)
+    choice = verdict.choices[0]
+    assert choice.candidate.deployment.label == "16A+16F h800 tp_ep x3"
+    assert choice.candidate.batch == pytest.approx(6144, rel=0.05)
+    assert choice.result.tpot_ms["p99"] <= 50
+    assert choice.candidate.tokens_per_s_per_gpu == pytest.approx(4039, rel=0.10)
+
+
+def test_deepseek_profile_is_within_the_stated_model_error() -> None:
+    """Published: EP128, 128 sequences a GPU in two micro-batches, 4K: 2324 tokens/s/GPU."""
+    model = load_model("deepseek-v3")
+    unit = next(
+        unit
+        for unit, _ in deployments(inventory(h800=128), Target(context_tokens=4096))
+        if unit.is_colocated and unit.num_gpus == 128
+    )
+    workload = Workload(batch=128 * 128, context_tokens=4096, lengths="spread")
+    result = simulate(model, replace(unit, lanes=2), PAPER, workload, Precision(2.0), steps=16)
+    assert result.tokens_per_s_per_gpu == pytest.approx(2324, rel=MODEL_ERROR)
+
+
+def test_one_host_is_told_not_to_use_afd() -> None:
+    profile = load_profile("peers-h200")
+    verdict = decide(STEP3, inventory(h200=4), Target(context_tokens=4096), profile, FP8)
+    assert verdict.advice == "colocate"
+    assert verdict.text.startswith("Do not use AFD here")
+    afd = verdict.of("disaggregated")
+    assert afd is not None
+    assert afd.candidate.deployment.label == "1A+3F h200 ep x1"
+    assert afd.limits[0].name == "FFN bandwidth"
+
+
+def test_a_dense_model_may_be_split_where_it_is_colocated() -> None:
+    """Eight copies of 32B weights leave no time; one copy over eight GPUs does."""
+    model = load_model("qwen3-32b")
+    target = Target(context_tokens=2048, tpot_ms=15, placement="colocated")
+    verdict = decide(model, inventory(h800=8), target, PAPER, FP8)
+    deployment = verdict.choices[0].candidate.deployment
+    assert deployment.ffn_parallelism == "tp_ep"
+    assert deployment.num_gpus > 1
+    copied = replace(target, ffn_parallelism="ep")
+    of_copies = search(model, inventory(h800=8), copied, PAPER, FP8).best
+    best = verdict.choices[0].candidate.tokens_per_s
+    assert all(item.tokens_per_s < 0.9 * best for item in of_copies)
+
+
+def test_little_scale_out_bandwidth_rules_afd_out() -> None:
+    slow = replace(CARDS["h800"], nic_bytes_per_s=2e9)
+    cards = Inventory(((slow, 32),))
+    verdict = decide(STEP3, cards, Target(context_tokens=4096), PAPER, FP8)
+    assert verdict.advice == "colocate"
+    assert verdict.choices[0].candidate.deployment.is_one_host
+    assert verdict.text.startswith("Do not use AFD here")
+
+
+def test_afd_wins_where_cards_suit_one_side_each() -> None:
+    """Attention cards with bandwidth alone, FFN cards with compute alone."""
+    reader = replace(CARDS["h20"], key="reader", bytes_per_s=8e12, memory_bytes=60e9)
+    counter = replace(CARDS["h800"], key="counter", memory_bytes=40e9)
+    verdict = decide(
+        STEP3, Inventory(((reader, 16), (counter, 16))), Target(context_tokens=8192), PAPER, FP8
+    )
+    assert verdict.advice == "disaggregate"
+    deployment = verdict.choices[0].candidate.deployment
+    assert (deployment.attention_card.key, deployment.ffn_card.key) == ("reader", "counter")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"memory_bytes": 32e9}, "KV capacity"),
+        ({"nic_bytes_per_s": 1.2e10}, "network"),
+        ({"bytes_per_s": 8e11}, "attention bandwidth"),
+        ({"fp8_flops": 2.5e14, "bf16_flops": 1.2e14, "bytes_per_s": 8e12}, "FFN compute"),
+    ],
+)
+def test_the_verdict_names_the_limit_that_was_built_in(
+    change: dict[str, float], expected: str
+) -> None:
+    card = replace(CARDS["h800"], **change)  # type: ignore[arg-type]
+    target = Target(
+        context_tokens=8192, placement="disaggregated", ffn_parallelism="tp_ep", tpot_ms=80
+    )
+    verdict = decide(STEP3, Inventory(((card, 32),)), target, PAPER, FP8)
+    assert verdict.choices[0].limits[0].name == expected
+
+
+def test_p99_is_met_at_a_smaller_batch_than_p50() -> None:
+    noisy = replace(PAPER, jitter_us=60.0)
+    batches = []
+    for percentile in ("p50", "p99"):
+        target = Target(context_tokens=4096, percentile=percentile, placement="disaggregated")
+        choice = decide(STEP3, inventory(h800=16), target, noisy, FP8).choices[0]
+        assert choice.result.tpot_ms[percentile] <= 50
+        batches.append(choice.candidate.batch)
+    assert batches[1] <= batches[0]
+
+
+def test_a_sparse_moe_is_warned_about() -> None:
+    target = Target(context_tokens=4096, placement="disaggregated")
+    sparse = decide(load_model("kimi-k2"), inventory(h800=96), target, PAPER, FP8)
+    assert "too sparse for NVIDIA H800: 0.023" in sparse.warnings[0]
+    assert not decide(STEP3, inventory(h800=32), target, PAPER, FP8).warnings
+
+
+def test_an_impossible_target_is_said_to_be_one() -> None:
+    target = Target(context_tokens=4096, tpot_ms=1.0)
+    verdict = decide(STEP3, inventory(h800=32), target, PAPER, FP8)
+    assert (verdict.advice, verdict.choices) == ("none", ())
+    assert "reaches 1 ms" in verdict.text
+
+
+def test_a_thousand_gpus_are_searched_in_seconds() -> None:
+    begin = time.process_time()
+    verdict = decide(STEP3, inventory(h800=512, h20=512), Target(context_tokens=8192), PAPER, FP8)
+    assert time.process_time() - begin < 10
+    assert verdict.found.num_evaluated > 5000
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"context_tokens": 0}, "Both are above 0"),
+        ({"context_tokens": 1, "tpot_ms": float("nan")}, "Both are above 0"),
+        ({"context_tokens": 1, "percentile": "p90"}, "knows p50 and p99"),
+    ],
+)
+def test_impossible_targets_are_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        Target(**values)  # type: ignore[arg-type]
+
+
+def test_an_empty_inventory_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="from 1 to"):
+        search(STEP3, Inventory(()), Target(context_tokens=1), PAPER, FP8)

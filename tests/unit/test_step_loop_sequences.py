@@ -1,0 +1,136 @@
+"""What a lane does with plans. The plans here are data with the fields of `_core.StepPlan`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from step3rt.errors import Internal
+from step3rt.instance.sequences import LaneSequences, PlannedChunk
+
+
+@dataclass
+class Sampling:
+    prompt_logprobs: int | None = None
+
+
+@dataclass
+class Join:
+    sequence_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Chunk:
+    sequence_id: int
+    num_computed_tokens: int
+    num_new_tokens: int
+    new_block_ids: list[int] = field(default_factory=list)
+    samples: bool = False
+
+
+@dataclass
+class Plan:
+    left: list[int] = field(default_factory=list)
+    joined: list[Join] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+def new_lane() -> LaneSequences:
+    return LaneSequences(num_blocks=10, block_size_tokens=4, vocab_size=100)
+
+
+def apply(lane: LaneSequences, **fields: Any) -> list[PlannedChunk]:
+    return lane.apply(Plan(**fields))  # type: ignore[arg-type]
+
+
+def first_chunk(samples: bool = True) -> dict[str, Any]:
+    return {
+        "joined": [Join(7, [1, 2, 3, 4, 5], 5)],
+        "chunks": [Chunk(7, 0, 5, [8, 2], samples)],
+    }
+
+
+def test_a_plan_joins_a_sequence_and_computes_its_prompt() -> None:
+    (planned,) = apply(new_lane(), **first_chunk())
+    assert list(planned.chunk.token_ids) == [1, 2, 3, 4, 5]
+    assert planned.chunk.first_position == 0
+    assert list(planned.chunk.block_ids) == [8, 2]
+    assert list(planned.chunk.logit_offsets) == [4]
+
+
+def test_a_sampled_token_is_the_next_chunk() -> None:
+    lane = new_lane()
+    (planned,) = apply(lane, **first_chunk())
+    planned.sequence.token_ids.append(99)
+    (planned,) = apply(lane, chunks=[Chunk(7, 5, 1, [], True)])
+    assert list(planned.chunk.token_ids) == [99]
+    assert planned.chunk.first_position == 5
+
+
+def test_a_failed_plan_that_is_sent_again_changes_nothing_more() -> None:
+    lane = new_lane()
+    (first,) = apply(lane, **first_chunk())
+    (again,) = apply(lane, **first_chunk())
+    assert again.chunk == first.chunk
+    # The coordinator may also leave out what has taken effect.
+    (short,) = apply(lane, chunks=[Chunk(7, 0, 5, [], True)])
+    assert short.chunk == first.chunk
+
+
+def test_a_sequence_that_left_is_forgotten_even_twice() -> None:
+    lane = new_lane()
+    apply(lane, **first_chunk())
+    apply(lane, left=[7])
+    apply(lane, left=[7])
+    assert len(lane) == 0
+    with pytest.raises(Internal, match="sequence 7, which has not joined"):
+        apply(lane, chunks=[Chunk(7, 5, 1, [], True)])
+
+
+def test_a_sequence_that_left_and_joins_in_one_plan_begins_anew() -> None:
+    lane = new_lane()
+    apply(lane, **first_chunk())
+    (planned,) = apply(lane, left=[7], **first_chunk() | {"chunks": [Chunk(7, 0, 2, [5])]})
+    assert list(planned.chunk.block_ids) == [5]
+    assert list(planned.chunk.logit_offsets) == []
+
+
+@pytest.mark.parametrize(
+    ("chunk_end", "num_prompt", "expected"),
+    [(2, 5, [[0, 1], [0, 1, 2]]), (4, 5, [[0, 1, 2, 3], [0]]), (2, 3, [[0, 1], [2]])],
+)
+def test_prompt_rows_of_all_chunks_predict_each_prompt_token_once(
+    chunk_end: int, num_prompt: int, expected: list[list[int]]
+) -> None:
+    lane = new_lane()
+    join = Join(7, [1, 2, 3, 4, 5], num_prompt, Sampling(prompt_logprobs=0))
+    (first,) = apply(lane, joined=[join], chunks=[Chunk(7, 0, chunk_end, [0, 1])])
+    (second,) = apply(lane, chunks=[Chunk(7, chunk_end, 5 - chunk_end, [], True)])
+    found = [list(chunk.chunk.logit_offsets) for chunk in (first, second)]
+    assert found == expected
+    assert first.num_prompt_rows + second.num_prompt_rows == num_prompt - 1
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk(7, 5, 1, [], True),  # not known yet
+        Chunk(7, 0, 0, [1, 2], False),  # nothing
+        Chunk(7, 0, 5, [1], True),  # more than its blocks hold
+        Chunk(7, 0, 5, [1, 10], True),  # a block outside of the pool
+        Chunk(7, 0, 5, [1, 2], False),  # ends at the last known token, and does not sample
+        Chunk(7, 0, 4, [1, 2], True),  # samples before it
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(chunk: Chunk) -> None:
+    with pytest.raises(Internal, match="The plan computes tokens"):
+        apply(new_lane(), joined=[Join(7, [1, 2, 3, 4, 5], 5)], chunks=[chunk])
+
+
+@pytest.mark.parametrize("token_ids", [[], [100], [1, 2**31]])
+def test_a_join_with_unusable_tokens_is_refused(token_ids: list[int]) -> None:
+    with pytest.raises(Internal, match="Sequence 7 joins"):
+        apply(new_lane(), joined=[Join(7, token_ids, 1)])
