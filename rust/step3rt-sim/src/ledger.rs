@@ -124,7 +124,9 @@ impl Ledger {
         let lane = lane.expect("the answer is awaited");
         let step = lane.pop_front().expect("the answer is awaited");
         if has_failed {
-            lane.iter_mut().for_each(|later| later.is_doomed = true);
+            for later in lane.iter_mut() {
+                later.is_doomed = true;
+            }
         }
         for id in step.sequences {
             let holding = self.holdings.get_mut(&id).expect("a step holds it");
@@ -233,9 +235,10 @@ impl Ledger {
     ) -> Result<(), Violation> {
         let id = chunk.sequence;
         let block_size = self.config.block_size_tokens;
-        let num_shared = match is_new {
-            true => (chunk.num_computed_tokens / block_size) as usize,
-            false => 0,
+        let num_shared = if is_new {
+            (chunk.num_computed_tokens / block_size) as usize
+        } else {
+            0
         };
         let Some(holding) = self.holdings.get_mut(&id) else {
             return Err(Violation(format!("a chunk of sequence {id}, not there")));
@@ -254,7 +257,7 @@ impl Ledger {
             "sequence {id} has {} blocks and writes to its block {end}",
             holding.blocks.len()
         );
-        for &block in &chunk.new_blocks[..num_shared] {
+        for &block in chunk.new_blocks.iter().take(num_shared) {
             let filled_by = self.tenants.get(&(instance, block));
             ensure!(
                 filled_by == Some(&holding.tenant),

@@ -140,9 +140,8 @@ impl Core {
         }
         match self.sabotage {
             Some(Sabotage::PlanNotSent) => {
-                if plans.len() > 1 && self.take_one() {
-                    plans.pop();
-                }
+                let is_one = plans.len() > 1 && self.take_one();
+                plans.truncate(plans.len() - usize::from(is_one));
             }
             Some(Sabotage::ForgottenLeave) => {
                 for plan in plans.iter_mut().filter(|plan| !plan.chunks.is_empty()) {

@@ -138,11 +138,14 @@ impl World {
         let rng = &mut self.traffic;
         let num_prompt_tokens = rng.within(1, profile.max_prompt_tokens);
         // Documents that many ask about, so that beginnings are shared.
-        let document = rng.below(3);
+        let document = rng.within(0, 2);
         let num_common = rng.within(0, num_prompt_tokens);
-        let prompt = (0..num_prompt_tokens).map(|index| match index < num_common {
-            true => TokenId((index * 7 + u32::try_from(document).expect("small")) % VOCAB_SIZE),
-            false => TokenId(rng.within(0, VOCAB_SIZE - 1)),
+        let prompt = (0..num_prompt_tokens).map(|index| {
+            if index < num_common {
+                TokenId((index * 7 + document) % VOCAB_SIZE)
+            } else {
+                TokenId(rng.within(0, VOCAB_SIZE - 1))
+            }
         });
         let prompt = prompt.collect();
         let tenant = TenantId(rng.pick(&[0, 0, 1, 2]));

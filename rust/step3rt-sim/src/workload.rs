@@ -22,6 +22,10 @@ pub(crate) fn life_steps(id: u32) -> u32 {
 }
 
 /// The size of the load.
+#[expect(
+    clippy::struct_field_names,
+    reason = "counts start with num_ in this project"
+)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
     pub(crate) num_sequences: u32,

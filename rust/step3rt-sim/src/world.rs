@@ -13,7 +13,7 @@ use step3rt_core::step::{StepKey, StepPlan};
 
 use crate::clients::Clients;
 use crate::fault::{Fault, FaultCounts};
-use crate::instance::Answer;
+use crate::instance::{Answer, SimInstance};
 use crate::ledger::Ledger;
 use crate::node::Node;
 use crate::profile::Profile;
@@ -55,6 +55,10 @@ pub(crate) enum Happening {
 }
 
 /// See the module's documentation.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact about the world, and all combinations of them occur"
+)]
 pub(crate) struct World {
     pub(crate) profile: Profile,
     pub(crate) sabotage: Option<Sabotage>,
@@ -239,7 +243,7 @@ impl World {
         }
         self.ledger.check_done(&self.core.stats())?;
         for (id, node) in &self.nodes {
-            let num_known = node.machine.as_ref().map_or(0, |m| m.num_known());
+            let num_known = node.machine.as_ref().map_or(0, SimInstance::num_known);
             ensure!(
                 num_known == 0,
                 "instance {id} still knows {num_known} sequences when all have ended"
