@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT ?= It was a dark and stormy night, and
+# Through the environment, so that quotes in it are text.
+export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
 .PHONY: help demo test test-rust test-python lint format build proto clean
@@ -13,7 +14,8 @@ help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
 
 demo: build      ## 2 attention + 2 FFN processes continue PROMPT="..." in the terminal
-	@$(BIN)/step3rt generate --model nano --attention 2 --ffn 2 --fabric shm --stats --max-tokens 120 "$(PROMPT)"
+	@$(BIN)/step3rt generate --model nano --attention 2 --ffn 2 --fabric shm --stats \
+		--max-tokens 120 -- "$$PROMPT"
 
 test: test-rust test-python  ## all tests that need no GPU and no RDMA device
 

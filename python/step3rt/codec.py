@@ -49,6 +49,9 @@ UNKNOWN_EVENT = (
     "versions of the protocol. Update the older one"
 )
 
+# The fields of `SamplingParams` that are unsigned 32-bit integers in the protocol.
+_COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+
 # Text, or token ids.
 Prompt = str | Sequence[int]
 
@@ -72,6 +75,8 @@ def to_request(
     Raises:
         InvalidArgument: a value does not fit its field, e.g. a negative count.
     """
+    for name in _COUNTS:
+        _check_count(name, getattr(params, name), request_id)
     try:
         request = inference_service_pb2.GenerateRequest(
             request_id=request_id,
@@ -113,6 +118,17 @@ def to_request(
             request_id=request_id,
         ) from error
     return request
+
+
+def _check_count(name: str, value: object, request_id: str) -> None:
+    """Refuses what the protocol cannot carry, by name; whether it makes sense, the server says."""
+    if value is None or (isinstance(value, int) and 0 <= value < 2**32):
+        return
+    raise InvalidArgument(
+        f"{name} is {value!r}. It is a count: an integer from 0 to {2**32 - 1}. Correct it",
+        request_id=request_id,
+        details={"field": name},
+    )
 
 
 def _to_logprob(message: common_pb2.TokenLogprob) -> TokenLogprob:

@@ -122,7 +122,7 @@ class LocalCluster:
         """Stops every child: politely, then for good; idempotent."""
         # The coordinator drains and then asks its instances to end; they also get the signal, in
         # case it is already gone.
-        with _uninterrupted():
+        with _interrupts_held():
             running = [child for child in self._children if child.process.poll() is None]
             for child in running:
                 child.process.send_signal(signal.SIGTERM)
@@ -192,7 +192,7 @@ class LocalCluster:
     def _spawn(self, name: str, arguments: Sequence[str]) -> int:
         log = self._log_dir / f"{name}.log"
         command = [sys.executable, "-m", "step3rt", *arguments, f"--exit-with-parent={os.getpid()}"]
-        with log.open("ab") as output:
+        with log.open("ab") as output, _interrupts_held():
             # A group of its own: Ctrl-C reaches this process alone, which then stops the
             # children in order.
             process = subprocess.Popen(
@@ -202,7 +202,7 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
-        self._children.append(_Child(name, process, log))
+            self._children.append(_Child(name, process, log))
         return process.pid
 
     def _failure(self, child: _Child, code: int) -> Step3Error:
@@ -233,10 +233,12 @@ def _flags(config: ServeConfig | NodeConfig, skip: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds SIGINT back, so that a second Ctrl-C does not leave children behind."""
+def _interrupts_held() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block, so that no child is left behind half-way."""
+    held: list[int] = []
     try:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A function, not SIG_IGN nor a mask: children would inherit those.
+        previous = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
     except ValueError:  # not the main thread, which alone receives it
         yield
         return
@@ -244,3 +246,5 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+        if held:
+            signal.raise_signal(signal.SIGINT)

@@ -95,12 +95,13 @@ class ResultBuilder:
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=None if is_text else [int(token) for token in prompt],
-            outputs=[CompletionOutput(index) for index in range(n)],
+            outputs=[CompletionOutput(0)],
         )
         self._num_open = n
 
     def started(self, request_id: str, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """Notes what the server said first."""
+        """Notes what the server said first, which accepts `n`: before, it may be any number."""
+        self.output.outputs = [CompletionOutput(index) for index in range(self._num_open)]
         self.output.request_id = request_id
         self.output.num_prompt_tokens = num_prompt_tokens
         self.output.num_cached_tokens = num_cached_tokens

@@ -37,6 +37,7 @@ examples:
   step3rt generate --address 127.0.0.1:50051 "Hello"
 """
 
+_MAX_TOKENS = 128
 _SKIPPED_SETTINGS = ("model", "listen", "control_listen", "ready_file", "insecure_bind")
 
 
@@ -66,7 +67,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_sampling_flags(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", choices=("text", "json"), default="text")
+    output.add_argument(
+        "--output", choices=("text", "json"), default="text", help="(default: %(default)s)"
+    )
     output.add_argument(
         "--stats", action="store_true", help="print times, throughput and fabrics at the end"
     )
@@ -86,19 +89,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `SamplingParams`."""
     group = parser.add_argument_group("sampling (default: as the model's generation_config.json)")
-    group.add_argument("--max-tokens", type=int, default=128, help="(default: 128)")
-    group.add_argument("--min-tokens", type=int)
-    group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--top-p", type=float)
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--min-p", type=float)
-    group.add_argument("--seed", type=int, help="makes the result reproducible")
+    for flag, kind, text in (
+        ("--max-tokens", int, f"most tokens to generate (default: {_MAX_TOKENS})"),
+        ("--min-tokens", int, "tokens before which no stop id can be sampled"),
+        ("--temperature", float, "0 is greedy"),
+        ("--top-p", float, "smallest set of tokens whose probability reaches this; 1 is off"),
+        ("--top-k", int, "most likely tokens kept; 0 is off"),
+        ("--min-p", float, "share of the best token's probability that a token needs; 0 is off"),
+        ("--seed", int, "makes the result reproducible"),
+        ("--logprobs", int, "show each token's logprob and those of this many rivals"),
+        ("--prompt-logprobs", int, "the same for the prompt's tokens"),
+    ):
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.set_defaults(max_tokens=_MAX_TOKENS)
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="may be repeated"
+        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
     )
-    group.add_argument("--ignore-eos", action="store_true")
-    group.add_argument("--logprobs", type=int, metavar="K", help="with the K most likely tokens")
-    group.add_argument("--prompt-logprobs", type=int, metavar="K")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
 
 
 def sampling_from(arguments: argparse.Namespace) -> SamplingParams:

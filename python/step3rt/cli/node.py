@@ -30,7 +30,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("role", nargs="?", choices=ROLES, default=argparse.SUPPRESS)
+    # A default that is text would be checked against the choices, SUPPRESS too.
+    parser.add_argument("role", nargs="?", choices=ROLES, default=None, help="(default: as FILE)")
     flags.add_config_file_flag(parser)
     flags.add_exit_with_parent_flag(parser)
     flags.add_config_flags(parser, NodeConfig, skip=("role",))
@@ -40,6 +41,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> int:
     """Runs until the coordinator or a signal ends it; returns the exit code."""
     flags.exit_with_parent(arguments.exit_with_parent)
+    if arguments.role is None:
+        del arguments.role
     config = flags.config_from(arguments, NodeConfig)
     logging.basicConfig(level=logging.INFO, format=_log_format())
     try:

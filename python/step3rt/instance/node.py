@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from step3rt import _core
-from step3rt.config import NodeConfig
+from step3rt.config import NodeConfig, resolve_model
 from step3rt.errors import Cancelled, Unavailable
 from step3rt.model.checkpoint import Checkpoint
 from step3rt.model.weights import Progress
@@ -55,7 +55,7 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
     # middle of some step. Frozen objects are not looked at.
     gc.collect()
     gc.freeze()
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(resolve_model(config.model))
     role = make_role(checkpoint)
     while True:
         try:

@@ -90,6 +90,7 @@ impl Drive {
 
     /// Runs until every handle is dropped.
     pub async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        self.publish_status();
         loop {
             let wake = self.next_wake();
             tokio::select! {
@@ -154,7 +155,10 @@ impl Drive {
             }
             Message::Session { instance, event } => self.session_event(now, instance, event),
             Message::SessionEnded { instance, reason } => {
-                if self.sessions.close(instance, None) {
+                let was_open = self.sessions.close(instance, None);
+                if was_open && self.closed.is_some() {
+                    info!(%instance, reason, "instance gone, as it was told");
+                } else if was_open {
                     warn!(%instance, reason, "instance gone");
                 }
                 let actions = self.registry.session_ended(instance);

@@ -145,3 +145,26 @@ fn a_newcomer_leaves_headroom_to_those_that_grow() {
     world.run();
     world.check_done();
 }
+
+#[test]
+fn one_that_is_leaving_already_makes_room_and_nobody_else_has_to() {
+    let mut world = World::new(config_with(3), &[10]);
+    for id in 0..3 {
+        world.submit(request(id, 8, 16)); // three blocks each, with the token that comes next
+    }
+    world.plan();
+    // Lane 2 is kept in flight while the others grow by a block each.
+    while world.scheduler.stats().num_running == 3 {
+        let others = world.in_flight.iter().position(|p| p.key.lane.0 != 2);
+        world.answer(others.expect("the others go on"));
+        world.plan();
+    }
+    let (free, total) = world.kv_blocks();
+    assert!(total - free >= 9, "the blocks of lane 2 are still in use");
+    for _ in 0..4 {
+        world.plan();
+        assert_eq!(world.scheduler.stats().num_running, 2);
+    }
+    world.run();
+    world.check_done();
+}

@@ -104,7 +104,12 @@ impl ChatTemplate {
                 bos_token => self.bos_token.as_str(),
                 eos_token => self.eos_token.as_str(),
             })
-            .map_err(|error| format!("the model's chat template refuses these messages: {error}"))
+            .map_err(|error| {
+                format!(
+                    "the model's chat template refuses these messages: {error}. Give every \
+                     message the fields that the template reads, such as role and content"
+                )
+            })
     }
 }
 

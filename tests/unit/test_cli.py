@@ -1,0 +1,146 @@
+"""The command line as people meet it: help that teaches, versions, and exit codes for mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from step3rt import _core, cli
+from step3rt.config import NodeConfig, ServeConfig
+
+EX_USAGE = 2
+EX_CONFIG = 78
+COMMANDS = ("serve", "node", "generate", "chat", "doctor", "version")
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, "--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_how_to_start_and_names_every_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of(capsys)
+    assert "Start here:" in text
+    for command in COMMANDS:
+        assert f"step3rt {command}" in text or f"    {command} " in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_each_of_its_flags(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    text = help_of(capsys, command)
+    assert text.startswith(f"usage: step3rt {command}")
+    _usage, *blocks = re.split(r"^  (?=-)", text, flags=re.MULTILINE)
+    for block in blocks:
+        # A flag with its values, two spaces or a line's end, and what it is for.
+        flag, _, explanation = re.sub(r"\s{2,}", "\0", block).partition("\0")
+        assert len(explanation) > 5, f"{flag} explains nothing"
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "positional"),
+    [("serve", ServeConfig, "model"), ("node", NodeConfig, "role")],
+)
+def test_every_setting_has_a_flag(
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    kind: type[ServeConfig] | type[NodeConfig],
+    positional: str,
+) -> None:
+    text = help_of(capsys, command)
+    for item in fields(kind):
+        if item.name != positional:
+            assert f"--{item.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sevre"], ["serve", "--lanez=1"], ["node", "gpu"], ["serve", "--ffn=two"]]
+)
+def test_wrong_usage_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == EX_USAGE
+    assert "usage: step3rt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve"], "'model' is missing"),
+        (["serve", "no-such-model"], "'no-such-model' does not exist"),
+        (["serve", "nano", "--lanes=0"], "'lanes' is 0"),
+        (["serve", "nano", "--lanes=9"], "from 1 to 8"),
+        (["serve", "nano", "--listen=nowhere"], "nowhere"),
+        (["serve", "--config=/no/such.toml"], "/no/such.toml"),
+        (["node", "ffn"], "'model' is missing"),
+        (["node", "--model=nano"], "'role' is missing"),
+    ],
+)
+def test_bad_configuration_is_exit_code_78_and_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.main(arguments) == EX_CONFIG
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_a_mistake_in_a_file_is_blamed_on_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "nano"\nmax_waiting_request = 5\n', encoding="utf-8")
+    assert cli.main(["serve", f"--config={file}", "--lanes=1"]) == EX_CONFIG
+    message = capsys.readouterr().err
+    assert str(file) in message
+    assert "Did you mean 'max_waiting_requests'?" in message
+
+
+def test_version_is_that_of_the_extension_module(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out == f"step3rt {_core.__version__}\n"
+    assert cli.main(["version", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["step3rt"] == _core.__version__
+    assert report.keys() == {"step3rt", "python", "platform", "packages"}
+    assert report["packages"]["grpcio"]
+
+
+def test_doctor_reports_findings_with_fixes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json", "--model=no-such-model"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert all(item.keys() == {"level", "subject", "found", "fix"} for item in findings)
+    by_subject = {item["subject"]: item for item in findings}
+    assert {"host", "extension", "shm", "tcp", "checkpoint"} <= by_subject.keys()
+    assert by_subject["checkpoint"]["level"] == "missing"
+    assert "no-such-model" in by_subject["checkpoint"]["found"]
+
+    assert cli.main(["doctor", "--model=nano"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_a_child_whose_parent_is_another_does_not_start(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Pid 1 is not the parent of this process, as after the death of the one that started it.
+    program = "from step3rt.cli import main; raise SystemExit(main())"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "serve", "nano", f"--exit-with-parent={os.getppid()}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 69
+    assert str(os.getppid()) in ended.stderr
