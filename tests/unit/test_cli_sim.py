@@ -127,6 +127,11 @@ def test_a_peer_is_measured_from_its_sources_and_leaves_no_modules(tmp_path, cap
         __import__("nanovllm")
 
 
+def test_lives_are_those_that_the_rust_side_computes():
+    lives = [scheduler.life_steps(request) for request in (0, 1, 2, 3, 1_000, 99_999)]
+    assert lives == [50, 53, 120, 124, 77, 122]
+
+
 def test_an_absent_peer_is_skipped_with_a_reason(tmp_path: Path):
     load = scheduler.Load(num_sequences=30, num_attention=2, num_lanes=3)
     peers = {"nano-vllm": tmp_path}

@@ -16,6 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parts = parser.add_subparsers(title="parts", dest="part", required=True)
     _add_scheduler(parts)
     _add_replay(parts)
+    _add_kernels(parts)
 
 
 def _add_scheduler(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,6 +56,15 @@ def _add_replay(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.set_defaults(run=run_replay)
 
 
+def _add_kernels(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # Its flags are its own: no character begins one here, so all of them reach it as they are.
+    parser = parts.add_parser(
+        "kernels", help="the CUDA kernels on this host's GPU", add_help=False, prefix_chars="\0"
+    )
+    parser.add_argument("flags", nargs="*")
+    parser.set_defaults(run=run_kernels)
+
+
 def run_scheduler(arguments: argparse.Namespace) -> int:
     """Prints and returns 0.
 
@@ -91,6 +101,13 @@ def run_replay(arguments: argparse.Namespace) -> int:
         _print_replay(report)
     print(json.dumps({**options, **report}))
     return 0
+
+
+def run_kernels(arguments: argparse.Namespace) -> int:
+    """Hands over to the kernels' own command and returns its exit code."""
+    from step3rt.bench import kernels
+
+    return kernels.main(arguments.flags)
 
 
 def _parse_peer(text: str) -> tuple[str, Path]:

@@ -177,3 +177,33 @@ fn answer(plan: &StepPlan) -> StepOutput {
         outputs: outputs.collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_are_those_that_the_python_side_computes() {
+        let lives = [0, 1, 2, 3, 1_000, 99_999].map(life_steps);
+        assert_eq!(lives, [50, 53, 120, 124, 77, 122]);
+    }
+
+    #[test]
+    fn a_lane_step_has_its_share_of_the_sequences_on_all_instances() {
+        let load = Load {
+            num_sequences: 96,
+            num_attention: 4,
+            num_lanes: 2,
+        };
+        let mut workload = Workload::new(load);
+        let counts = (0..200).map(|step| {
+            let step = workload.prepare(step % 2);
+            let num_sequences = step.num_sequences;
+            workload.run(step);
+            num_sequences
+        });
+        let counts: Vec<usize> = counts.collect();
+        assert!(counts.iter().all(|count| (40..=56).contains(count)));
+        assert!(counts.iter().any(|count| *count != counts[0]), "none ends");
+    }
+}
