@@ -34,20 +34,20 @@ pub(crate) fn requests(kind: TraceKind, seed: u64, num_requests: u32) -> Vec<(u6
             TraceKind::Bursty => {
                 let starts_burst = left_in_burst == 0;
                 if starts_burst {
-                    left_in_burst = rng.within(20, 120);
+                    left_in_burst = rng.within(100, 400);
                 }
                 left_in_burst -= 1;
-                let mean_ms = if starts_burst { 6_000.0 } else { 15.0 };
+                let mean_ms = if starts_burst { 9_000.0 } else { 3.0 };
                 (rng.exponential(mean_ms), Shape::chat(&mut rng))
             }
-            TraceKind::Reasoning => (rng.exponential(700.0), Shape::reasoning(&mut rng)),
+            TraceKind::Reasoning => (rng.exponential(3_500.0), Shape::reasoning(&mut rng)),
             TraceKind::Mixed => {
                 let shape = if rng.chance(650) {
                     Shape::chat(&mut rng)
                 } else {
                     Shape::bulk(&mut rng)
                 };
-                (rng.exponential(90.0), shape)
+                (rng.exponential(70.0), shape)
             }
         };
         now_ms += gap_ms;
