@@ -56,8 +56,10 @@ clean:           ## remove everything that is built
 	rm -rf $(VENV) target dist python/step3rt/_core*.so
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --group dev
-	$(BIN)/maturin develop --quiet --extras worker
+	@echo "Setting up $(VENV): tools, then torch (about 3 GB with what it brings), then the Rust extension."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@echo "  tools";  $(BIN)/python -m pip install --quiet --group dev
+	@echo "  Python dependencies and the extension; the first build takes minutes"
+	@PIP_QUIET=1 $(BIN)/maturin develop --quiet --extras worker
 	@touch $@

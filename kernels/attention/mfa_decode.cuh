@@ -20,8 +20,6 @@ constexpr int kProducerRegs = 24;  // 24 * 128 + 240 * 256 = 64,512 of 65,536 re
 constexpr int kConsumerRegs = 240;
 constexpr int kMergeRegs = 32;  // accumulators exchanged per warpgroup and round
 constexpr int kBarrierConsumers = 1;
-constexpr int kBarrierConsumer0 = 2;
-constexpr int kBarrierConsumer1 = 3;
 
 // Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle):
 //   query or merge | ring of consumer 0 | ring of consumer 1 | stats | barriers
@@ -45,6 +43,7 @@ struct MfaShared {
   uint64_t empty[2][kStages];  // completes when the four warps of the consumer are done
   uint64_t query_full;
   uint64_t query_empty;
+  uint64_t consumer_step[2];  // the 128 threads of one consumer meet
   int is_last_arrival;
 };
 
@@ -71,6 +70,8 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
     }
     mbarrier_init(&shared.query_full, 1);
     mbarrier_init(&shared.query_empty, kConsumerWarps);
+    mbarrier_init(&shared.consumer_step[0], kWarpgroupThreads);
+    mbarrier_init(&shared.consumer_step[1], kWarpgroupThreads);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -154,15 +155,6 @@ __device__ __forceinline__ void mfa_acquire(uint64_t* barrier, uint32_t parity) 
 __device__ __forceinline__ void mfa_release(uint64_t* barrier) {
   __syncwarp();
   if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(barrier);
-}
-
-// Barrier among the 128 threads of one consumer.
-__device__ __forceinline__ void mfa_sync_consumer(int consumer) {
-  if (consumer == 0) {
-    bar_sync<kBarrierConsumer0, kWarpgroupThreads>();
-  } else {
-    bar_sync<kBarrierConsumer1, kWarpgroupThreads>();
-  }
 }
 
 // ---- online softmax ------------------------------------------------------------------------
@@ -320,38 +312,59 @@ __device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTar
   mfa_release(&shared.query_empty);
 }
 
-// Merges all partial results of a split sequence; run by the CTA that finished last. 64 threads a
-// head, 4 columns a thread, 4 heads at a time.
+// Merges all partial results of a split sequence; run by the CTA that finished last. A thread owns
+// 4 columns of every fourth head: all loads of one partial result are in flight together, since
+// their latency, not their 64 KiB, is what costs here.
 __device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaSplit& split,
                                                   uint16_t* out) {
   constexpr int kThreadsPerHead = kHeadDim / 4;
+  constexpr int kHeadStep = kConsumerThreads / kThreadsPerHead;
+  constexpr int kHeadsPerThread = kHeads / kHeadStep;
   const int thread = threadIdx.x - kWarpgroupThreads;
   const int column = thread % kThreadsPerHead * 4;
-  for (int head = thread / kThreadsPerHead; head < params.num_heads;
-       head += kConsumerThreads / kThreadsPerHead) {
-    float maximum = -INFINITY;
-    for (int p = 0; p < split.num_ctas; ++p) {
-      const int slot = mfa_partial_slot(split.first_cta, p);
-      maximum = fmaxf(maximum, ld_global_cg(&params.partial_stats[slot * kHeads + head]).x);
+  const int first_head = thread / kThreadsPerHead;
+  float maximum[kHeadsPerThread];
+  float sum[kHeadsPerThread];
+  float4 acc[kHeadsPerThread];
+#pragma unroll
+  for (int i = 0; i < kHeadsPerThread; ++i) {
+    maximum[i] = -INFINITY;
+    sum[i] = 0.0f;
+    acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  for (int p = 0; p < split.num_ctas; ++p) {
+    const int row = mfa_partial_slot(split.first_cta, p) * kHeads + first_head;
+    float2 stats[kHeadsPerThread];
+    float4 value[kHeadsPerThread];
+#pragma unroll
+    for (int i = 0; i < kHeadsPerThread; ++i) {
+      const int head_row = row + i * kHeadStep;
+      stats[i] = ld_global_cg(params.partial_stats + head_row);
+      value[i] = ld_global_cg(
+          reinterpret_cast<const float4*>(params.partial_out + head_row * kHeadDim + column));
     }
-    float sum = 0.0f;
-    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int p = 0; p < split.num_ctas; ++p) {
-      const int slot = mfa_partial_slot(split.first_cta, p);
-      const float2 stats = ld_global_cg(&params.partial_stats[slot * kHeads + head]);
-      const float4 value = ld_global_cg(reinterpret_cast<const float4*>(
-          params.partial_out + (slot * kHeads + head) * kHeadDim + column));
-      const float weight = mfa_weight(stats.x, maximum);
-      sum = fmaf(stats.y, weight, sum);
-      acc.x = fmaf(value.x, weight, acc.x);
-      acc.y = fmaf(value.y, weight, acc.y);
-      acc.z = fmaf(value.z, weight, acc.z);
-      acc.w = fmaf(value.w, weight, acc.w);
+#pragma unroll
+    for (int i = 0; i < kHeadsPerThread; ++i) {
+      const float top = fmaxf(maximum[i], stats[i].x);
+      const float before = mfa_weight(maximum[i], top);
+      const float weight = mfa_weight(stats[i].x, top);
+      maximum[i] = top;
+      sum[i] = sum[i] * before + stats[i].y * weight;
+      acc[i].x = acc[i].x * before + value[i].x * weight;
+      acc[i].y = acc[i].y * before + value[i].y * weight;
+      acc[i].z = acc[i].z * before + value[i].z * weight;
+      acc[i].w = acc[i].w * before + value[i].w * weight;
     }
-    const float inverse = params.output_scale / sum;
-    *reinterpret_cast<uint2*>(out + head * kHeadDim + column) = make_uint2(
-        cvt_bf16x2(acc.x * inverse, acc.y * inverse), cvt_bf16x2(acc.z * inverse, acc.w * inverse));
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadsPerThread; ++i) {
+    const int head = first_head + i * kHeadStep;
+    const float inverse = __fdividef(params.output_scale, sum[i]);
+    if (head < params.num_heads) {
+      *reinterpret_cast<uint2*>(out + head * kHeadDim + column) =
+          make_uint2(cvt_bf16x2(acc[i].x * inverse, acc[i].y * inverse),
+                     cvt_bf16x2(acc[i].z * inverse, acc[i].w * inverse));
+    }
   }
 }
 

@@ -116,7 +116,7 @@ __device__ __forceinline__ void accumulate_values(const float (&weights)[kScoreR
 static_assert(kQuarters == 4, "accumulate_values is written out for four quarters");
 
 // Weight 0 does not silence a NaN in an unused slot of the cache, so those V bytes become 0.
-__device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_valid, int consumer) {
+__device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_valid, uint64_t* step) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   for (int dim = thread; dim < kHeadDim; dim += kWarpgroupThreads) {
     for (int chunk = 0; chunk < kValueRowBytes / 16; ++chunk) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void zero_unused_values(uint8_t* values, int num_vali
     }
   }
   fence_proxy_async_shared();
-  mfa_sync_consumer(consumer);
+  mbarrier_sync(step);
 }
 
 __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
@@ -174,7 +174,9 @@ __device__ __forceinline__ void consume(Shared& shared, const MfaParams& params,
 
       uint8_t* values = shared.ring[consumer][cursor.stage];
       mfa_acquire(&shared.full[consumer][cursor.stage], cursor.parity);
-      if (num_valid < kBlockTokens) zero_unused_values(values, num_valid, consumer);
+      if (num_valid < kBlockTokens) {
+        zero_unused_values(values, num_valid, &shared.consumer_step[consumer]);
+      }
       accumulate_values(scores, rescale, values, acc);
       mfa_release(&shared.empty[consumer][cursor.stage]);
       cursor.advance();
@@ -190,12 +192,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_base[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_base);
   if (shared_address(shared_base) % alignof(Shared) != 0) __trap();
+  const MfaRange range = mfa_load_range(params.schedule);  // in flight during the set-up
   mfa_init_barriers(shared);
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
 
   if (warpgroup == 0) {
     setmaxnreg_dec<kProducerRegs>();
-    const MfaRange range = mfa_load_range(params.schedule);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0);
     if (warp == 0) {
       mfa_produce_kv(
@@ -212,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   } else {
     setmaxnreg_inc<kConsumerRegs>();
     griddepcontrol_wait();
-    consume(shared, params, query_scale, mfa_load_range(params.schedule), warpgroup - 1);
+    griddepcontrol_launch_dependents();  // after the wait: then the grid before is done, too
+    consume(shared, params, query_scale, range, warpgroup - 1);
   }
 }

@@ -60,6 +60,25 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 #endif
 }
 
+// Meets the other threads that the barrier counts; their writes to shared memory are visible after.
+__device__ __forceinline__ void mbarrier_sync(uint64_t* barrier) {
+  uint64_t phase;
+  asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];"
+               : "=l"(phase)
+               : "r"(shared_address(barrier))
+               : "memory");
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "l"(phase)
+        : "memory");
+  } while (done == 0);
+}
+
 // Hardware barrier `kId` (0 is __syncthreads) among `kThreads` threads, whole warps.
 template <int kId, int kThreads>
 __device__ __forceinline__ void bar_sync() {

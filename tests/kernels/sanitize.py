@@ -1,12 +1,18 @@
-"""Small decode launches for compute-sanitizer: splits, tails, empty rows, padded heads."""
+"""Small launches for compute-sanitizer: splits, tails, empty rows, padded heads, appends."""
 
 import torch
 
-from tests.kernels.mfa_inputs import make_bf16_case, make_fp8_case, relative_error
+from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.rope_append import (
+    RopeTokens,
+    rope_append_bf16,
+    rope_append_fp8,
+    rotation_table,
+)
+from tests.kernels.mfa_inputs import DEVICE, make_bf16_case, make_fp8_case, relative_error
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def decode() -> None:
     for num_ctas, num_heads, seq_lens in (
         (3, 64, [700, 0, 65, 64, 900]),
         (4, 5, [1500, 1]),
@@ -15,6 +21,28 @@ def main() -> None:
         assert relative_error(bf16.run(), bf16.reference()) < 1e-2
         fp8 = make_fp8_case(seq_lens, num_heads=num_heads, num_ctas=num_ctas)
         assert relative_error(fp8.run(), fp8.reference()) < 5e-2
+
+
+def append() -> None:
+    tokens = RopeTokens(
+        q=torch.randn(3, 40, 256, device=DEVICE).bfloat16(),
+        kv=torch.randn(3, 512, device=DEVICE).bfloat16(),
+        positions=torch.tensor([0, 63, 9], dtype=torch.int32, device=DEVICE),
+        slots=torch.tensor([127, -1, 0], dtype=torch.int32, device=DEVICE),
+    )
+    table = rotation_table(64, 5e5, DEVICE)
+    cache = torch.zeros(bf16_cache_shape(2), dtype=torch.bfloat16, device=DEVICE)
+    rope_append_bf16(tokens, table, tokens.q, cache)
+    out = torch.empty(3, 40, 256, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scales = torch.empty(3, 40, device=DEVICE)
+    packed = torch.zeros(fp8_cache_shape(2), dtype=torch.uint8, device=DEVICE)
+    rope_append_fp8(tokens, table, (out, scales), packed)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    decode()
+    append()
     torch.cuda.synchronize()
 
 

@@ -32,6 +32,12 @@ from step3rt.ops.mfa_schedule import (
     allocate_schedule,
     mfa_schedule,
 )
+from step3rt.ops.rope_append import (
+    RopeTokens,
+    rope_append_bf16,
+    rope_append_fp8,
+    rotation_table,
+)
 
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 MIN_ROTATED_BYTES = 1 << 30
@@ -42,6 +48,13 @@ NUM_CHECKED_SEQUENCES = 4
 ERROR_BOUNDS = {"bf16": 5e-3, "fp8": 3e-2}
 
 ATTENTION_SHAPES = ((128, 4096), (256, 4096), (256, 8192), (128, 32768))
+
+ROPE_TOKENS = (128, 256)
+ROPE_LAUNCHES = 20
+ROPE_L2_BATCHES = 2
+"""Rotated batches that stay in L2, where the projection before leaves the queries."""
+ROPE_HBM_BATCHES = 10
+"""Rotated batches beyond the L2."""
 
 Launch = Callable[[], None]
 
@@ -98,6 +111,10 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
                 yield row
                 del bench
                 torch.cuda.empty_cache()
+        if options.only in f"rope_append_{kv_format}":
+            for num_tokens in ROPE_TOKENS:
+                yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)
+            yield _rope_row(kv_format, num_tokens, f"T{num_tokens} from HBM", ROPE_HBM_BATCHES)
 
 
 def measure_us(launches: Sequence[Launch]) -> float:
@@ -237,6 +254,40 @@ class _AttentionBench:
                     f"{row} of {len(self.seq_lens)}. Times of a wrong kernel mean nothing. Run "
                     "`pytest -m gpu tests/kernels`."
                 )
+
+
+def _rope_row(kv_format: str, num_tokens: int, name: str, num_batches: int) -> Row:
+    """Times RoPE and append, one token per sequence; `num_batches` sets of queries rotate."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = rotation_table(65536, 5e5, device)
+    shape = (num_tokens, PADDED_HEADS, HEAD_DIM)
+    positions = torch.randint(0, 65536, (num_tokens,), device=device).int()
+    slots = (torch.randperm(num_tokens, device=device) * BLOCK_SIZE_TOKENS).int() + positions % 64
+    launches: list[Launch] = []
+    cache_shape, cache_dtype = bf16_cache_shape(num_tokens), torch.bfloat16
+    if kv_format == "fp8":
+        cache_shape, cache_dtype = fp8_cache_shape(num_tokens), torch.uint8
+    cache = torch.zeros(cache_shape, dtype=cache_dtype, device=device)
+    for _ in range(num_batches):
+        fused = torch.randn(num_tokens, 2560, device=device).bfloat16()
+        q = torch.randn(shape, device=device).bfloat16()
+        tokens = RopeTokens(q, fused[:, 2048:], positions, slots)
+        scales = torch.empty(shape[:2], device=device)
+        out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+
+        def launch_bf16(tokens: RopeTokens = tokens) -> None:
+            rope_append_bf16(tokens, table, tokens.q, cache)
+
+        def launch_fp8(
+            tokens: RopeTokens = tokens, out: torch.Tensor = out, scales: torch.Tensor = scales
+        ) -> None:
+            rope_append_fp8(tokens, table, (out, scales), cache)
+
+        launches.append(launch_fp8 if kv_format == "fp8" else launch_bf16)
+    us = measure_us(launches * (ROPE_LAUNCHES // num_batches))
+    moved_bytes = q.numel() * (2 + out.element_size() if kv_format == "fp8" else 4)
+    kernel = f"rope_append_{kv_format}"
+    return Row(kernel, name, round(us, 2), round(moved_bytes / us / 1e3), 0.0)
 
 
 def _varied_lengths(count: int, mean: int) -> list[int]:

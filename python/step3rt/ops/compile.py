@@ -64,21 +64,17 @@ class CompiledKernel:
 
 
 def kernels_dir() -> Path:
-    """Returns the folder of the CUDA sources: inside the package, or beside it in a checkout.
+    """Returns the folder of the CUDA sources, part of the installed package.
 
     Raises:
-        CompileError: neither place has them.
+        CompileError: it is missing.
     """
-    roots = [Path(path) for path in step3rt.__path__]
-    candidates = [root / "kernels" for root in roots] + [
-        root.parent.parent / "kernels" for root in roots
-    ]
-    for candidate in candidates:
-        if (candidate / "common" / "types.cuh").is_file():
-            return candidate
+    folder = Path(step3rt.__path__[0]) / "kernels"
+    if (folder / "common" / "types.cuh").is_file():
+        return folder
     raise CompileError(
-        f"CUDA sources not found in {[str(path) for path in candidates]}. The kernels are compiled "
-        "from source at first use. Reinstall step3rt, or run from a complete checkout."
+        f"CUDA sources not found in {folder}. The kernels are compiled from source at first use. "
+        "Reinstall step3rt, or run from a complete checkout."
     )
 
 
