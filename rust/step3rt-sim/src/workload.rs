@@ -65,7 +65,8 @@ impl Workload {
             num_lanes: load.num_lanes,
             block_size_tokens: 64,
             max_model_len: 65_536,
-            max_tokens_per_micro_batch: per_lane + 8 * NUM_PROMPT_TOKENS,
+            // Room for the prompts of far more than the one in a hundred that join.
+            max_tokens_per_micro_batch: per_lane + NUM_PROMPT_TOKENS * (8 + per_lane / 16),
             max_steps_in_flight: 1,
             max_sequences_per_lane: per_lane + per_lane.div_ceil(8),
             max_waiting_requests: load.num_sequences,
