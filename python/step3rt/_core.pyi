@@ -20,9 +20,12 @@ __all__ = [
     "Settings",
     "StepPlan",
     "__version__",
+    "bench_scheduler",
     "host_capabilities",
     "list_instances",
+    "replay_traffic",
     "serve",
+    "simulate",
 ]
 
 __version__: str
