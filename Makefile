@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python lint format build proto clean
+.PHONY: help demo test test-rust test-python test-sim lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -17,13 +17,16 @@ demo: build      ## 2 attention + 2 FFN processes continue PROMPT="..." in the t
 	@$(BIN)/step3rt generate --model nano --attention 2 --ffn 2 --fabric shm --stats \
 		--max-tokens 120 -- "$$PROMPT"
 
-test: test-rust test-python  ## all tests that need no GPU and no RDMA device
+test: test-rust test-python test-sim  ## all tests that need no GPU and no RDMA device
 
 test-rust:       ## unit, property and integration tests of the Rust crates
 	cargo test --workspace --quiet
 
 test-python: build  ## unit, kernel-compile and end-to-end tests
 	$(BIN)/python -m pytest
+
+test-sim: build  ## 20,000 seeds of the scheduler's simulator
+	$(BIN)/step3rt sim --seeds 20000
 
 lint: build      ## formatting, lints, types, import rules
 	cargo fmt --check

@@ -20,9 +20,12 @@ __all__ = [
     "Settings",
     "StepPlan",
     "__version__",
+    "bench_scheduler",
     "host_capabilities",
     "list_instances",
+    "replay_traffic",
     "serve",
+    "simulate",
 ]
 
 __version__: str
@@ -44,6 +47,36 @@ def list_instances(control_address: str, timeout_s: float) -> str:
 
     Raises:
         Unavailable: no coordinator answers there within `timeout_s`.
+    """
+
+def simulate(options_json: str) -> str:
+    """Runs simulated seeds of the scheduler without the GIL; JSON in and out.
+
+    Takes `first_seed`, `seeds`, `threads`, `sabotage` (a name or null) and `trace` (tell
+    `first_seed` in words). Gives `violations` [{seed, what}], `faults` and `ends` by name,
+    `events`, `seconds`, and `trace` if asked for.
+
+    Raises:
+        InvalidArgument: a field is missing, unknown or not usable.
+    """
+
+def bench_scheduler(options_json: str) -> str:
+    """Measures what the scheduler costs per lane step, without the GIL; JSON in and out.
+
+    Takes `sequences`, `attention`, `lanes`, `steps` and `scaling`. Times are in microseconds.
+
+    Raises:
+        InvalidArgument: a field is missing, unknown or not usable.
+    """
+
+def replay_traffic(options_json: str) -> str:
+    """Replays a trace through the scheduler and a plain policy in simulated time; JSON in and out.
+
+    Takes `trace`, `seed`, `requests`, `attention`, `kv_blocks` and `tpot_target_ms`. Gives the
+    same figures for `step3rt` and `fcfs`.
+
+    Raises:
+        InvalidArgument: a field is missing, unknown or not usable.
     """
 
 @final

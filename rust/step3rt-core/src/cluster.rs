@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::block_pool::CachedPrefix;
 use crate::config::SchedulerConfig;
-use crate::ids::{InstanceId, LaneId};
+use crate::ids::{Epoch, InstanceId, LaneId};
 use crate::instance::{Instance, num_blocks};
 use crate::sequence::Sequence;
 use crate::step::StepKey;
@@ -14,6 +14,9 @@ use crate::step::StepKey;
 #[derive(Debug, Default)]
 pub(crate) struct Cluster {
     pub(crate) instances: BTreeMap<InstanceId, Instance>,
+    /// The last incarnation of every instance that ever was ready: a message that registers an
+    /// older one, or this one again after its loss, is late.
+    pub(crate) last_epochs: BTreeMap<InstanceId, Epoch>,
     pub(crate) has_all_experts: bool,
 }
 
@@ -137,6 +140,7 @@ mod tests {
         Cluster {
             instances: instances.collect(),
             has_all_experts: true,
+            ..Cluster::default()
         }
     }
 

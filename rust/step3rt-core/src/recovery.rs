@@ -43,12 +43,12 @@ impl Scheduler {
         (id, epoch): (InstanceId, Epoch),
         num_kv_blocks: u32,
     ) {
-        if let Some(known) = self.cluster.instances.get(&id) {
-            if known.epoch >= epoch {
-                return; // stale, or said twice
-            }
-            self.attention_lost(now, id); // it came back before anybody missed it
+        let last = self.cluster.last_epochs.get(&id);
+        if last.is_some_and(|&last| last >= epoch) {
+            return; // stale, or said twice
         }
+        self.cluster.last_epochs.insert(id, epoch);
+        self.attention_lost(now, id); // perhaps it came back before anybody missed it
         let pool = BlockPool::new(num_kv_blocks);
         let instance = Instance::new(id, epoch, pool, self.config.num_lanes);
         self.cluster.instances.insert(id, instance);

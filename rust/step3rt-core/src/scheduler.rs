@@ -46,7 +46,8 @@ pub enum Event {
         /// Which of `n`.
         index: u32,
     },
-    /// An attention instance can run steps.
+    /// An attention instance can run steps. An epoch that is not above all that this instance was
+    /// ready under before is stale and has no effect, also after a loss.
     AttentionReady {
         /// The instance.
         instance: InstanceId,

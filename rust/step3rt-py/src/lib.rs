@@ -16,6 +16,7 @@ mod outputs;
 mod serve;
 mod session;
 mod signals;
+mod sim;
 mod slots;
 
 /// The module; see the stub for what its members mean.
@@ -35,6 +36,9 @@ mod _core {
     use crate::serve::{list_instances, serve};
     #[pymodule_export]
     use crate::session::{NodeSession, Settings};
+
+    #[pymodule_export]
+    use crate::sim::{bench_scheduler, replay_traffic, simulate};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

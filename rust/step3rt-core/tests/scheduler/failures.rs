@@ -221,3 +221,18 @@ fn losing_an_unknown_instance_changes_nothing() {
     world.run();
     world.check_done();
 }
+
+#[test]
+fn a_late_registration_of_a_dead_incarnation_brings_nothing_back() {
+    let mut world = World::new(config(), &[32]);
+    let epoch = world.instances[&InstanceId(0)].epoch;
+    world.lose(0);
+    world.handle(Event::AttentionReady {
+        instance: InstanceId(0),
+        epoch,
+        num_kv_blocks: 32,
+    });
+    assert_eq!(world.scheduler.stats().kv_blocks, []);
+    world.ready(0, 32);
+    assert_eq!(world.scheduler.stats().kv_blocks.len(), 1);
+}

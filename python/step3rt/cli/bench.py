@@ -1,0 +1,158 @@
+"""`step3rt bench`: figures of the parts, each with the machine that it was measured on."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from step3rt.errors import InvalidArgument
+
+_TRACES = ("bursty", "reasoning", "mixed")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("bench", help="measure a part of step3rt")
+    parts = parser.add_subparsers(title="parts", dest="part", required=True)
+    _add_scheduler(parts)
+    _add_replay(parts)
+    _add_kernels(parts)
+
+
+def _add_scheduler(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = parts.add_parser("scheduler", help="what one lane step costs the scheduler")
+    parser.add_argument("--sequences", type=int, default=6_144, help="that run at a time")
+    parser.add_argument("--attention", type=int, default=16, help="attention instances")
+    parser.add_argument("--lanes", type=int, default=3, help="micro-batch lanes per instance")
+    parser.add_argument("--steps", type=int, default=10_000, help="lane steps to measure")
+    parser.add_argument(
+        "--scaling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure from 256 to 65,536 sequences as well",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="measure another scheduler's sources beside it (nano-vllm=DIR), with the same trace",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(run=run_scheduler)
+
+
+def _add_replay(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = parts.add_parser(
+        "replay", help="a trace through the scheduler and first-come-first-served, simulated"
+    )
+    parser.add_argument("--trace", choices=_TRACES, required=True)
+    parser.add_argument("--seed", type=int, default=1, help="another trace of the same kind")
+    parser.add_argument("--requests", type=int, default=600, help="length of the trace")
+    parser.add_argument("--attention", type=int, default=2, help="attention instances")
+    parser.add_argument("--kv-blocks", type=int, default=4_096, help="of 64 tokens, per instance")
+    parser.add_argument("--tpot-target-ms", type=float, default=50.0)
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(run=run_replay)
+
+
+def _add_kernels(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # Its flags are its own: no character begins one here, so all of them reach it as they are.
+    parser = parts.add_parser(
+        "kernels", help="the CUDA kernels on this host's GPU", add_help=False, prefix_chars="\0"
+    )
+    parser.add_argument("flags", nargs="*")
+    parser.set_defaults(run=run_kernels)
+
+
+def run_scheduler(arguments: argparse.Namespace) -> int:
+    """Prints and returns 0.
+
+    Raises:
+        InvalidArgument: a flag cannot be used.
+    """
+    from step3rt.bench import scheduler
+
+    peers = dict(_parse_peer(text) for text in arguments.peer)
+    report = scheduler.measure(
+        scheduler.Load(arguments.sequences, arguments.attention, arguments.lanes),
+        num_steps=arguments.steps,
+        has_scaling=arguments.scaling,
+        peers=peers,
+    )
+    if not arguments.json:
+        _print_scheduler(report)
+    print(json.dumps(report))
+    return 0
+
+
+def run_replay(arguments: argparse.Namespace) -> int:
+    """Prints and returns 0.
+
+    Raises:
+        InvalidArgument: a flag cannot be used.
+    """
+    from step3rt import _core
+
+    names = ("trace", "seed", "requests", "attention", "kv_blocks", "tpot_target_ms")
+    options = {name: getattr(arguments, name) for name in names}
+    report: dict[str, Any] = json.loads(_core.replay_traffic(json.dumps(options)))
+    if not arguments.json:
+        _print_replay(report)
+    print(json.dumps({**options, **report}))
+    return 0
+
+
+def run_kernels(arguments: argparse.Namespace) -> int:
+    """Hands over to the kernels' own command and returns its exit code."""
+    from step3rt.bench import kernels
+
+    return kernels.main(arguments.flags)
+
+
+def _parse_peer(text: str) -> tuple[str, Path]:
+    name, separator, directory = text.partition("=")
+    if not separator or name != "nano-vllm":
+        raise InvalidArgument(
+            f"--peer {text!r} names no peer. Only nano-vllm's scheduler can be measured beside "
+            "ours, from a directory with its sources. Use --peer nano-vllm=DIR"
+        )
+    return name, Path(directory)
+
+
+def _print_scheduler(report: dict[str, Any]) -> None:
+    times, cpu = report["schedule_apply_us"], report["schedule_apply_cpu_us"]
+    print(f"{report['sequences_per_lane_step']} sequences per lane step on {report['machine']}")
+    for name, quantiles in (("wall clock", times), ("on a core", cpu)):
+        figures = ", ".join(f"{key} {value:.0f} us" for key, value in quantiles.items())
+        print(f"  {name}: {figures}")
+    print(f"  resident memory grew by {report['resident_growth_kib']} KiB in {report['steps']}")
+    for point in report["scaling"]:
+        cost = f"{point['p50_us']:.0f} us, {point['ns_per_sequence']:.0f} ns per sequence"
+        print(f"  {point['sequences']:>6} sequences: p50 {cost}")
+    for peer in report["peers"]:
+        if "skipped" in peer:
+            print(f"  {peer['name']}: skipped: {peer['skipped']}")
+        else:
+            cost = f"p50 {peer['p50_us']:.0f} us, {peer['ratio_p50']:.1f} times ours"
+            print(f"  {peer['name']}: {cost}")
+
+
+def _print_replay(report: dict[str, Any]) -> None:
+    print(f"{'':24}{'step3rt':>12}{'fcfs':>12}")
+    ours, theirs = report["step3rt"], report["fcfs"]
+    for name, value in ours.items():
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if isinstance(inner, dict):
+                    for quantile, figure in inner.items():
+                        other = theirs[name].get(key, {}).get(quantile, 0.0)
+                        _print_row(f"ttft_ms {quantile} (prio {key})", figure, other)
+                else:
+                    _print_row(f"{name} {key}", inner, theirs[name][key])
+        else:
+            _print_row(name, value, theirs[name])
+
+
+def _print_row(name: str, ours: float, theirs: float) -> None:
+    print(f"{name:24}{ours:>12.2f}{theirs:>12.2f}")
