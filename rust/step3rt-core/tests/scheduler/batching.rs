@@ -233,3 +233,17 @@ fn tenants_share_by_tokens_and_not_by_requests() {
     world.run();
     world.check_done();
 }
+
+#[test]
+fn a_prompt_of_better_rank_does_not_displace_a_decode() {
+    let mut world = World::new(one_lane(), &[32]);
+    let mut unimportant = request(0, 3, 10);
+    unimportant.priority = 1;
+    world.submit(unimportant);
+    world.step();
+    world.submit(request(1, 20, 4));
+    assert_eq!(shape(&world.step()), [(0, 0, vec![(3, 1), (0, 7)])]);
+    assert_eq!(shape(&world.step()), [(0, 0, vec![(4, 1), (7, 7)])]);
+    world.run();
+    world.check_done();
+}
