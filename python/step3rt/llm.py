@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from step3rt.client import Client, GenerationStream
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig
+from step3rt.errors import Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.results import RequestOutput
 from step3rt.sampling import SamplingParams
@@ -167,11 +168,13 @@ class LLM:
                     rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
                     bar.update()
-            except BaseException:
+            except BaseException as error:
                 for future in futures:
                     future.cancel()
                 for stream in streams:
                     stream.close()
+                if isinstance(error, Unavailable):
+                    self._cluster.check()  # how a child died says more than that it is missing
                 raise
         return [output for output in outputs if output is not None]
 

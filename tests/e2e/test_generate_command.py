@@ -131,13 +131,13 @@ def test_a_coordinator_that_is_not_there_is_exit_code_69() -> None:
 
 
 def start_streaming(
-    checkpoint: Checkpoint, environment: dict[str, str]
+    checkpoint: Checkpoint, environment: dict[str, str], *flags: str
 ) -> "subprocess.Popen[bytes]":
     """A `generate` of its own cluster, in a process group of its own, past its first tokens."""
     process = subprocess.Popen(
         [
             *COMMAND, "generate", f"--model={checkpoint.directory}", "--fabric=shm",
-            "--prompt-token-ids=10", "--max-tokens=1000", "--ignore-eos", "--kv-blocks=64",
+            "--prompt-token-ids=10", "--max-tokens=1000", "--ignore-eos", "--kv-blocks=64", *flags,
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -187,6 +187,20 @@ def test_ctrl_c_while_the_cluster_starts_leaves_nothing_either(
     assert b"Traceback" not in errors
     assert processes_with(marker) == {}
     assert list(Path(marker).iterdir()) == []
+
+
+def test_a_child_that_dies_ends_the_command_with_its_name(
+    tiny_checkpoint: Checkpoint, environment: dict[str, str]
+) -> None:
+    marker = environment["TMPDIR"]
+    process = start_streaming(tiny_checkpoint, environment, "--recovery-timeout-ms=200")
+    [ffn] = [pid for pid, command in processes_with(marker).items() if "node ffn" in command]
+    os.kill(ffn, signal.SIGKILL)
+    _output, errors = process.communicate(timeout=60)
+    assert process.returncode == 69
+    assert b"ffn-0 process ended with code -9" in errors
+    assert b"Traceback" not in errors
+    assert processes_with(marker) == {}
 
 
 def test_a_killed_command_leaves_no_process(

@@ -17,7 +17,7 @@ from step3rt.cli import flags
 from step3rt.client import Client
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig, describe
-from step3rt.errors import InvalidArgument
+from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.llm import shows_progress
 from step3rt.local_cluster import LocalCluster
 from step3rt.results import CompletionOutput, GenerationEvent, RequestOutput, TokenLogprob
@@ -171,7 +171,13 @@ def run(arguments: argparse.Namespace) -> int:
         client = stack.enter_context(Client(address))
         begun_s = time.perf_counter()
         is_streamed = not is_json and len(prompts) == 1
-        generated = _generate(client, prompts, params, _print_event if is_streamed else None)
+        on_event = _print_event if is_streamed else None
+        try:
+            generated = _generate(client, prompts, params, on_event)
+        except Unavailable:
+            if cluster is not None:
+                cluster.check()  # how a child died says more than that it is missing
+            raise
         elapsed_s = time.perf_counter() - begun_s
         links = [] if cluster is None else cluster.instances()
         if is_json or not is_streamed:
