@@ -148,10 +148,14 @@ class LLM:
         streams: list[GenerationStream] = []
         outputs: list[RequestOutput | None] = [None] * len(starts)
         num_tokens = 0
+        has_failed = threading.Event()
 
         def run(index: int) -> int:
             stream = starts[index]()
             streams.append(stream)
+            # Whoever sets the flag closes the streams that it then sees; this one may come after.
+            if has_failed.is_set():
+                stream.close()
             outputs[index] = stream.result()
             return index
 
@@ -169,6 +173,7 @@ class LLM:
                     bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
                     bar.update()
             except BaseException as error:
+                has_failed.set()
                 for future in futures:
                     future.cancel()
                 for stream in streams:

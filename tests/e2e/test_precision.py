@@ -20,11 +20,12 @@ def oracle(tiny_fp8_checkpoint: Checkpoint) -> Step3Oracle:
 @pytest.mark.parametrize(
     ("settings", "max_mean_error"),
     [
+        # About three times what was measured, on 2 CPU cores, 2026-11-22: 6e-8, 1.4e-2, 1.6e-3.
         # FP8 weights are dequantised and nothing else is rounded below float32.
-        ({"precision": "exact"}, 1e-5),
-        # Sizes as measured, times about two: FP8 on the way to the experts and in the KV cache.
-        ({"precision": "production"}, 0.25),
-        ({"dtype": "bfloat16"}, 0.1),
+        ({"precision": "exact"}, 2e-7),
+        # FP8 on the way to the experts and in the KV cache.
+        ({"precision": "production"}, 4e-2),
+        ({"dtype": "bfloat16"}, 5e-3),
     ],
     ids=["exact", "production", "bfloat16"],
 )
@@ -53,4 +54,4 @@ def test_logprobs_stay_within_what_the_precision_costs(
     ]
     assert np.mean(np.abs(divergences)) < max_mean_error
     is_exact = settings == {"precision": "exact"}
-    assert is_exact or np.mean(np.abs(divergences)) > 1e-5, "nothing was quantised"
+    assert is_exact or np.mean(np.abs(divergences)) > 2e-7, "nothing was quantised"

@@ -68,7 +68,10 @@ impl Scheduler {
                 reason,
                 usage: first.usage(now),
             };
-            self.events.push((id, RequestEvent::Started));
+            let started = RequestEvent::Started {
+                num_cached_tokens: 0,
+            };
+            self.events.push((id, started));
             self.events.push((id, finished));
             return Ok(());
         }

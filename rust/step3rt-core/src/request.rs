@@ -44,7 +44,10 @@ pub const MAX_CONTINUATIONS: u32 = 128;
 #[derive(Clone, Debug, PartialEq)]
 pub enum RequestEvent {
     /// The request has a place and its first chunk is planned.
-    Started,
+    Started {
+        /// Tokens at the beginning whose K and V were in the prefix cache.
+        num_cached_tokens: u32,
+    },
     /// Prompt logprobs, in order, as chunks complete; `offset` counts from prompt token 1. They
     /// come once per request, whatever `n`, before the first token of continuation 0.
     PromptLogprobs {

@@ -317,7 +317,10 @@ impl Scheduler {
         let request = self.requests.get_mut(&sequence.request);
         let request = request.expect("a running sequence has a live request");
         if !std::mem::replace(&mut request.is_started, true) {
-            self.events.push((sequence.request, RequestEvent::Started));
+            let started = RequestEvent::Started {
+                num_cached_tokens: sequence.num_computed_tokens(),
+            };
+            self.events.push((sequence.request, started));
         }
     }
 

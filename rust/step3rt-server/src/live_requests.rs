@@ -116,6 +116,9 @@ mod tests {
     use super::*;
 
     const ID: RequestId = RequestId(1);
+    const STARTED: RequestEvent = RequestEvent::Started {
+        num_cached_tokens: 0,
+    };
 
     fn submission(
         id: RequestId,
@@ -188,11 +191,11 @@ mod tests {
         let (first, mut events) = submission(ID, 1, 1);
         requests.insert(&first);
         drop(first);
-        requests.deliver(ID, RequestEvent::Started).expect("room");
-        let full = requests.deliver(ID, RequestEvent::Started);
+        requests.deliver(ID, STARTED).expect("room");
+        let full = requests.deliver(ID, STARTED);
         assert_eq!(full, Err(Undeliverable(ID)));
         assert!(requests.is_empty());
-        assert_eq!(events.blocking_recv(), Some(RequestEvent::Started));
+        assert_eq!(events.blocking_recv(), Some(STARTED));
         assert_eq!(
             events.blocking_recv(),
             None,

@@ -166,11 +166,13 @@ impl ResponseStream {
 
     async fn take(&mut self, event: Option<RequestEvent>) {
         match event {
-            Some(RequestEvent::Started) => self.outbox.push(Event::Started(v1::Started {
-                request_id: self.parts.client_id.clone(),
-                prompt_tokens: self.parts.num_prompt_tokens,
-                cached_tokens: 0,
-            })),
+            Some(RequestEvent::Started { num_cached_tokens }) => {
+                self.outbox.push(Event::Started(v1::Started {
+                    request_id: self.parts.client_id.clone(),
+                    prompt_tokens: self.parts.num_prompt_tokens,
+                    cached_tokens: num_cached_tokens,
+                }));
+            }
             Some(RequestEvent::PromptLogprobs { offset, logprobs }) => {
                 self.outbox.push_prompt_logprobs(offset, logprobs);
             }

@@ -88,7 +88,7 @@ impl Stream {
     fn take(&mut self, event: &RequestEvent, max_model_len: u32) -> Result<(), Violation> {
         ensure!(self.error.is_none(), "an event after the failure");
         match event {
-            RequestEvent::Started => {
+            RequestEvent::Started { .. } => {
                 ensure!(!self.is_started, "started twice");
                 self.is_started = true;
             }

@@ -112,7 +112,7 @@ impl Policy for CorePolicy {
             RequestEvent::Token { .. } => Some(Told::Token(id)),
             RequestEvent::Finished { .. } => Some(Told::End(id)),
             RequestEvent::Failed(_) => Some(Told::Refused(id)),
-            RequestEvent::Started | RequestEvent::PromptLogprobs { .. } => None,
+            RequestEvent::Started { .. } | RequestEvent::PromptLogprobs { .. } => None,
         });
         told.collect()
     }

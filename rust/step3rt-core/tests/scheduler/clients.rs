@@ -56,7 +56,7 @@ impl Stream {
             "an event after the failure: {event:?}"
         );
         match event {
-            RequestEvent::Started => {
+            RequestEvent::Started { .. } => {
                 assert!(!self.is_started, "started twice");
                 self.is_started = true;
             }

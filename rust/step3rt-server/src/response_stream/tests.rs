@@ -9,6 +9,9 @@ use crate::live_requests::EVENT_BOUND;
 use crate::text::tokenizer::tests::byte_tokenizer;
 
 const ID: RequestId = RequestId(9);
+const STARTED: RequestEvent = RequestEvent::Started {
+    num_cached_tokens: 0,
+};
 
 /// A stream between two channels.
 struct Harness {
@@ -103,7 +106,7 @@ fn reason(status: &Status) -> String {
 #[tokio::test]
 async fn tokens_that_come_after_a_stop_string_are_not_told() {
     let mut harness = start(1, &["END"]);
-    harness.tell(RequestEvent::Started).await;
+    harness.tell(STARTED).await;
     harness.tokens(0, 0, "a END and more").await;
     let stopped = harness.drive.recv().await;
     assert!(matches!(
@@ -258,7 +261,7 @@ async fn a_client_that_takes_nothing_for_half_a_minute_is_cut() {
 async fn a_slow_token_does_not_make_a_slow_client() {
     let mut harness = start(1, &[]);
     // Exactly what the transport holds, so that the next token must wait from its first moment.
-    harness.tell(RequestEvent::Started).await;
+    harness.tell(STARTED).await;
     for (position, text) in (1..RESPONSE_BOUND).zip(["a"; RESPONSE_BOUND]) {
         tokio::task::yield_now().await;
         let position = u32::try_from(position - 1).expect("small");
