@@ -5,6 +5,7 @@ Owns neither processes (`LocalCluster` does) nor the wire; it queues prompts and
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial

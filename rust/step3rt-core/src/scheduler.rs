@@ -317,8 +317,10 @@ impl Scheduler {
         let request = self.requests.get_mut(&sequence.request);
         let request = request.expect("a running sequence has a live request");
         if !std::mem::replace(&mut request.is_started, true) {
+            // Nothing of it is computed yet but what was found in the cache.
+            let stay = sequence.stay.as_ref().expect("a planned sequence stays");
             let started = RequestEvent::Started {
-                num_cached_tokens: sequence.num_computed_tokens(),
+                num_cached_tokens: stay.num_computed_tokens,
             };
             self.events.push((sequence.request, started));
         }

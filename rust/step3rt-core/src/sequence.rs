@@ -60,13 +60,6 @@ impl Sequence {
         num_tokens(&self.generated)
     }
 
-    /// Where it stays, and 0 where it has no place.
-    pub(crate) fn num_computed_tokens(&self) -> u32 {
-        self.stay
-            .as_ref()
-            .map_or(0, |stay| stay.num_computed_tokens)
-    }
-
     pub(crate) fn num_known_tokens(&self) -> u32 {
         self.num_prompt_tokens() + self.num_generated_tokens()
     }
