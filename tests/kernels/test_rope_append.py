@@ -2,7 +2,6 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-pytest.importorskip("cupy")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
