@@ -74,6 +74,16 @@ def test_json_tells_the_topology_and_what_each_pair_chose(answer: dict[str, Any]
     assert all(link["reason"] for link in links)
 
 
+def test_json_claims_no_settings_of_a_cluster_that_it_did_not_start(
+    chat_cluster: LocalCluster,
+) -> None:
+    ended = run(
+        "generate", f"--address={chat_cluster.address}", "--prompt-token-ids=10",
+        "--max-tokens=1", "--output=json",
+    )  # fmt: skip
+    assert json.loads(ended.stdout)["topology"] == {"address": chat_cluster.address}
+
+
 def test_json_tells_the_times(answer: dict[str, Any]) -> None:
     timing = answer["timing"]
     assert timing["tokens"] == 16
@@ -103,6 +113,9 @@ def test_several_continuations_of_text_are_printed_under_their_prompts(
         (["--prompt-token-ids=1,x"], "'1,x'"),
         (["--prompt-token-ids=1", "--dtype=float16"], "float16"),
         (["--prompt-token-ids=1", "--max-tokens=-1"], "max_tokens"),
+        (["--prompt-token-ids=1", "--ffn=3"], "--ffn was given with --address"),
+        (["--prompt-token-ids=1", "--kv-blocks=3"], "--kv-blocks was given with --address"),
+        (["--prompt-token-ids=1", "--model=other"], "--model was given with --address"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
