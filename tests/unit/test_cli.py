@@ -116,6 +116,7 @@ def test_version_is_that_of_the_extension_module(capsys: pytest.CaptureFixture[s
     assert report["step3rt"] == _core.__version__
     assert report.keys() == {"step3rt", "python", "platform", "packages"}
     assert report["packages"]["grpcio"]
+    assert {"cupy-cuda12x", "cupy-cuda13x"} <= report["packages"].keys()
 
 
 def test_doctor_reports_findings_with_fixes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
