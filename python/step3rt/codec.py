@@ -180,6 +180,15 @@ def to_event(response: inference_service_pb2.GenerateResponse) -> GenerationEven
             return None
 
 
+def cancelled_here(request_id: str | None) -> Cancelled:
+    """What reading a stream that this client has closed raises."""
+    return Cancelled(
+        "The request was cancelled on this side: its stream, or the client, is closed. Nothing "
+        "more comes of it. Read a stream before it is closed, or start a new request",
+        request_id=request_id,
+    )
+
+
 def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:
     """The typed exception for a failed call, with the server's reason and retry hint."""
     # Every error that grpcio raises from a call is that call, hence knows its status.
@@ -204,6 +213,8 @@ def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:
                 details["field"] = violation.field
     kind = _ERROR_BY_CODE.get(code, Internal)
     # Transport failures carry no ErrorInfo: no server decided anything, so a retry may help.
+    if reason is None and code is grpc.StatusCode.CANCELLED:
+        return cancelled_here(request_id)
     if reason is None:
         message = _TRANSPORT_FAILURE.get(code, "{}").format(message)
     return kind(
