@@ -70,4 +70,6 @@ def _log_to_stderr() -> None:
         )
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Ours alone: torch has things to say at this level that no operator acts on.
+    logging.getLogger("step3rt").setLevel(logging.INFO)
