@@ -5,6 +5,7 @@ The JSON object is an interface that other programs compare against: keys are on
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -279,9 +280,10 @@ def _print_event(prompt: Prompt, event: GenerationEvent) -> None:
 
 
 def _show_status(text: str) -> None:
-    """One line on the terminal that the next one replaces."""
+    """One line on the terminal that the next one replaces; cut, for a wrapped line would stay."""
     if shows_progress():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[K{text[: width - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def _prompt_token_ids(client: Client, output: RequestOutput) -> list[int]:
