@@ -94,6 +94,26 @@ def test_json_tells_the_times(answer: dict[str, Any]) -> None:
         assert 0 < timing[name]["p50"] <= timing[name]["p99"]
 
 
+def test_without_a_tokenizer_token_ids_are_printed_apart(
+    tiny_checkpoint: Checkpoint, tiny_oracle: Step3Oracle
+) -> None:
+    ended = run(
+        "generate", f"--model={tiny_checkpoint.directory}", "--prompt-token-ids=10,20,30",
+        "--max-tokens=4", "--temperature=0", "--ignore-eos", "--kv-blocks=64",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    token_ids = [int(word) for word in ended.stdout.split()]
+    rows = expected(tiny_oracle, [10, 20, 30], token_ids).rows
+    assert token_ids == [int(row.argmax()) for row in rows[2:6]]
+
+
+def test_a_log_directory_that_cannot_be_made_is_exit_code_78() -> None:
+    ended = run("generate", "--log-dir=/proc/no-such", "hi")
+    assert ended.returncode == 78
+    assert "'/proc/no-such' cannot be made" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_several_continuations_of_text_are_printed_under_their_prompts(
     chat_cluster: LocalCluster,
 ) -> None:

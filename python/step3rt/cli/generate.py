@@ -229,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
         for item in generated:
             for completion in item.output.outputs:
                 print(f"--- {item.output.prompt or item.output.prompt_token_ids}")
-                print(completion.text or completion.token_ids)
+                print(completion.text or " ".join(map(str, completion.token_ids)))
     if arguments.stats:
         _print_stats(timing, links)
     return 0
@@ -273,9 +273,10 @@ def _generate(
 def _print_event(prompt: Prompt, event: GenerationEvent) -> None:
     if event.position == 0 and event.token_ids and isinstance(prompt, str):
         print(prompt, end="")
-    text = event.text or (
-        " ".join(map(str, event.token_ids)) if not isinstance(prompt, str) else ""
-    )
+    text = event.text
+    if not text and event.token_ids and not isinstance(prompt, str):
+        # Without a tokenizer there is no text to stream.
+        text = " " * (event.position > 0) + " ".join(map(str, event.token_ids))
     print(text, end="", flush=True)
 
 
