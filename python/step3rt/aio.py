@@ -28,11 +28,16 @@ _Call: TypeAlias = (
 )
 
 
+def _is_task_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class AsyncGenerationStream:
     """The events of one request, as they come. Iterable once.
 
     Leaving the `async with` block, `close()`, or cancelling the task that reads cancels the
-    request at the server.
+    request at the server. Reading on after `close()` raises `Cancelled`.
     """
 
     def __init__(
@@ -82,6 +87,11 @@ class AsyncGenerationStream:
         while True:
             try:
                 response = await anext(self._responses)
+            except asyncio.CancelledError:
+                if _is_task_cancelled():
+                    raise
+                # grpc.aio says it this way, too, when only the call was cancelled.
+                raise codec.cancelled_here(self._request.request_id) from None
             except grpc.RpcError as error:
                 await self._retry_or_raise(codec.to_error(error, self._request.request_id))
                 continue

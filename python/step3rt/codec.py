@@ -49,6 +49,18 @@ UNKNOWN_EVENT = (
     "versions of the protocol. Update the older one"
 )
 
+# What grpcio says when no server answered, in a sentence that says what to do.
+_TRANSPORT_FAILURE = {
+    grpc.StatusCode.UNAVAILABLE: (
+        "The connection to the coordinator failed: {}. Nothing answers there, or it has ended. "
+        "Check the address, and that `step3rt serve` runs"
+    ),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        "The call's deadline passed before it was complete: {}. The request is cancelled. "
+        "Allow more time, or ask for fewer tokens"
+    ),
+}
+
 # The fields of `SamplingParams` that are unsigned 32-bit integers in the protocol.
 _COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 
@@ -113,8 +125,9 @@ def to_request(
             request.token_ids.SetInParent()
     except (ValueError, TypeError) as error:
         raise InvalidArgument(
-            f"The request cannot be encoded: {error}. Counts and token ids are non-negative "
-            "integers below 2^32. Correct the value",
+            f"The request cannot be encoded: {error}. A prompt is one text or one list of token "
+            "ids, which are integers from 0 to 2^32 - 1; sampling values are numbers, stop strings "
+            "are text. Correct the value",
             request_id=request_id,
         ) from error
     return request
@@ -167,6 +180,15 @@ def to_event(response: inference_service_pb2.GenerateResponse) -> GenerationEven
             return None
 
 
+def cancelled_here(request_id: str | None) -> Cancelled:
+    """What reading a stream that this client has closed raises."""
+    return Cancelled(
+        "The request was cancelled on this side: its stream, or the client, is closed. Nothing "
+        "more comes of it. Read a stream before it is closed, or start a new request",
+        request_id=request_id,
+    )
+
+
 def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:
     """The typed exception for a failed call, with the server's reason and retry hint."""
     # Every error that grpcio raises from a call is that call, hence knows its status.
@@ -191,6 +213,10 @@ def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:
                 details["field"] = violation.field
     kind = _ERROR_BY_CODE.get(code, Internal)
     # Transport failures carry no ErrorInfo: no server decided anything, so a retry may help.
+    if reason is None and code is grpc.StatusCode.CANCELLED:
+        return cancelled_here(request_id)
+    if reason is None:
+        message = _TRANSPORT_FAILURE.get(code, "{}").format(message)
     return kind(
         message,
         reason=reason,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from step3rt.client import Client, GenerationStream
 from step3rt.codec import Prompt
-from step3rt.config import ServeConfig
+from step3rt.config import ServeConfig, build
 from step3rt.errors import Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.results import RequestOutput
@@ -69,22 +69,24 @@ class LLM:
         threads: int = 1,
         use_progress: bool | None = None,
     ) -> None:
+        settings = {
+            "model": model,
+            "listen": "127.0.0.1:0",
+            "attention": attention,
+            "ffn": ffn,
+            "lanes": lanes,
+            "dtype": dtype,
+            "precision": precision,
+            "fabric": fabric,
+            "max_model_len": max_model_len,
+        }
+        serve = build(ServeConfig, settings, "LLM")
         self._use_progress = shows_progress() if use_progress is None else use_progress
         with tqdm(
             bar_format="{desc} [{elapsed}]", desc="starting", disable=not self._use_progress
         ) as bar:
             self._cluster = LocalCluster(
-                ServeConfig(
-                    model=Path(model),
-                    listen="127.0.0.1:0",
-                    attention=attention,
-                    ffn=ffn,
-                    lanes=lanes,
-                    dtype=dtype,
-                    precision=precision,
-                    fabric=fabric,
-                    max_model_len=max_model_len,
-                ),
+                serve,
                 threads=threads,
                 on_status=lambda text: bar.set_description_str(text),
             )

@@ -71,7 +71,7 @@ class LocalCluster:
         self.address = ""
         self.control_address = ""
         try:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
+            _make_log_dir(self._log_dir)
             self._start(time.monotonic() + start_timeout_s)
         except BaseException:
             self.close()
@@ -230,6 +230,16 @@ def _flags(config: ServeConfig | NodeConfig, skip: Sequence[str]) -> list[str]:
         name = f"--{item.name.replace('_', '-')}"
         flags.append(name if value is True else f"{name}={value}")
     return flags
+
+
+def _make_log_dir(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The log directory {str(directory)!r} cannot be made: {error.strerror}. The "
+            "processes write their logs there. Give one that can be written"
+        ) from error
 
 
 @contextlib.contextmanager

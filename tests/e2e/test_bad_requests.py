@@ -1,5 +1,6 @@
 """A request that cannot be served gets one clear error, and harms nobody else."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from step3rt import Client, LocalCluster
+from step3rt import AsyncClient, Client, LocalCluster
 from step3rt.errors import (
     AlreadyExists,
     Cancelled,
@@ -269,4 +270,34 @@ def test_closing_a_client_ends_its_streams_as_cancelled(
     with pytest.raises(Cancelled):
         stream.result()
     closer.join()
+    assert_all_blocks_return(chat_cluster)
+
+
+def test_reading_on_after_close_is_cancelled_in_asyncio_too_and_no_cancelled_task(
+    chat_cluster: LocalCluster,
+) -> None:
+    async def read_after_close() -> None:
+        async with AsyncClient(chat_cluster.address) as client:
+            stream = client.generate(PROMPT, max_tokens=1000, ignore_eos=True)
+            await anext(stream)
+            stream.close()
+            await stream.result()
+
+    with pytest.raises(Cancelled, match="on this side"):
+        asyncio.run(read_after_close())
+    assert_all_blocks_return(chat_cluster)
+
+
+def test_a_cancelled_task_is_cancelled_and_no_error_of_ours(chat_cluster: LocalCluster) -> None:
+    async def cancel() -> None:
+        async with AsyncClient(chat_cluster.address) as client:
+            stream = client.generate(PROMPT, max_tokens=1000, ignore_eos=True)
+            await anext(stream)
+            task = asyncio.create_task(stream.result())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancel())
     assert_all_blocks_return(chat_cluster)

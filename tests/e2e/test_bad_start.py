@@ -183,4 +183,5 @@ def test_an_instance_without_a_coordinator_gives_up_as_unavailable(
         "--connect-timeout-s=0.5",
     )  # fmt: skip
     assert ended.returncode == 69
+    assert f"Looking for the coordinator at {address}, for up to 0.5 s" in ended.stderr
     assert address in last_line(ended.stderr)

@@ -25,6 +25,7 @@ def test_chat_ends_well_at_the_end_of_its_input(chat_cluster: LocalCluster) -> N
         stdin="hi",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("> \n"), "the shell's prompt begins a line of its own"
 
 
 def test_a_turn_that_is_refused_does_not_end_the_chat(chat_cluster: LocalCluster) -> None:

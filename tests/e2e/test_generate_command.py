@@ -74,6 +74,16 @@ def test_json_tells_the_topology_and_what_each_pair_chose(answer: dict[str, Any]
     assert all(link["reason"] for link in links)
 
 
+def test_json_claims_no_settings_of_a_cluster_that_it_did_not_start(
+    chat_cluster: LocalCluster,
+) -> None:
+    ended = run(
+        "generate", f"--address={chat_cluster.address}", "--prompt-token-ids=10",
+        "--max-tokens=1", "--output=json",
+    )  # fmt: skip
+    assert json.loads(ended.stdout)["topology"] == {"address": chat_cluster.address}
+
+
 def test_json_tells_the_times(answer: dict[str, Any]) -> None:
     timing = answer["timing"]
     assert timing["tokens"] == 16
@@ -82,6 +92,26 @@ def test_json_tells_the_times(answer: dict[str, Any]) -> None:
     assert timing["tokens_per_s"] == pytest.approx(16 / timing["elapsed_s"])
     for name in ("ttft_ms", "tpot_ms"):
         assert 0 < timing[name]["p50"] <= timing[name]["p99"]
+
+
+def test_without_a_tokenizer_token_ids_are_printed_apart(
+    tiny_checkpoint: Checkpoint, tiny_oracle: Step3Oracle
+) -> None:
+    ended = run(
+        "generate", f"--model={tiny_checkpoint.directory}", "--prompt-token-ids=10,20,30",
+        "--max-tokens=4", "--temperature=0", "--ignore-eos", "--kv-blocks=64",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    token_ids = [int(word) for word in ended.stdout.split()]
+    rows = expected(tiny_oracle, [10, 20, 30], token_ids).rows
+    assert token_ids == [int(row.argmax()) for row in rows[2:6]]
+
+
+def test_a_log_directory_that_cannot_be_made_is_exit_code_78() -> None:
+    ended = run("generate", "--log-dir=/proc/no-such", "hi")
+    assert ended.returncode == 78
+    assert "'/proc/no-such' cannot be made" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_several_continuations_of_text_are_printed_under_their_prompts(
@@ -103,6 +133,9 @@ def test_several_continuations_of_text_are_printed_under_their_prompts(
         (["--prompt-token-ids=1,x"], "'1,x'"),
         (["--prompt-token-ids=1", "--dtype=float16"], "float16"),
         (["--prompt-token-ids=1", "--max-tokens=-1"], "max_tokens"),
+        (["--prompt-token-ids=1", "--ffn=3"], "--ffn was given with --address"),
+        (["--prompt-token-ids=1", "--kv-blocks=3"], "--kv-blocks was given with --address"),
+        (["--prompt-token-ids=1", "--model=other"], "--model was given with --address"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from step3rt import _core, cli
+from step3rt.cli import generate
 from step3rt.config import NodeConfig, ServeConfig
 
 EX_USAGE = 2
@@ -116,6 +117,7 @@ def test_version_is_that_of_the_extension_module(capsys: pytest.CaptureFixture[s
     assert report["step3rt"] == _core.__version__
     assert report.keys() == {"step3rt", "python", "platform", "packages"}
     assert report["packages"]["grpcio"]
+    assert {"cupy-cuda12x", "cupy-cuda13x"} <= report["packages"].keys()
 
 
 def test_doctor_reports_findings_with_fixes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,3 +146,12 @@ def test_a_child_whose_parent_is_another_does_not_start(
     )
     assert ended.returncode == 69
     assert str(os.getppid()) in ended.stderr
+
+
+def test_the_status_line_fits_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("step3rt.cli.generate.shows_progress", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    generate._show_status("waiting for instances: 0 of 3 attention linked")
+    assert capsys.readouterr().err == "\r\x1b[Kwaiting for instanc"

@@ -6,7 +6,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from step3rt import codec
-from step3rt.errors import InvalidArgument, ResourceExhausted, Unavailable
+from step3rt.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from step3rt.sampling import SamplingParams
 from step3rt.v1 import inference_service_pb2
 
@@ -110,7 +110,20 @@ def test_invalid_argument_names_the_field() -> None:
     assert not error.is_retryable
 
 
-def test_failure_without_a_server_is_retryable() -> None:
+def test_failure_without_a_server_is_retryable_and_says_what_to_do() -> None:
     error = codec.to_error(FailedCall(grpc.StatusCode.UNAVAILABLE))
     assert isinstance(error, Unavailable)
     assert error.is_retryable
+    assert "step3rt serve" in str(error)
+
+
+def test_a_deadline_that_the_client_noticed_says_what_to_do() -> None:
+    error = codec.to_error(FailedCall(grpc.StatusCode.DEADLINE_EXCEEDED))
+    assert isinstance(error, DeadlineExceeded)
+    assert not error.is_retryable
+    assert "Allow more time" in str(error)
+
+
+def test_a_batch_given_as_one_prompt_is_told_what_a_prompt_is() -> None:
+    with pytest.raises(InvalidArgument, match="one text or one list of token ids"):
+        request(["one", "two"], SamplingParams())

@@ -1,9 +1,11 @@
 """Settings come from flags, then the file, then defaults; mistakes are named with a remedy."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from step3rt import LLM
 from step3rt.config import NodeConfig, ServeConfig, build, resolve_model
 from step3rt.errors import ConfigError
 
@@ -60,3 +62,17 @@ def test_precision_names_the_types_on_the_way() -> None:
     assert wire(dtype="bfloat16") == ("bfloat16", "bfloat16", "bfloat16")
     assert wire(precision="production") == ("fp8", "bfloat16", "fp8")
     assert wire(precision="production", kv_dtype="bfloat16") == ("fp8", "bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dtype": "float16"}, r"'dtype' is 'float16' \(LLM\)"),
+        ({"fabric": "rdma"}, r"'fabric' is 'rdma' \(LLM\)"),
+        ({"attention": "2"}, "must be of type int"),
+        ({"lanes": 9}, "from 1 to 8"),
+    ],
+)
+def test_llm_refuses_a_wrong_setting_by_itself(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LLM("nano", **values)

@@ -53,7 +53,7 @@ RUNS = (
 
 
 def result_file(path: Path, run: str, **changes: Any) -> Path:
-    """A file as `step3rt bench decode` writes it, without readings unless given."""
+    """A result file of a decode run, without readings unless given."""
     values = {
         "run": run,
         "machine": "4x NVIDIA H200 141GB HBM3e",

@@ -45,6 +45,30 @@ def test_the_page_has_the_slice_that_simulate_prints(capsys: pytest.CaptureFixtu
         assert line.strip() in TEXT
 
 
+def test_the_page_has_what_the_measured_kernels_give(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "h200.toml"
+    measured = PAGE.parent / "results" / "kernels-h200-2026-11-22.json"
+    assert f"step3rt plan kernels docs/results/{measured.name} --profile peers-h200" in TEXT
+    assert main(
+        ["plan", "kernels", str(measured), "--profile=peers-h200", "--hardware=h200",
+         f"--save={saved}"]
+    ) == 0  # fmt: skip
+    lines = [line for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert lines
+    for line in lines:
+        assert line.strip() in TEXT
+    command = (
+        "simulate --attention-gpus 2 --ffn-gpus 2 --experts 6 --hardware h200 "
+        f"--profile {saved} --lanes 2 --batch 1460 --context 4096"
+    )
+    assert main(["plan", *command.split()]) == 0
+    rate = re.search(r"([\d,]+) per GPU", capsys.readouterr().out)
+    assert rate
+    assert f"{rate[1]} tokens/s/GPU (`--batch 1460`" in TEXT
+
+
 def test_the_page_lists_every_disagreement() -> None:
     for entry in DISAGREEMENTS:
         assert f"| {entry.where} | {entry.text} |" in TEXT

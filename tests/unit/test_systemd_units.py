@@ -1,5 +1,6 @@
 """The shipped units are valid, hardened, and restart what must be restarted."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,4 +57,15 @@ def test_example_configurations_are_accepted() -> None:
     from step3rt.config import NodeConfig, ServeConfig, build, load_toml
 
     build(ServeConfig, load_toml(UNITS / "serve.toml"), "serve.toml")
-    build(NodeConfig, load_toml(UNITS / "node-ffn0.toml"), "node-ffn0.toml")
+    for name in ("ffn0", "attention0"):
+        file = UNITS / f"node-{name}.toml"
+        assert build(NodeConfig, load_toml(file), file.name).role == name.rstrip("0")
+
+
+def test_every_unit_that_the_guide_enables_has_its_configuration() -> None:
+    guide = (UNITS.parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"step3rt-node@([a-z0-9]+)", guide))
+    assert names == {"ffn0", "attention0"}
+    for name in names:
+        assert f"deploy/systemd/node-{name}.toml" in guide
+        assert (UNITS / f"node-{name}.toml").is_file()

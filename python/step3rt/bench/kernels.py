@@ -1,7 +1,7 @@
 """Times the CUDA kernels and the library kernels that do the same work, on one GPU.
 
-`main` prints a table or the JSON document of docs/results; it checks every result before timing it,
-and never changes a setting of the GPU.
+Prints a table or the JSON document of docs/results. Every result is checked before it is timed, and
+no setting of the GPU is changed.
 """
 
 import argparse

@@ -8,8 +8,8 @@ from step3rt.client import DEFAULT_ADDRESS, Client
 from step3rt.errors import Step3Error
 
 _DESCRIPTION = """\
-Talk to the model behind a running coordinator. An empty line or Ctrl-D ends the conversation;
-Ctrl-C stops the answer that is being written.
+Talk to the model behind a running coordinator. An empty line, Ctrl-D or Ctrl-C ends the
+conversation; while an answer is being written, Ctrl-C stops the answer.
 """
 
 
@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read_turn() -> str | None:
+    """The next line; `None` at its end: nothing on it, Ctrl-D or Ctrl-C at the prompt."""
     try:
         return input("> ") or None
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()  # leaves the prompt's line to the conversation, not to the shell
         return None

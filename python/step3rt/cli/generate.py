@@ -5,12 +5,13 @@ The JSON object is an interface that other programs compare against: keys are on
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from step3rt.cli import flags
@@ -38,6 +39,9 @@ examples:
 """
 
 _MAX_TOKENS = 128
+_MODEL = Path("nano")
+# Flags besides the settings that shape a cluster of its own.
+_CLUSTER_FLAGS = ("model", "threads", "kv_blocks", "log_dir")
 _SKIPPED_SETTINGS = ("model", "listen", "control_listen", "ready_file", "insecure_bind")
 
 
@@ -60,13 +64,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a prompt as token ids; may be given several times; needs no tokenizer",
     )
     parser.add_argument(
-        "--model", type=Path, default=Path("nano"), help="checkpoint directory (default: nano)"
+        "--model",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help=f"checkpoint directory (default: {_MODEL})",
     )
     parser.add_argument(
-        "--address", help="use the coordinator at host:port instead of starting one"
+        "--address",
+        help="use the coordinator at host:port instead of starting one; its settings are its own",
     )
     add_sampling_flags(parser)
     output = parser.add_argument_group("output")
+    _add_logprob_flags(output)
     output.add_argument(
         "--output", choices=("text", "json"), default="text", help="(default: %(default)s)"
     )
@@ -74,16 +83,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--stats", action="store_true", help="print times, throughput and fabrics at the end"
     )
     output.add_argument(
-        "--log-dir", type=Path, help="keep the logs of the cluster's processes here"
+        "--log-dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="keep the logs of the cluster's processes here",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="threads for one instance (default: 1)"
+        "--threads",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="threads for one instance (default: 1)",
     )
     parser.add_argument(
-        "--kv-blocks", type=int, help="KV blocks of 64 tokens per attention instance"
+        "--kv-blocks",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="KV blocks of 64 tokens per attention instance",
     )
     flags.add_config_flags(parser, ServeConfig, skip=_SKIPPED_SETTINGS)
     parser.set_defaults(run=run)
+
+
+def _add_logprob_flags(group: "argparse._ArgumentGroup") -> None:
+    for flag, text in (
+        ("--logprobs", "each token's logprob and those of this many rivals; json only"),
+        ("--prompt-logprobs", "the same for the prompt's tokens"),
+    ):
+        group.add_argument(flag, type=int, metavar="INT", help=text)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +123,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         ("--top-k", int, "most likely tokens kept; 0 is off"),
         ("--min-p", float, "share of the best token's probability that a token needs; 0 is off"),
         ("--seed", int, "makes the result reproducible"),
-        ("--logprobs", int, "show each token's logprob and those of this many rivals"),
-        ("--prompt-logprobs", int, "the same for the prompt's tokens"),
     ):
         group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     parser.set_defaults(max_tokens=_MAX_TOKENS)
@@ -109,7 +133,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_from(arguments: argparse.Namespace) -> SamplingParams:
-    """The parameters that the flags give."""
+    """The parameters that the flags of `add_sampling_flags` give."""
     return SamplingParams(
         max_tokens=arguments.max_tokens,
         min_tokens=arguments.min_tokens,
@@ -120,8 +144,6 @@ def sampling_from(arguments: argparse.Namespace) -> SamplingParams:
         seed=arguments.seed,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
-        logprobs=arguments.logprobs,
-        prompt_logprobs=arguments.prompt_logprobs,
     )
 
 
@@ -147,10 +169,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidArgument(
             "No prompt was given. There is nothing to continue. Give a text, or --prompt-token-ids"
         )
+    if arguments.address is not None:
+        _refuse_cluster_flags(arguments)
     serve = flags.config_from(
-        argparse.Namespace(**{**vars(arguments), "listen": "127.0.0.1:0"}), ServeConfig
+        argparse.Namespace(**{"model": _MODEL, **vars(arguments), "listen": "127.0.0.1:0"}),
+        ServeConfig,
     )
-    params = sampling_from(arguments)
+    params = replace(
+        sampling_from(arguments),
+        logprobs=arguments.logprobs,
+        prompt_logprobs=arguments.prompt_logprobs,
+    )
     is_json = arguments.output == "json"
     with ExitStack() as stack:
         begun_s = time.perf_counter()
@@ -159,9 +188,9 @@ def run(arguments: argparse.Namespace) -> int:
             cluster = stack.enter_context(
                 LocalCluster(
                     serve,
-                    threads=arguments.threads,
-                    kv_blocks=arguments.kv_blocks,
-                    log_dir=arguments.log_dir,
+                    threads=getattr(arguments, "threads", 1),
+                    kv_blocks=getattr(arguments, "kv_blocks", None),
+                    log_dir=getattr(arguments, "log_dir", None),
                     on_status=_show_status,
                 )
             )
@@ -183,7 +212,9 @@ def run(arguments: argparse.Namespace) -> int:
         if is_json or not is_streamed:
             token_ids = [_prompt_token_ids(client, item.output) for item in generated]
     timing = {"start_s": start_s, **summarise([item.timer for item in generated], elapsed_s)}
-    topology = {**describe(serve), "instances": links}
+    topology: dict[str, object] = (
+        {"address": address} if cluster is None else {**describe(serve), "instances": links}
+    )
     if is_json:
         results = [
             _result(item.output, completion, ids)
@@ -198,10 +229,22 @@ def run(arguments: argparse.Namespace) -> int:
         for item in generated:
             for completion in item.output.outputs:
                 print(f"--- {item.output.prompt or item.output.prompt_token_ids}")
-                print(completion.text or completion.token_ids)
+                print(completion.text or " ".join(map(str, completion.token_ids)))
     if arguments.stats:
         _print_stats(timing, links)
     return 0
+
+
+def _refuse_cluster_flags(arguments: argparse.Namespace) -> None:
+    """Flags of a cluster of its own have no effect on a running one, and are not passed over."""
+    names = [*_CLUSTER_FLAGS, *(item.name for item in fields(ServeConfig))]
+    for name in names:
+        if name in vars(arguments):
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidArgument(
+                f"{flag} was given with --address. It shapes a cluster that generate starts, and "
+                f"the one at {arguments.address} runs already. Leave {flag} or --address out"
+            )
 
 
 def _generate(
@@ -230,16 +273,18 @@ def _generate(
 def _print_event(prompt: Prompt, event: GenerationEvent) -> None:
     if event.position == 0 and event.token_ids and isinstance(prompt, str):
         print(prompt, end="")
-    text = event.text or (
-        " ".join(map(str, event.token_ids)) if not isinstance(prompt, str) else ""
-    )
+    text = event.text
+    if not text and event.token_ids and not isinstance(prompt, str):
+        # Without a tokenizer there is no text to stream.
+        text = " " * (event.position > 0) + " ".join(map(str, event.token_ids))
     print(text, end="", flush=True)
 
 
 def _show_status(text: str) -> None:
-    """One line on the terminal that the next one replaces."""
+    """One line on the terminal that the next one replaces; cut, for a wrapped line would stay."""
     if shows_progress():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[K{text[: width - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def _prompt_token_ids(client: Client, output: RequestOutput) -> list[int]:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import time
 
 from step3rt.cli import flags
 from step3rt.config import ROLES, NodeConfig
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.role is None:
         del arguments.role
     config = flags.config_from(arguments, NodeConfig)
-    logging.basicConfig(level=logging.INFO, format=_log_format())
+    _log_to_stderr()
     try:
         from step3rt.instance import run_instance
     except ModuleNotFoundError as error:
@@ -57,8 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
     return run_instance(config)
 
 
-def _log_format() -> str:
-    """As the Rust side writes lines: the journal adds the time, a terminal does not."""
+def _log_to_stderr() -> None:
+    """Lines as the Rust side of the process writes them: the journal adds the time, else UTC."""
+    handler = logging.StreamHandler()
     if "JOURNAL_STREAM" in os.environ:
-        return "%(message)s"
-    return "%(asctime)s %(levelname)5s %(message)s"
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        logging.addLevelName(logging.WARNING, "WARN")
+        formatter = logging.Formatter(
+            "%(asctime)s.%(msecs)03dZ %(levelname)5s %(message)s", "%Y-%m-%dT%H:%M:%S"
+        )
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Ours alone: torch has things to say at this level that no operator acts on.
+    logging.getLogger("step3rt").setLevel(logging.INFO)

@@ -26,7 +26,8 @@ examples:
   step3rt plan simulate --attention-gpus 16 --ffn-gpus 16 --ffn-parallelism tp_ep --batch 6144
   step3rt plan search --gpus h800:32 --context 4096 --plot front.svg
   step3rt plan search --gpus h200:4 --profile peers-h200 --emit cluster.toml
-  step3rt plan kernels docs/results/kernels-h200.json --hardware h200 --save h200.toml
+  step3rt plan kernels docs/results/kernels-h200-2026-11-22.json \\
+      --profile peers-h200 --hardware h200 --save h200.toml
   step3rt plan compare docs/results/decode-*.json --save fitted.toml
 """
 

@@ -4,6 +4,16 @@ import argparse
 import json
 import platform
 
+_PACKAGES = (
+    "numpy",
+    "grpcio",
+    "protobuf",
+    "torch",
+    "safetensors",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command."""
@@ -23,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"step3rt {_core.__version__}")
         return 0
     packages: dict[str, str | None] = {}
-    for name in ("numpy", "grpcio", "protobuf", "torch", "safetensors", "cupy-cuda12x"):
+    for name in _PACKAGES:
         try:
             packages[name] = version_of(name)
         except PackageNotFoundError:

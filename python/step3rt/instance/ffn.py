@@ -44,7 +44,12 @@ class FfnRole:
         layouts = slot_layouts(settings, config)
         session.bind(layouts[0].slot_bytes, layouts[1].slot_bytes)
         session.ready(0)
-        logger.info("Ready with experts %d..%d", experts.start, experts.stop)
+        logger.info(
+            "Ready with %d of %d experts, from %d on",
+            len(experts),
+            config.num_experts,
+            experts.start,
+        )
         return FfnLoop(session, config, weights, experts, layouts).run()
 
     def _load(self, session: _core.NodeSession, experts: range, dtype: torch.dtype) -> FfnWeights:

@@ -58,12 +58,19 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
     checkpoint = Checkpoint.open(resolve_model(config.model))
     role = make_role(checkpoint)
     while True:
+        logger.info(
+            "Looking for the coordinator at %s, for up to %g s",
+            config.coordinator,
+            config.connect_timeout_s,
+        )
         try:
             session = _connect(config, checkpoint)
         except Cancelled:
+            logger.info("Stopped before a coordinator was found")
             return 0
         try:
             if role.run(session) is Outcome.DRAINED:
+                logger.info("Stopped, as it was told")
                 return 0
         except Unavailable as error:
             # The session ended between two polls; the next one begins from the start.

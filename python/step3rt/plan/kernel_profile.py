@@ -73,7 +73,7 @@ def profile_from_kernels(path: Path, card: Hardware, base: Profile) -> Profile:
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    rows = read_json_object(path, "kernels").get("rows")
+    rows = read_json_object(path, "what `step3rt bench kernels` wrote").get("rows")
     if not isinstance(rows, list):
         raise ConfigError(
             f"The result file {str(path)!r} has no list of rows. It is not what `step3rt bench "

@@ -1,4 +1,4 @@
-"""Reads the files that `step3rt bench decode` writes (docs/results/decode-*.json).
+"""Reads the result files of whole decode runs (docs/results/decode-*.json).
 
 Owns their names for things and what a run's name says about its placement; never predicts.
 """
@@ -130,7 +130,7 @@ class _Values:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values = read_json_object(path, "decode")
+        self.values = read_json_object(path, "a decode run's JSON object, see docs/planning.md")
 
     def error(self, key: str, what: str) -> ConfigError:
         return ConfigError(
@@ -160,8 +160,8 @@ class _Values:
         return float(value) if is_positive(value) else None  # type: ignore[arg-type]
 
 
-def read_json_object(path: Path, benchmark: str) -> dict[str, Any]:
-    """The object in a file that `step3rt bench` wrote.
+def read_json_object(path: Path, wanted: str) -> dict[str, Any]:
+    """The object in a result file, which should be `wanted`.
 
     Raises:
         ConfigError: unreadable, too large, or not a JSON object.
@@ -173,9 +173,10 @@ def read_json_object(path: Path, benchmark: str) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"The result file {str(path)!r} cannot be read: {error}. The planner compares with "
-            f"what `step3rt bench {benchmark}` wrote. Give such a file"
+            f"The result file {str(path)!r} cannot be read: {reason}. The planner reads "
+            f"{wanted}. Give such a file"
         ) from error
     return values
 
