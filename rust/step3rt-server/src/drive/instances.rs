@@ -90,8 +90,7 @@ impl Drive {
         }
         match output_from_wire(instance, output) {
             Ok(output) => {
-                let key = output.key;
-                self.sessions.step_answered(instance, key.lane, key.step);
+                self.sessions.step_answered(output.key);
                 self.scheduler.handle(now, Event::StepDone(output));
                 Vec::new()
             }
@@ -108,7 +107,7 @@ impl Drive {
         match key_from_wire(instance, failed.epoch, failed.lane, failed.step) {
             Ok(key) => {
                 warn!(%instance, lane = failed.lane, step = failed.step, reason = failed.reason, "step failed");
-                self.sessions.step_answered(instance, key.lane, key.step);
+                self.sessions.step_answered(key);
                 let reason = failed.reason;
                 self.scheduler
                     .handle(now, Event::StepFailed { key, reason });
