@@ -46,6 +46,7 @@ class AsyncGenerationStream:
         self._request = request
         self._builder = builder
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._is_closed = False
         self._call = self._start()
         self._responses = self._call.__aiter__()
         self._has_events = False
@@ -73,6 +74,7 @@ class AsyncGenerationStream:
 
     def close(self) -> None:
         """Cancels the request if it still runs; idempotent."""
+        self._is_closed = True
         self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[GenerationEvent]:
@@ -82,6 +84,10 @@ class AsyncGenerationStream:
         while True:
             try:
                 response = await anext(self._responses)
+            except StopAsyncIteration:
+                if not self._builder.output.finished:
+                    raise Internal(codec.EARLY_END, request_id=self._request.request_id) from None
+                raise
             except grpc.RpcError as error:
                 await self._retry_or_raise(codec.to_error(error, self._request.request_id))
                 continue
@@ -108,6 +114,9 @@ class AsyncGenerationStream:
         self._num_retries += 1
         await asyncio.sleep(wait_s)
         self._call = self._start()
+        # Another task may have closed the stream meanwhile, and cancelled only the call before.
+        if self._is_closed:
+            self._call.cancel()
         self._responses = self._call.__aiter__()
 
     @property

@@ -49,6 +49,11 @@ UNKNOWN_EVENT = (
     "versions of the protocol. Update the older one"
 )
 
+EARLY_END = (
+    "The server's stream ended without a finish reason. What was read of it is not the whole "
+    "result. See the coordinator's log, then ask again"
+)
+
 # The fields of `SamplingParams` that are unsigned 32-bit integers in the protocol.
 _COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 
