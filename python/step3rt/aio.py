@@ -51,6 +51,7 @@ class AsyncGenerationStream:
         self._request = request
         self._builder = builder
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._is_closed = False
         self._call = self._start()
         self._responses = self._call.__aiter__()
         self._has_events = False
@@ -78,6 +79,7 @@ class AsyncGenerationStream:
 
     def close(self) -> None:
         """Cancels the request if it still runs; idempotent."""
+        self._is_closed = True
         self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[GenerationEvent]:
@@ -92,6 +94,10 @@ class AsyncGenerationStream:
                     raise
                 # grpc.aio says it this way, too, when only the call was cancelled.
                 raise codec.cancelled_here(self._request.request_id) from None
+            except StopAsyncIteration:
+                if not self._builder.output.finished:
+                    raise Internal(codec.EARLY_END, request_id=self._request.request_id) from None
+                raise
             except grpc.RpcError as error:
                 await self._retry_or_raise(codec.to_error(error, self._request.request_id))
                 continue
@@ -118,6 +124,9 @@ class AsyncGenerationStream:
         self._num_retries += 1
         await asyncio.sleep(wait_s)
         self._call = self._start()
+        # Another task may have closed the stream meanwhile, and cancelled only the call before.
+        if self._is_closed:
+            self._call.cancel()
         self._responses = self._call.__aiter__()
 
     @property

@@ -71,6 +71,7 @@ class GenerationStream:
         self._request = request
         self._builder = builder
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._is_closed = False
         self._call = self._start()
         self._has_events = False
         self._num_retries = 0
@@ -98,6 +99,7 @@ class GenerationStream:
 
     def close(self) -> None:
         """Cancels the request if it still runs; idempotent."""
+        self._is_closed = True
         self._call.cancel()
 
     def __iter__(self) -> Iterator[GenerationEvent]:
@@ -107,6 +109,10 @@ class GenerationStream:
         while True:
             try:
                 response = next(self._call)
+            except StopIteration:
+                if not self._builder.output.finished:
+                    raise Internal(codec.EARLY_END, request_id=self._request.request_id) from None
+                raise
             except grpc.RpcError as error:
                 self._retry_or_raise(codec.to_error(error, self._request.request_id))
                 continue
@@ -133,6 +139,9 @@ class GenerationStream:
         self._num_retries += 1
         time.sleep(wait_s)
         self._call = self._start()
+        # Another thread may have closed the stream meanwhile, and cancelled only the call before.
+        if self._is_closed:
+            self._call.cancel()
 
     @property
     def request_id(self) -> str:

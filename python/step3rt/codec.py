@@ -60,6 +60,10 @@ _TRANSPORT_FAILURE = {
         "Allow more time, or ask for fewer tokens"
     ),
 }
+EARLY_END = (
+    "The server's stream ended without a finish reason. What was read of it is not the whole "
+    "result. See the coordinator's log, then ask again"
+)
 
 # The fields of `SamplingParams` that are unsigned 32-bit integers in the protocol.
 _COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")

@@ -83,7 +83,7 @@ class ServeConfig:
         maximum=65536,
     )
     max_waiting_requests: int = setting(
-        "requests that may wait before new ones are refused", 1024, minimum=0, maximum=1_000_000
+        "requests that may wait before new ones are refused", 1024, minimum=1, maximum=1_000_000
     )
     lease_ms: int = setting(
         "silence after which an instance is lost", 3000, minimum=100, maximum=600_000

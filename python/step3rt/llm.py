@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from step3rt.client import Client, GenerationStream
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig, build
-from step3rt.errors import Unavailable
+from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.results import RequestOutput
 from step3rt.sampling import SamplingParams
@@ -128,6 +128,7 @@ class LLM:
             use_tqdm: a progress bar over prompts; default: as `use_progress`.
 
         Raises:
+            InvalidArgument: `prompts` mixes prompts and token ids.
             Step3Error: the first request that failed; the others are cancelled.
         """
         batch = _as_batch(prompts)
@@ -188,13 +189,22 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt, text or ids, becomes a batch of one."""
+    """A single prompt, text or ids, becomes a batch of one.
+
+    Raises:
+        InvalidArgument: prompts and token ids are mixed.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    if all(isinstance(item, int) for item in prompts):
-        return [[int(item) for item in prompts if isinstance(item, int)]] if prompts else []
-    return [
+    token_ids = [item for item in prompts if isinstance(item, int)]
+    batch: list[Prompt] = [
         item if isinstance(item, str) else list(item)
         for item in prompts
         if not isinstance(item, int)
     ]
+    if token_ids and batch:
+        raise InvalidArgument(
+            f"Prompts and token ids are mixed: {len(batch)} prompts and {len(token_ids)} ids in "
+            "one sequence. A prompt of token ids is a sequence of its own. Put the ids into a list"
+        )
+    return [token_ids] if token_ids else batch

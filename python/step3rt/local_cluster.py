@@ -207,9 +207,10 @@ class LocalCluster:
 
     def _failure(self, child: _Child, code: int) -> Step3Error:
         tail = _tail(child.log)
-        if code == _EX_CONFIG:
+        last_line = tail.strip().rpartition("\n")[2]
+        if code == _EX_CONFIG and last_line:
             # The child's last line is its error message, already in the form of ours.
-            return ConfigError(tail.strip().splitlines()[-1].removeprefix("error: "))
+            return ConfigError(last_line.removeprefix("error: "))
         return Unavailable(
             f"The {child.name} process ended with code {code}. A cluster needs all of its "
             f"processes. Its log ends with:\n{tail}"

@@ -25,6 +25,7 @@ def test_dashes_and_underscores_are_the_same_key() -> None:
     ("key", "value", "expected"),
     [
         ("lanes", 0, "must be from 1 to 8"),
+        ("max_waiting_requests", 0, "must be from 1 to 1000000"),
         ("lanes", 9, "must be from 1 to 8"),
         ("lanes", "3", "must be of type int"),
         ("lanes", True, "must be of type int"),

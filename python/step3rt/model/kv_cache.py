@@ -30,8 +30,7 @@ class KvCache:
         if num_blocks < 1 or num_bytes > max_bytes:
             raise ConfigError(
                 f"KV pool of {num_blocks} blocks takes {num_bytes} bytes. It must have 1 block or "
-                f"more and fit in {max_bytes} bytes of memory. Change num_kv_blocks or "
-                "kv_memory_bytes."
+                f"more and fit in {max_bytes} bytes of memory. Change kv_blocks or kv_memory_mb."
             )
         shape = (config.num_layers, num_blocks, 2, block_size_tokens, config.head_dim)
         self.blocks = torch.zeros(shape, dtype=dtype)

@@ -199,7 +199,10 @@ impl Hub {
 
 impl Registry {
     fn remember(&mut self, peer: LinkIdentity) {
-        self.epochs.insert(peer.instance, peer.epoch);
+        // The owner confirms a link again when it takes it; the watcher may have accepted the
+        // successor by then.
+        let known = self.epochs.entry(peer.instance).or_insert(peer.epoch);
+        *known = (*known).max(peer.epoch);
         if self.epochs.len() > MAX_REMEMBERED_EPOCHS {
             let unlinked = self
                 .epochs
@@ -261,6 +264,17 @@ mod tests {
         assert_eq!(hub.admit(identity(1, 4)), Err(RefusalCode::Stale(Epoch(5))));
         assert!(hub.admit(identity(1, 5)).is_ok());
         assert!(hub.admit(identity(1, 6)).is_ok());
+    }
+
+    #[test]
+    fn a_late_confirmation_does_not_make_its_successor_forgotten() {
+        let hub = hub(4);
+        for epoch in [5, 6] {
+            hub.admit(identity(1, epoch)).unwrap();
+            hub.confirm(identity(1, epoch));
+        }
+        hub.confirm(identity(1, 5));
+        assert_eq!(hub.admit(identity(1, 5)), Err(RefusalCode::Stale(Epoch(6))));
     }
 
     #[test]

@@ -15,6 +15,9 @@ use crate::v1;
 /// Requests carry no identity yet, so all belong to one tenant.
 const SOLE_TENANT: TenantId = TenantId(0);
 
+const NO_PROMPT: &str =
+    "the prompt has no tokens, and generation needs at least one. Send a prompt";
+
 /// Longest request id.
 pub const MAX_REQUEST_ID_BYTES: usize = 128;
 
@@ -141,7 +144,11 @@ pub fn check(
         );
     }
     let prompt = match request.prompt {
-        Some(v1::generate_request::Prompt::Text(text)) => Prompt::Text(text),
+        Some(v1::generate_request::Prompt::Text(text)) => {
+            // A tokenizer that puts a token in front of every text would hide it.
+            violations.check(!text.is_empty(), "prompt", || NO_PROMPT.to_owned());
+            Prompt::Text(text)
+        }
         Some(v1::generate_request::Prompt::TokenIds(tokens)) => {
             check_tokens(&tokens.ids, "token_ids", limits, &mut violations)?;
             Prompt::Tokens(tokens.ids.into_iter().map(TokenId).collect())
@@ -189,7 +196,7 @@ impl GenerateParams {
             return Err(Refusal::of_field(
                 ErrorKind::InvalidParameter,
                 "prompt",
-                "the prompt has no tokens, and generation needs at least one. Send a prompt",
+                NO_PROMPT,
             ));
         }
         // The prompt leaves room for a token; resumed tokens may fill it, and then only the

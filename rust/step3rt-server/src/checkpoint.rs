@@ -83,10 +83,11 @@ struct TextConfig {
 }
 
 impl TextConfig {
+    /// In the order in which instances look: they must come to the same limit, or may not join.
     fn context(&self) -> Option<u32> {
         self.max_position_embedding
-            .or(self.max_position_embeddings)
             .or(self.max_seq_len)
+            .or(self.max_position_embeddings)
     }
 }
 
@@ -321,6 +322,14 @@ mod tests {
             "ids beyond the vocabulary end nothing"
         );
         assert_eq!(limits.defaults.top_k, 0);
+    }
+
+    #[test]
+    fn the_context_is_read_from_the_same_key_as_by_instances() {
+        let config = r#"{"vocab_size": 9, "max_position_embeddings": 64, "max_seq_len": 32}"#;
+        let directory = directory(&[("config.json", config)]);
+        let checkpoint = Checkpoint::read(directory.path(), None, None).expect("valid");
+        assert_eq!(checkpoint.limits.max_model_len, 32);
     }
 
     #[test]

@@ -24,7 +24,6 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 use tracing::{error, info, warn};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -213,13 +212,18 @@ impl Coordinator {
         let node_service = NodeServiceServer::new(NodeServer::new(drive_handle.clone()))
             .max_decoding_message_size(MAX_CONTROL_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_CONTROL_MESSAGE_BYTES);
-        let reflection = config.reflection.then(reflection_service).transpose()?;
+        let reflection_v1 = config.reflection.then(|| reflection().build_v1());
+        let reflection_v1 = reflection_v1.transpose().map_err(bad_descriptors)?;
+        // What older tools ask for, grpcio's reflection client among them.
+        let reflection_v1alpha = config.reflection.then(|| reflection().build_v1alpha());
+        let reflection_v1alpha = reflection_v1alpha.transpose().map_err(bad_descriptors)?;
 
         let (close_sender, close) = watch::channel(false);
         let public = server_builder()
             .add_service(health_service)
             .add_service(inference_service)
-            .add_optional_service(reflection)
+            .add_optional_service(reflection_v1)
+            .add_optional_service(reflection_v1alpha)
             .serve_with_incoming_shutdown(incoming(listeners.public)?, closed(close.clone()));
         let control = server_builder()
             .add_service(node_service)
@@ -310,15 +314,17 @@ async fn closed(mut close: watch::Receiver<bool>) {
     let _ = close.wait_for(|is_closing| *is_closing).await;
 }
 
-fn reflection_service() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {
+fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         // `NodeService` is described in the same set and served elsewhere.
         .with_service_name(INFERENCE_SERVICE_NAME)
         .with_service_name("grpc.health.v1.Health")
-        .build_v1()
-        .map_err(|error| StartError::System(io::Error::other(error)))
+}
+
+fn bad_descriptors(error: tonic_reflection::server::Error) -> StartError {
+    StartError::System(io::Error::other(error))
 }
 
 fn unix_time_ms() -> u64 {

@@ -28,9 +28,10 @@ use crate::text::continuation::TextRules;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
 
-/// Texts above this are tokenised on a thread of their own: it takes about a millisecond.
+/// Texts above this are rendered and tokenised on a thread of their own: it takes about a
+/// millisecond.
 const MAX_INLINE_TEXT_BYTES: usize = 16 * 1024;
-/// Long texts that are tokenised at a time, so that they cannot take every core.
+/// Long texts that are worked on at a time, so that they cannot take every core.
 const MAX_LONG_TEXTS: usize = 2;
 /// Longest text of `Tokenize`: its ids fill at most 3 of the 4 MiB that clients accept.
 const MAX_TOKENIZE_BYTES: usize = 1024 * 1024;
@@ -103,25 +104,32 @@ impl InferenceServer {
             Prompt::Tokens(tokens) => Ok(tokens),
             Prompt::Text(text) => self.encode("text", Text::Plain(text, true)).await,
             Prompt::Chat(chat) => {
-                let template = self.model.chat_template.as_ref().ok_or_else(|| {
-                    Refusal::of_field(
-                        ErrorKind::UnsupportedFeature,
-                        "chat",
-                        "the served checkpoint has no chat template. Send text or token ids",
-                    )
-                })?;
-                let text = template
-                    .render(Chat {
-                        messages_json: &chat.messages_json,
-                        tools_json: &chat.tools_json,
-                        add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
-                    })
-                    .map_err(|error| {
-                        Refusal::of_field(ErrorKind::InvalidParameter, "chat", error)
-                    })?;
+                let text = self.render(chat).await?;
                 self.encode("chat", Text::Chat(text)).await
             }
         }
+    }
+
+    async fn render(&self, chat: v1::ChatPrompt) -> Result<String, Refusal> {
+        if self.model.chat_template.is_none() {
+            return Err(Refusal::of_field(
+                ErrorKind::UnsupportedFeature,
+                "chat",
+                "the served checkpoint has no chat template. Send text or token ids",
+            ));
+        }
+        let model = Arc::clone(&self.model);
+        let num_bytes = chat.messages_json.len() + chat.tools_json.len();
+        let render = move || {
+            let template = model.chat_template.as_ref().expect("looked at above");
+            template.render(Chat {
+                messages_json: &chat.messages_json,
+                tools_json: &chat.tools_json,
+                add_generation_prompt: chat.add_generation_prompt.unwrap_or(true),
+            })
+        };
+        let rendered = self.run_aside(num_bytes, render).await?;
+        rendered.map_err(|error| Refusal::of_field(ErrorKind::InvalidParameter, "chat", error))
     }
 
     async fn encode(&self, field: &str, text: Text) -> Result<Vec<TokenId>, Refusal> {
@@ -132,22 +140,31 @@ impl InferenceServer {
         if least_tokens >= limits.max_model_len as usize {
             return Err(prompt_too_long(field, least_tokens, limits));
         }
-        let encoded = if num_bytes <= MAX_INLINE_TEXT_BYTES {
-            text.encode(&tokenizer)
-        } else {
-            let _place = self.long_texts.acquire().await;
-            tokio::task::spawn_blocking(move || text.encode(&tokenizer))
-                .await
-                .map_err(|panic| {
-                    let refusal = Refusal::new(ErrorKind::Internal, panic.to_string());
-                    Refusal {
-                        error: without_diagnostics(refusal.error),
-                        ..refusal
-                    }
-                })?
-        };
+        let encoded = self
+            .run_aside(num_bytes, move || text.encode(&tokenizer))
+            .await?;
         encoded.map_err(|error| {
             Refusal::of_field(ErrorKind::InvalidParameter, field, error.to_string())
+        })
+    }
+
+    /// Runs `work` on a text of `num_bytes`: here if it is short, or else where it holds up neither
+    /// streams nor the drive loop.
+    async fn run_aside<T: Send + 'static>(
+        &self,
+        num_bytes: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
+        if num_bytes <= MAX_INLINE_TEXT_BYTES {
+            return Ok(work());
+        }
+        let _place = self.long_texts.acquire().await;
+        tokio::task::spawn_blocking(work).await.map_err(|panic| {
+            let refusal = Refusal::new(ErrorKind::Internal, panic.to_string());
+            Refusal {
+                error: without_diagnostics(refusal.error),
+                ..refusal
+            }
         })
     }
 }

@@ -63,12 +63,17 @@ fn to_json(response: &v1::ListInstancesResponse) -> Value {
     })
 }
 
-fn instance_to_json(info: &v1::InstanceInfo) -> Value {
-    let role = match info.role() {
+/// A role as the command line spells it.
+pub(crate) fn role_name(role: v1::Role) -> &'static str {
+    match role {
         v1::Role::Attention => "attention",
         v1::Role::Ffn => "ffn",
         v1::Role::Unspecified => "unspecified",
-    };
+    }
+}
+
+fn instance_to_json(info: &v1::InstanceInfo) -> Value {
+    let role = role_name(info.role());
     let links: Vec<_> = info
         .links
         .iter()

@@ -185,6 +185,12 @@ impl Registry {
         if entry.role != Role::Attention {
             return self.close(instance, "it reported links, and FFN instances make none");
         }
+        if links.topology_version > self.topology_version {
+            return self.close(
+                instance,
+                "it reported links of a topology that does not exist",
+            );
+        }
         entry.linked_version = entry.linked_version.max(links.topology_version);
         entry.links = links.links;
         self.schedulable_actions()
@@ -213,6 +219,10 @@ impl Registry {
         let Some(entry) = self.instances.get_mut(&instance) else {
             return Vec::new();
         };
+        if entry.state == State::Loading {
+            // It holds nothing yet, and must not count as one that does.
+            return self.close(instance, "it leaves before it is ready");
+        }
         entry.state = State::Draining;
         if std::mem::take(&mut entry.is_schedulable) {
             return vec![Action::AttentionLost(instance)];

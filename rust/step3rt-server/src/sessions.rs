@@ -5,8 +5,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use step3rt_core::ids::{InstanceId, LaneId, StepId, TimeNs};
-use step3rt_core::step::StepPlan;
+use step3rt_core::ids::{InstanceId, LaneId, TimeNs};
+use step3rt_core::step::{StepKey, StepPlan};
 use step3rt_proto::v1::session_response::Command;
 use step3rt_proto::v1::{Drain, SessionResponse, Topology};
 use tokio::sync::{mpsc, oneshot};
@@ -25,7 +25,7 @@ struct Session {
     /// Dropped with the session, which ends the task that reads from the instance.
     _reader_stop: oneshot::Sender<()>,
     held_plans: Vec<StepPlan>,
-    steps_in_flight: HashMap<LaneId, (StepId, TimeNs)>,
+    steps_in_flight: HashMap<LaneId, (StepKey, TimeNs)>,
 }
 
 /// All sessions.
@@ -125,7 +125,7 @@ impl Sessions {
         let deadline = now.plus_ms(self.step_timeout_ms);
         session
             .steps_in_flight
-            .insert(plan.key.lane, (plan.key.step, deadline));
+            .insert(plan.key.lane, (plan.key, deadline));
         self.send(plan.key.instance, Command::StepPlan(plan.into()))
     }
 
@@ -140,15 +140,16 @@ impl Sessions {
         Ok(())
     }
 
-    /// The instance answered a step.
-    pub fn step_answered(&mut self, instance: InstanceId, lane: LaneId, step: StepId) {
-        if let Some(session) = self.sessions.get_mut(&instance)
+    /// The instance answered a step. An answer of another epoch is none, as for the scheduler: the
+    /// step stays due, or its lane would wait for ever.
+    pub fn step_answered(&mut self, key: StepKey) {
+        if let Some(session) = self.sessions.get_mut(&key.instance)
             && session
                 .steps_in_flight
-                .get(&lane)
-                .is_some_and(|(in_flight, _)| *in_flight == step)
+                .get(&key.lane)
+                .is_some_and(|(in_flight, _)| *in_flight == key)
         {
-            session.steps_in_flight.remove(&lane);
+            session.steps_in_flight.remove(&key.lane);
         }
     }
 
@@ -183,8 +184,7 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
-    use step3rt_core::ids::{Epoch, SequenceId};
-    use step3rt_core::step::StepKey;
+    use step3rt_core::ids::{Epoch, SequenceId, StepId};
 
     use super::*;
 
@@ -234,11 +234,14 @@ mod tests {
             .dispatch(TimeNs(0), plan(1, 5), true)
             .expect("sent");
         let deadline = TimeNs(0).plus_ms(100);
-        sessions.step_answered(INSTANCE, LaneId(1), StepId(4));
-        sessions.step_answered(INSTANCE, LaneId(0), StepId(5));
+        let asked = plan(1, 5).key;
+        sessions.step_answered(plan(1, 4).key);
+        sessions.step_answered(plan(0, 5).key);
+        let epoch = Epoch(2);
+        sessions.step_answered(StepKey { epoch, ..asked });
         assert_eq!(sessions.overdue(deadline), [INSTANCE]);
         assert!(sessions.overdue(TimeNs(deadline.0 - 1)).is_empty());
-        sessions.step_answered(INSTANCE, LaneId(1), StepId(5));
+        sessions.step_answered(asked);
         assert!(sessions.overdue(deadline).is_empty());
     }
 

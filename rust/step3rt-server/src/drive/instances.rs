@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::Drive;
 use crate::drive_handle::Admitted;
+use crate::instance_list::role_name;
 use crate::registry::{Action, HelloError};
 use crate::sessions::{CommandSender, NotTaken};
 
@@ -26,7 +27,7 @@ impl Drive {
         let role = hello.role();
         let admission = self.registry.hello(now, hello)?;
         let instance = admission.instance;
-        info!(%instance, role = role.as_str_name(), role_rank = admission.role_rank, "instance joins");
+        info!(%instance, role = role_name(role), role_rank = admission.role_rank, "instance joins");
         let stopped = self.sessions.open(instance, commands);
         let welcome = Command::Welcome(v1::Welcome {
             instance_id: instance.0,
@@ -90,8 +91,7 @@ impl Drive {
         }
         match output_from_wire(instance, output) {
             Ok(output) => {
-                let key = output.key;
-                self.sessions.step_answered(instance, key.lane, key.step);
+                self.sessions.step_answered(output.key);
                 self.scheduler.handle(now, Event::StepDone(output));
                 Vec::new()
             }
@@ -108,7 +108,7 @@ impl Drive {
         match key_from_wire(instance, failed.epoch, failed.lane, failed.step) {
             Ok(key) => {
                 warn!(%instance, lane = failed.lane, step = failed.step, reason = failed.reason, "step failed");
-                self.sessions.step_answered(instance, key.lane, key.step);
+                self.sessions.step_answered(key);
                 let reason = failed.reason;
                 self.scheduler
                     .handle(now, Event::StepFailed { key, reason });

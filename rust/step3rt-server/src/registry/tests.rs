@@ -276,6 +276,33 @@ fn a_leaving_attention_instance_gets_nothing_new_and_is_lost_once() {
 }
 
 #[test]
+fn an_ffn_instance_that_leaves_while_it_loads_holds_no_experts() {
+    let mut registry = registry(2, 1);
+    let (first, second) = (
+        join(&mut registry, v1::Role::Ffn),
+        join(&mut registry, v1::Role::Ffn),
+    );
+    let actions = registry.leaving(first.instance);
+    assert!(matches!(actions[..], [Action::CloseSession { .. }]));
+    assert!(decisions(registry.ready(second.instance, ready(0))).is_empty());
+    assert_eq!(registry.topology().peers.len(), 1);
+}
+
+#[test]
+fn links_of_a_topology_that_was_never_announced_are_a_lie() {
+    let (mut registry, attention, _ffn) = serving();
+    let version = registry.topology().version;
+    assert!(
+        registry
+            .links_ready(attention.instance, links(version))
+            .is_empty()
+    );
+    let actions = registry.links_ready(attention.instance, links(version + 1));
+    assert!(matches!(actions[0], Action::CloseSession { .. }));
+    assert!(!registry.is_serving());
+}
+
+#[test]
 fn the_first_instance_fixes_the_model_until_the_last_leaves() {
     let mut registry = registry(1, 1);
     let first = join(&mut registry, v1::Role::Attention);

@@ -3,6 +3,8 @@
 //!
 //! It never has a template of its own.
 
+use std::io;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
@@ -16,6 +18,9 @@ use crate::text::python_json::tojson;
 const FUEL: u64 = 2_000_000;
 /// Most bytes of JSON in one request's messages or tools.
 const MAX_JSON_BYTES: usize = 4 * 1024 * 1024;
+/// Most bytes of a rendered chat: messages and tools once each, and as much again of the template's
+/// own. A template that repeats a long message would fill the memory long before its fuel is out.
+const MAX_RENDERED_BYTES: usize = 4 * MAX_JSON_BYTES;
 const TEMPLATE_NAME: &str = "chat_template";
 
 /// A checkpoint's chat template.
@@ -96,20 +101,50 @@ impl ChatTemplate {
             .environment
             .get_template(TEMPLATE_NAME)
             .expect("added by the constructor");
-        template
-            .render(minijinja::context! {
-                messages => Serde(messages),
-                tools => Serde(tools),
-                add_generation_prompt => chat.add_generation_prompt,
-                bos_token => self.bos_token.as_str(),
-                eos_token => self.eos_token.as_str(),
-            })
-            .map_err(|error| {
-                format!(
-                    "the model's chat template refuses these messages: {error}. Give every \
-                     message the fields that the template reads, such as role and content"
-                )
-            })
+        let context = minijinja::context! {
+            messages => Serde(messages),
+            tools => Serde(tools),
+            add_generation_prompt => chat.add_generation_prompt,
+            bos_token => self.bos_token.as_str(),
+            eos_token => self.eos_token.as_str(),
+        };
+        let mut rendered = Rendered::default();
+        let outcome = template.render_captured_to(context, &mut rendered);
+        if rendered.is_too_long {
+            return Err(format!(
+                "the model's chat template makes more than {MAX_RENDERED_BYTES} bytes of these \
+                 messages. Shorten them"
+            ));
+        }
+        outcome.map_err(|error| {
+            format!(
+                "the model's chat template refuses these messages: {error}. Give every message \
+                 the fields that the template reads, such as role and content"
+            )
+        })?;
+        String::from_utf8(rendered.bytes).map_err(|error| error.to_string())
+    }
+}
+
+/// A template's output, refused where it exceeds [`MAX_RENDERED_BYTES`].
+#[derive(Default)]
+struct Rendered {
+    bytes: Vec<u8>,
+    is_too_long: bool,
+}
+
+impl io::Write for Rendered {
+    fn write(&mut self, more: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + more.len() > MAX_RENDERED_BYTES {
+            self.is_too_long = true;
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(more);
+        Ok(more.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -173,6 +208,15 @@ mod tests {
             "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}";
         let error = render(source, r#"[{"role": "user"}]"#).expect_err("no fuel");
         assert!(error.contains("fuel"), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_repeats_a_long_message_is_cut_before_it_fills_the_memory() {
+        let source = "{% for a in range(9999) %}{{ messages[0].content }}{% endfor %}";
+        let long = "x".repeat(MAX_RENDERED_BYTES / 8);
+        let messages = format!(r#"[{{"role": "user", "content": "{long}"}}]"#);
+        let error = render(source, &messages).expect_err("too long");
+        assert!(error.contains("Shorten them"), "{error}");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! A chat template writes `<|EOT|>` and the like around messages; the same characters inside a
 //! user's message must stay characters. They are cut with a separator that the tokenizer never
-//! sees, so that no piece is a special token and the text stays the same:
+//! sees, so that no piece is a special token and the text stays the same. (A special token of one
+//! character cannot be cut, and is left out.)
 //!
 //! ```text
 //!   "hi<|EOT|>"  ── defuse ──▶  "hi<" SEP "|EOT|>"  ── template, split at SEP ──▶  tokens of "hi<"
@@ -39,6 +40,10 @@ fn defuse_value(value: &mut Value, special_tokens: &[String]) {
             let (Some(first), rest) = (characters.next(), characters.as_str()) else {
                 continue;
             };
+            if rest.is_empty() {
+                text.retain(|character| character != first); // one character cannot be cut
+                continue;
+            }
             // Occurrences may overlap, and one pass cuts every other of those.
             while text.contains(token.as_str()) {
                 *text = text.replace(token.as_str(), &format!("{first}{SEPARATOR}{rest}"));
@@ -93,6 +98,14 @@ mod tests {
                 {"role": "tool", "content": "<\u{FDD0}p>"},
             ])
         );
+    }
+
+    #[test]
+    fn a_special_token_of_one_character_is_left_out() {
+        let special_tokens = ["\u{2581}".to_owned(), "<p>".to_owned()];
+        let mut messages = json!([{"role": "user", "content": "a\u{2581}<p>\u{2581}b"}]);
+        defuse(messages.as_array_mut().expect("a list"), &special_tokens);
+        assert_eq!(messages[0]["content"], "a<\u{FDD0}p>b");
     }
 
     #[test]

@@ -169,12 +169,17 @@ async fn text_and_chat_prompts_are_tokenised() {
         .await
         .expect("tokenises")
         .into_inner();
-    asked.prompt = Some(Prompt::Chat(v1::ChatPrompt {
-        messages_json: r#"[{"role": "user", "content": "hi"}]"#.to_owned(),
-        ..Default::default()
-    }));
-    let stream = generate(&mut client, asked).await.expect("succeeds");
-    assert_eq!(stream.token_ids, continuation(&tokenized.token_ids, 4));
+    // The second one is long enough to be rendered on a thread of its own.
+    for padding in ["", &" ".repeat(64 * 1024)] {
+        asked.prompt = Some(Prompt::Chat(v1::ChatPrompt {
+            messages_json: format!(r#"[{padding}{{"role": "user", "content": "hi"}}]"#),
+            ..Default::default()
+        }));
+        let stream = generate(&mut client, asked.clone())
+            .await
+            .expect("succeeds");
+        assert_eq!(stream.token_ids, continuation(&tokenized.token_ids, 4));
+    }
 
     let text = client
         .detokenize(v1::DetokenizeRequest {
