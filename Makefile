@@ -45,7 +45,7 @@ format:          ## rewrite sources in the project's style
 	find kernels -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 build: $(VENV)/.installed  ## virtual environment, Python dependencies, extension module
-	@$(BIN)/maturin develop --quiet --skip-install
+	@log=$$($(BIN)/maturin develop --quiet --skip-install 2>&1) || { echo "$$log"; exit 1; }
 
 proto: $(VENV)/.installed  ## regenerate the Python messages from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=python --pyi_out=python \
@@ -61,5 +61,5 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@echo "  tools";  $(BIN)/python -m pip install --quiet --group dev
 	@echo "  Python dependencies and the extension; the first build takes minutes"
-	@PIP_QUIET=1 $(BIN)/maturin develop --quiet --extras worker
+	@log=$$($(BIN)/maturin develop --quiet --extras worker 2>&1) || { echo "$$log"; exit 1; }
 	@touch $@

@@ -1,0 +1,27 @@
+"""The README's figures are those of the recorded measurements, and its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_kernel_table_is_the_recorded_run() -> None:
+    run = json.loads((ROOT / "docs/results/kernels-h200-2026-11-22.json").read_text())
+    rows = {(row["kernel"], row["shape"]): row for row in run["rows"]}
+    table = re.findall(r"^\| (\d+x\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+    assert len(table) == 4
+    for shape, fp8_us, bf16_us, cudnn_us in table:
+        bf16 = rows["mfa_decode_bf16", shape]
+        assert float(fp8_us) == rows["mfa_decode_fp8", shape]["us"]
+        assert float(bf16_us) == bf16["us"]
+        assert float(cudnn_us) == bf16["peers"]["sdpa_cudnn_contiguous"]
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
