@@ -243,6 +243,7 @@ mod tests {
                     prompt_logprobs: Some(0),
                     min_tokens: 0,
                     stop_tokens: Vec::new(),
+                    adjustments: None,
                 },
                 max_known_tokens: 100,
                 submitted: TimeNs(0),

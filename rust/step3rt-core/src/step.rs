@@ -4,6 +4,8 @@
 //! and the token a sequence sampled last never travels back to it. This module never decides
 //! anything.
 
+use std::sync::Arc;
+
 use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, StepId, TokenId};
 
 /// Names one step of one lane of one incarnation of an attention instance.
@@ -105,6 +107,24 @@ pub struct SamplingState {
     pub min_tokens: u32,
     /// Ids that end the sequence, eos included unless it is ignored.
     pub stop_tokens: Vec<TokenId>,
+    /// What few requests ask for, kept apart so that the others do not carry it.
+    pub adjustments: Option<Arc<LogitAdjustments>>,
+}
+
+/// What a request adds to logits before a token is chosen from them; at least one is not neutral.
+///
+/// Instances count tokens by themselves: a join tells prompt and generated tokens apart.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogitAdjustments {
+    /// Taken off the logit of every token that was generated; 0 is off.
+    pub presence_penalty: f32,
+    /// Taken off as often as the token was generated; 0 is off.
+    pub frequency_penalty: f32,
+    /// Divides the positive and multiplies the negative logits of tokens of prompt and output; 1 is
+    /// off.
+    pub repetition_penalty: f32,
+    /// Added to single logits first of all. Ids ascend.
+    pub logit_bias: Vec<(TokenId, f32)>,
 }
 
 /// What a lane's step gave: one entry per chunk, in the plan's order.

@@ -30,6 +30,10 @@ pub struct SamplingDefaults {
     pub top_p: f32,
     /// 0 is off.
     pub top_k: u32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
 }
 
 impl Default for SamplingDefaults {
@@ -38,6 +42,8 @@ impl Default for SamplingDefaults {
             temperature: 1.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
         }
     }
 }

@@ -6,9 +6,11 @@
 //!
 //! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`].
 
+pub mod adjustments;
 pub mod generate;
 pub mod refusal;
 pub mod sampling;
+mod sampling_wire;
 pub mod status;
 pub mod step;
 
@@ -29,7 +31,7 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/step3rt.bin"));
 
 /// `Hello.protocol_version` of this build. Raised when the meaning of a node message changes.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The service name that clients ask `grpc.health.v1` about.
 pub const INFERENCE_SERVICE_NAME: &str = "step3rt.v1.InferenceService";

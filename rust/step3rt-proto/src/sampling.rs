@@ -5,6 +5,7 @@
 use step3rt_core::ids::TokenId;
 use step3rt_core::step::SamplingState;
 
+use crate::adjustments;
 use crate::generate::ModelLimits;
 use crate::refusal::Violations;
 use crate::v1;
@@ -34,6 +35,7 @@ impl AskedSampling {
     /// Notes everything that is out of range or not supported.
     pub(crate) fn check(&self, limits: &ModelLimits, violations: &mut Violations) {
         check_sampling(&self.sampling, violations);
+        adjustments::check(&self.sampling, limits, violations);
         check_stopping(&self.stopping, limits, violations);
         check_output(&self.output, violations);
     }
@@ -41,18 +43,6 @@ impl AskedSampling {
     /// The checked parameters with every default filled in.
     pub(crate) fn state(&self, limits: &ModelLimits, random_seed: u64) -> SamplingState {
         let defaults = limits.defaults;
-        let mut stop_tokens: Vec<_> = self
-            .stopping
-            .stop_token_ids
-            .iter()
-            .copied()
-            .map(TokenId)
-            .collect();
-        if !self.stopping.ignore_eos.unwrap_or(false) {
-            stop_tokens.extend(&limits.eos_tokens);
-        }
-        stop_tokens.sort_unstable();
-        stop_tokens.dedup();
         SamplingState {
             temperature: self.sampling.temperature.unwrap_or(defaults.temperature),
             // A larger top_k than there are tokens is the same as off.
@@ -62,14 +52,27 @@ impl AskedSampling {
                 .unwrap_or(defaults.top_k)
                 .min(limits.vocab_size),
             top_p: self.sampling.top_p.unwrap_or(defaults.top_p),
-            min_p: self.sampling.min_p.unwrap_or(0.0),
+            min_p: self.sampling.min_p.unwrap_or(defaults.min_p),
             seed: self.sampling.seed.map_or(random_seed, i64::cast_unsigned),
             top_logprobs: self.output.top_logprobs,
             prompt_logprobs: self.output.prompt_logprobs,
             min_tokens: self.stopping.min_tokens.unwrap_or(0),
-            stop_tokens,
+            stop_tokens: stop_tokens(&self.stopping, limits),
+            adjustments: adjustments::of(&self.sampling, &defaults),
         }
     }
+}
+
+/// The ids that end a sequence, each once.
+fn stop_tokens(stopping: &v1::StoppingCriteria, limits: &ModelLimits) -> Vec<TokenId> {
+    let asked = stopping.stop_token_ids.iter().copied().map(TokenId);
+    let mut tokens: Vec<_> = asked.collect();
+    if !stopping.ignore_eos.unwrap_or(false) {
+        tokens.extend(&limits.eos_tokens);
+    }
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens
 }
 
 fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
@@ -116,34 +119,6 @@ fn check_sampling(sampling: &v1::SamplingParams, violations: &mut Violations) {
                 sampling.n.unwrap_or_default()
             )
         },
-    );
-    let penalties = [
-        ("sampling.presence_penalty", sampling.presence_penalty, 0.0),
-        (
-            "sampling.frequency_penalty",
-            sampling.frequency_penalty,
-            0.0,
-        ),
-        (
-            "sampling.repetition_penalty",
-            sampling.repetition_penalty,
-            1.0,
-        ),
-    ];
-    for (field, penalty, neutral) in penalties {
-        violations.check(penalty.is_none_or(f32::is_finite), field, || {
-            format!("{} is not finite. Leave it out", text(penalty))
-        });
-        violations.unsupported(
-            penalty.is_some_and(|penalty| penalty.is_finite() && (penalty - neutral).abs() > 0.0),
-            field,
-            "penalties are not supported by this build. Leave it out",
-        );
-    }
-    violations.unsupported(
-        !sampling.logit_bias.is_empty(),
-        "sampling.logit_bias",
-        "logit bias is not supported by this build. Leave it out",
     );
     violations.unsupported(
         sampling.structured_output.is_some(),
@@ -199,6 +174,17 @@ fn check_stopping(
             format!("id {id} is not in the vocabulary of {vocab_size}. Leave it out")
         });
     }
+    let masks_all = || stop_tokens(stopping, limits).len() >= vocab_size as usize;
+    violations.check(
+        min_tokens == 0 || num_ids > MAX_STOP_TOKEN_IDS || !masks_all(),
+        "stopping.min_tokens",
+        || {
+            format!(
+                "before {min_tokens} tokens no stop id can be chosen, and all {vocab_size} ids of \
+                 the vocabulary are stop ids. Leave out min_tokens or some stop ids"
+            )
+        },
+    );
 }
 
 fn check_output(output: &v1::OutputOptions, violations: &mut Violations) {

@@ -5,11 +5,11 @@
 
 use step3rt_core::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, StepId, TokenId};
 use step3rt_core::step::{
-    SamplingState, SequenceChunk, SequenceJoin, SequenceOutput, StepKey, StepOutput, StepPlan,
-    TokenLogprob,
+    SequenceChunk, SequenceJoin, SequenceOutput, StepKey, StepOutput, StepPlan, TokenLogprob,
 };
 use thiserror::Error;
 
+use crate::sampling_wire::sampling_from_wire;
 use crate::v1;
 
 /// A message of a peer that this build cannot have sent.
@@ -38,11 +38,13 @@ pub enum WireError {
         /// As sent.
         num_tokens: usize,
     },
-    /// A sampling number that is not finite.
-    #[error("sequence {sequence} joins with a sampling parameter that is not finite")]
-    SamplingNotFinite {
+    /// A sampling number that is not finite, or that no arithmetic can bear.
+    #[error("sequence {sequence} joins with a sampling parameter that is not usable: {field}")]
+    UnusableSampling {
         /// The sequence.
         sequence: u64,
+        /// The parameter.
+        field: &'static str,
     },
 }
 
@@ -113,44 +115,12 @@ fn join_from_wire(join: v1::SequenceJoin) -> Result<SequenceJoin, WireError> {
             num_tokens: join.token_ids.len(),
         });
     }
-    let is_finite = [sampling.temperature, sampling.top_p, sampling.min_p]
-        .iter()
-        .all(|value| value.is_finite());
-    if !is_finite {
-        return Err(WireError::SamplingNotFinite { sequence });
-    }
     Ok(SequenceJoin {
         sequence: SequenceId(sequence),
         tokens: ids_from_wire(join.token_ids),
         num_prompt_tokens: join.num_prompt_tokens,
-        sampling: SamplingState {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            seed: sampling.seed,
-            top_logprobs: sampling.top_logprobs,
-            prompt_logprobs: sampling.prompt_logprobs,
-            min_tokens: sampling.min_tokens,
-            stop_tokens: ids_from_wire(sampling.stop_token_ids),
-        },
+        sampling: sampling_from_wire(sequence, sampling)?,
     })
-}
-
-impl From<SamplingState> for v1::SamplingState {
-    fn from(sampling: SamplingState) -> Self {
-        Self {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            seed: sampling.seed,
-            top_logprobs: sampling.top_logprobs,
-            prompt_logprobs: sampling.prompt_logprobs,
-            min_tokens: sampling.min_tokens,
-            stop_token_ids: ids_to_wire(sampling.stop_tokens),
-        }
-    }
 }
 
 impl From<SequenceChunk> for v1::SequenceChunk {
@@ -257,16 +227,18 @@ fn logprob_from_wire(logprob: v1::TokenLogprob) -> TokenLogprob {
     }
 }
 
-fn ids_to_wire(ids: Vec<TokenId>) -> Vec<u32> {
+pub(crate) fn ids_to_wire(ids: Vec<TokenId>) -> Vec<u32> {
     ids.into_iter().map(|id| id.0).collect()
 }
 
-fn ids_from_wire(ids: Vec<u32>) -> Vec<TokenId> {
+pub(crate) fn ids_from_wire(ids: Vec<u32>) -> Vec<TokenId> {
     ids.into_iter().map(TokenId).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use step3rt_core::step::SamplingState;
+
     use super::*;
 
     fn plan() -> StepPlan {
@@ -292,6 +264,7 @@ mod tests {
                     prompt_logprobs: None,
                     min_tokens: 1,
                     stop_tokens: vec![TokenId(2)],
+                    adjustments: None,
                 },
             }],
             chunks: vec![SequenceChunk {
@@ -365,7 +338,10 @@ mod tests {
         plan.joined[0].sampling.temperature = f32::NAN;
         assert_eq!(
             plan_from_wire(InstanceId(4), plan.into()),
-            Err(WireError::SamplingNotFinite { sequence: 2 })
+            Err(WireError::UnusableSampling {
+                sequence: 2,
+                field: "temperature"
+            })
         );
     }
 }

@@ -209,6 +209,7 @@ pub(crate) struct Sampling {
     prompt_logprobs: Option<u32>,
     min_tokens: u32,
     stop_token_ids: Py<PyList>,
+    adjustments: Option<Py<LogitAdjustments>>,
 }
 
 impl Sampling {
@@ -223,6 +224,34 @@ impl Sampling {
             prompt_logprobs: sampling.prompt_logprobs,
             min_tokens: sampling.min_tokens,
             stop_token_ids: PyList::new(py, sampling.stop_tokens.iter().map(|id| id.0))?.unbind(),
+            adjustments: sampling
+                .adjustments
+                .as_deref()
+                .map(|adjustments| Py::new(py, LogitAdjustments::new(py, adjustments)?))
+                .transpose()?,
+        })
+    }
+}
+
+/// What is added to logits before a token is chosen.
+#[pyclass(frozen, get_all, module = "step3rt._core")]
+pub(crate) struct LogitAdjustments {
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    repetition_penalty: f32,
+    bias_token_ids: Py<PyList>,
+    biases: Py<PyList>,
+}
+
+impl LogitAdjustments {
+    fn new(py: Python<'_>, adjustments: &step::LogitAdjustments) -> PyResult<Self> {
+        let bias = &adjustments.logit_bias;
+        Ok(Self {
+            presence_penalty: adjustments.presence_penalty,
+            frequency_penalty: adjustments.frequency_penalty,
+            repetition_penalty: adjustments.repetition_penalty,
+            bias_token_ids: PyList::new(py, bias.iter().map(|(token, _)| token.0))?.unbind(),
+            biases: PyList::new(py, bias.iter().map(|(_, bias)| bias))?.unbind(),
         })
     }
 }

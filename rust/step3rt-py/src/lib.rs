@@ -26,7 +26,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::events::{
-        Arrival, Chunk, Drain, Join, LinkDown, LinkUp, Sampling, SessionLost, StepPlan,
+        Arrival, Chunk, Drain, Join, LinkDown, LinkUp, LogitAdjustments, Sampling, SessionLost,
+        StepPlan,
     };
     #[pymodule_export]
     use crate::host::host_capabilities;

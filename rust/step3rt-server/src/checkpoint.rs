@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use step3rt_core::ids::TokenId;
+use step3rt_proto::adjustments::is_repetition_penalty;
 use step3rt_proto::generate::{ModelLimits, SamplingDefaults};
 use thiserror::Error;
 
@@ -97,6 +98,8 @@ struct GenerationConfig {
     top_p: Option<f32>,
     // 0 and -1 are both written for off.
     top_k: Option<i64>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
     eos_token_id: Option<OneOrMany>,
 }
 
@@ -179,6 +182,14 @@ impl Checkpoint {
                         .top_k
                         .and_then(|top_k| u32::try_from(top_k).ok())
                         .unwrap_or(defaults.top_k),
+                    min_p: generation
+                        .min_p
+                        .filter(|value| (0.0..=1.0).contains(value))
+                        .unwrap_or(defaults.min_p),
+                    repetition_penalty: generation
+                        .repetition_penalty
+                        .filter(|value| is_repetition_penalty(*value))
+                        .unwrap_or(defaults.repetition_penalty),
                 },
             },
             chat_template: find_chat_template(path, &tokenizer_config)?,
@@ -291,7 +302,8 @@ mod tests {
 
     #[test]
     fn generation_config_gives_defaults_and_end_tokens() {
-        let generation = r#"{"temperature": 0.5, "top_k": 20, "eos_token_id": [1, 128805]}"#;
+        let generation = r#"{"temperature": 0.5, "top_k": 20, "eos_token_id": [1, 128805],
+            "min_p": 0.05, "repetition_penalty": 1.1}"#;
         let directory = directory(&[
             ("config.json", STEP3_LIKE),
             ("generation_config.json", generation),
@@ -302,6 +314,8 @@ mod tests {
         assert_eq!(limits.eos_tokens, [TokenId(1), TokenId(128_805)]);
         assert_eq!(limits.defaults.top_k, 20);
         assert!((limits.defaults.temperature - 0.5).abs() < f32::EPSILON);
+        assert!((limits.defaults.min_p - 0.05).abs() < f32::EPSILON);
+        assert!((limits.defaults.repetition_penalty - 1.1).abs() < f32::EPSILON);
     }
 
     #[test]
@@ -310,7 +324,10 @@ mod tests {
             "max_position_embeddings": 32, "eos_token_id": [1, 9]}"#;
         let directory = directory(&[
             ("config.json", config),
-            ("generation_config.json", r#"{"top_k": -1}"#),
+            (
+                "generation_config.json",
+                r#"{"top_k": -1, "repetition_penalty": -2.0}"#,
+            ),
         ]);
         let limits = Checkpoint::read(directory.path(), None, None)
             .expect("valid")
@@ -321,7 +338,7 @@ mod tests {
             [TokenId(1)],
             "ids beyond the vocabulary end nothing"
         );
-        assert_eq!(limits.defaults.top_k, 0);
+        assert_eq!(limits.defaults, SamplingDefaults::default());
     }
 
     #[test]

@@ -141,6 +141,7 @@ mod tests {
                 prompt_logprobs: None,
                 min_tokens: 0,
                 stop_tokens: vec![],
+                adjustments: None,
             },
             max_tokens: 1,
             priority: 0,

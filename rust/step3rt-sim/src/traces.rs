@@ -114,6 +114,7 @@ impl Shape {
                 prompt_logprobs: None,
                 min_tokens: 0,
                 stop_tokens: Vec::new(),
+                adjustments: None,
             },
             max_tokens: self.max_tokens,
             priority: self.priority,

@@ -168,6 +168,7 @@ impl World {
                 prompt_logprobs: rng.chance(200).then_some(0),
                 min_tokens: rng.pick(&[0, 0, 3]),
                 stop_tokens: (0..num_stop_tokens).map(TokenId).collect(),
+                adjustments: None,
             },
             max_tokens: rng.within(1, profile.max_new_tokens),
             priority: i32::try_from(rng.within(0, 2)).expect("small") - 1,

@@ -155,6 +155,7 @@ impl Workload {
                 prompt_logprobs: None,
                 min_tokens: 0,
                 stop_tokens: vec![TokenId(u32::MAX)],
+                adjustments: None,
             },
             max_tokens: life_steps(id),
             priority: 0,

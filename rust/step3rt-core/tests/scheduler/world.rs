@@ -60,6 +60,7 @@ pub(crate) fn request(id: u64, num_prompt_tokens: u32, max_tokens: u32) -> Reque
             prompt_logprobs: None,
             min_tokens: 0,
             stop_tokens: Vec::new(),
+            adjustments: None,
         },
         max_tokens,
         priority: 0,

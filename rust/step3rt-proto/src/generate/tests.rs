@@ -14,6 +14,8 @@ fn limits() -> ModelLimits {
             temperature: 0.7,
             top_p: 0.9,
             top_k: 40,
+            min_p: 0.02,
+            ..Default::default()
         },
     }
 }
@@ -51,6 +53,7 @@ fn a_silent_request_gets_the_models_defaults() {
     assert!((params.sampling.temperature - 0.7).abs() < f32::EPSILON);
     assert!((params.sampling.top_p - 0.9).abs() < f32::EPSILON);
     assert_eq!(params.sampling.top_k, 40);
+    assert!((params.sampling.min_p - 0.02).abs() < f32::EPSILON);
     assert_eq!(params.sampling.seed, 7);
     assert_eq!(params.sampling.stop_tokens, [TokenId(2)]);
     assert!(params.output.text && params.output.token_ids);
@@ -148,13 +151,6 @@ fn numbers_out_of_range_are_refused_by_field() {
             },
             "sampling.n",
         ),
-        (
-            v1::SamplingParams {
-                presence_penalty: Some(f32::NAN),
-                ..Default::default()
-            },
-            "sampling.presence_penalty",
-        ),
     ] {
         let expected = (ErrorKind::InvalidParameter, vec![field.to_owned()]);
         assert_eq!(refused(with_sampling(sampling)), expected);
@@ -221,14 +217,6 @@ fn features_of_later_builds_are_refused_as_unsupported() {
             ..request(&[1])
         },
         with_sampling(v1::SamplingParams {
-            repetition_penalty: Some(1.1),
-            ..Default::default()
-        }),
-        with_sampling(v1::SamplingParams {
-            logit_bias: [(1, 0.5)].into(),
-            ..Default::default()
-        }),
-        with_sampling(v1::SamplingParams {
             structured_output: Some(StructuredOutput::Regex("a".to_owned())),
             ..Default::default()
         }),
@@ -238,13 +226,19 @@ fn features_of_later_builds_are_refused_as_unsupported() {
 }
 
 #[test]
-fn neutral_penalties_are_accepted() {
-    let request = with_sampling(v1::SamplingParams {
-        presence_penalty: Some(0.0),
-        repetition_penalty: Some(1.0),
-        ..Default::default()
-    });
-    assert!(check(request, &limits(), 7).is_ok());
+fn min_tokens_must_leave_something_to_choose() {
+    let everything = |min_tokens, ignore_eos| {
+        with_stopping(v1::StoppingCriteria {
+            min_tokens: Some(min_tokens),
+            stop_token_ids: (0..100).filter(|id| *id != 2).collect(),
+            ignore_eos: Some(ignore_eos),
+            ..Default::default()
+        })
+    };
+    assert_eq!(refused(everything(1, false)).1, ["stopping.min_tokens"]);
+    for possible in [everything(0, false), everything(1, true)] {
+        assert!(check(possible, &limits(), 7).is_ok());
+    }
 }
 
 #[test]

@@ -137,9 +137,9 @@ fn bad_parameters() -> Vec<BadRequest> {
             "media",
         ),
         (
-            "penalties",
-            changed(|asked| sampling(asked).frequency_penalty = Some(0.5)),
-            "UNSUPPORTED_FEATURE",
+            "penalty out of range",
+            changed(|asked| sampling(asked).frequency_penalty = Some(2.5)),
+            "INVALID_PARAMETER",
             "sampling.frequency_penalty",
         ),
         (
