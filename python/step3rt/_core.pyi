@@ -13,6 +13,7 @@ __all__ = [
     "Join",
     "LinkDown",
     "LinkUp",
+    "LogitAdjustments",
     "NodeSession",
     "Sampling",
     "SequenceOutput",
@@ -102,6 +103,20 @@ class Sampling:
     prompt_logprobs: int | None
     min_tokens: int
     stop_token_ids: list[int]
+    adjustments: LogitAdjustments | None
+
+@final
+class LogitAdjustments:
+    """What is added to logits before a token is chosen; the rules are in `ops.logit_adjust`.
+
+    `bias_token_ids` ascend; `biases` has one entry for each.
+    """
+
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    bias_token_ids: list[int]
+    biases: list[float]
 
 @final
 class Join:

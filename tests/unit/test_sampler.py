@@ -9,6 +9,7 @@ from step3rt.instance.sampler import ChunkResult, sample_chunks
 from step3rt.instance.sequences import PlannedChunk, Sequence
 from step3rt.model.batch import Chunk
 from step3rt.model.weights import AttentionWeights
+from step3rt.ops.logit_adjust import LogitAdjuster
 
 VOCAB = 6
 
@@ -26,6 +27,18 @@ class Sampling:
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     stop_token_ids: list[int] = field(default_factory=list)
+
+
+def greedy_adjuster(tokens: list[int], num_prompt: int) -> LogitAdjuster:
+    """Frequency penalty 1.5 and a bias of -100 on token 5."""
+    return LogitAdjuster(
+        presence=0.0,
+        frequency=1.5,
+        repetition=1.0,
+        bias=([5], [-100.0]),
+        token_ids=tokens,
+        num_prompt_tokens=num_prompt,
+    )
 
 
 def planned(
@@ -105,6 +118,24 @@ def test_stop_tokens_are_masked_until_min_tokens() -> None:
         found.append(result.token_id)
         tokens.append(result.token_id)
     assert found == [3, 3, 1, 1]
+
+
+def test_penalties_follow_the_tokens_that_a_sequence_samples_and_logprobs_do_not() -> None:
+    chunk = planned([1, 1], num_prompt=2, num_new=1, sampling=Sampling(top_logprobs=1))
+    chunk.sequence.adjuster = greedy_adjuster([1, 1], 2)
+    total = math.log(sum(math.exp(value) for value in ROW))
+    found = []
+    for _ in range(6):
+        (result,) = run([ROW], [chunk])
+        assert result.token_id is not None
+        assert result.logprob == pytest.approx(ROW[result.token_id] - total, abs=1e-5)
+        assert result.top is not None
+        assert result.top[0][0] == 1
+        found.append(result.token_id)
+        chunk.sequence.append(result.token_id)
+    # 5 | 3.5, 4 | 3.5, 2.5 | 2, 2.5 | 2, 1, 2 (4th) | 0.5, 1, 2 (4th) ...; 5 is banned.
+    assert found == [1, 3, 1, 3, 1, 4]
+    assert chunk.sequence.token_ids == [1, 1, *found]
 
 
 def test_logits_that_are_not_finite_corrupt_their_sequence_alone() -> None:

@@ -4,14 +4,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from step3rt.errors import Internal
 from step3rt.instance.sequences import LaneSequences, PlannedChunk
 
 
 @dataclass
+class Adjustments:
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    bias_token_ids: list[int] = field(default_factory=list)
+    biases: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Sampling:
     prompt_logprobs: int | None = None
+    adjustments: Adjustments | None = None
 
 
 @dataclass
@@ -128,6 +139,31 @@ def test_prompt_rows_of_all_chunks_predict_each_prompt_token_once(
 def test_a_plan_that_does_not_fit_is_refused(chunk: Chunk) -> None:
     with pytest.raises(Internal, match="The plan computes tokens"):
         apply(new_lane(), joined=[Join(7, [1, 2, 3, 4, 5], 5)], chunks=[chunk])
+
+
+def test_tokens_of_a_join_count_as_prompt_or_as_generated() -> None:
+    lane = new_lane()
+    sampling = Sampling(adjustments=Adjustments(bias_token_ids=[4, 99], biases=[0.5, -1.0]))
+    (planned,) = apply(
+        lane, joined=[Join(7, [1, 1, 2, 2, 3], 3, sampling)], chunks=[Chunk(7, 0, 5, [0, 1], True)]
+    )
+    adjuster = planned.sequence.adjuster
+    assert adjuster is not None
+    assert adjuster.apply(torch.zeros(100))[:6].tolist() == [0, 0, -1, -1, 0.5, 0]
+    planned.sequence.append(2)
+    assert planned.sequence.token_ids == [1, 1, 2, 2, 3, 2]
+    assert adjuster.apply(torch.zeros(100))[:6].tolist() == [0, 0, -2, -1, 0.5, 0]
+
+
+def test_a_sequence_without_adjustments_counts_nothing() -> None:
+    (planned,) = apply(new_lane(), **first_chunk())
+    assert planned.sequence.adjuster is None
+
+
+def test_a_bias_for_a_token_that_the_vocabulary_lacks_is_refused() -> None:
+    sampling = Sampling(adjustments=Adjustments(bias_token_ids=[1, 100], biases=[1.0, 1.0]))
+    with pytest.raises(Internal, match="logit bias for token 100"):
+        apply(new_lane(), joined=[Join(7, [1], 1, sampling)])
 
 
 @pytest.mark.parametrize("token_ids", [[], [100], [1, 2**31]])

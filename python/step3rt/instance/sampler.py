@@ -123,4 +123,5 @@ def _sampling_row(planned: PlannedChunk) -> SamplingRow:
         seed=sampling.seed,
         position=len(sequence.token_ids),
         masked_token_ids=tuple(sampling.stop_token_ids) if is_too_short else (),
+        adjuster=sequence.adjuster,
     )

@@ -9,16 +9,27 @@ from dataclasses import dataclass, field
 from step3rt import _core
 from step3rt.errors import Internal
 from step3rt.model.batch import Chunk
+from step3rt.ops.logit_adjust import LogitAdjuster
 
 
 @dataclass(slots=True)
 class Sequence:
-    """All known tokens of a sequence, how to sample it, and its KV blocks in order."""
+    """All known tokens of a sequence, how to sample it, and its KV blocks in order.
+
+    adjuster has its logit bias and penalties, and counts its tokens for them; most have none.
+    """
 
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: _core.Sampling
     block_ids: list[int] = field(default_factory=list)
+    adjuster: LogitAdjuster | None = None
+
+    def append(self, token_id: int) -> None:
+        """Takes the token that was sampled last."""
+        self.token_ids.append(token_id)
+        if self.adjuster is not None:
+            self.adjuster.count(token_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,13 @@ class LaneSequences:
                 f"Sequence {join.sequence_id} joins with {len(token_ids)} tokens. It must have one "
                 f"or more, each below {self._vocab_size}. The coordinator's plan is wrong."
             )
+        adjustments = join.sampling.adjustments
+        biased = [] if adjustments is None else adjustments.bias_token_ids
+        if biased and max(biased) >= self._vocab_size:
+            raise Internal(
+                f"Sequence {join.sequence_id} joins with a logit bias for token {max(biased)}. It "
+                f"must be below {self._vocab_size}. The coordinator's plan is wrong."
+            )
         known = self._sequences.get(join.sequence_id)
         self._sequences[join.sequence_id] = Sequence(
             token_ids=token_ids,
@@ -78,6 +96,7 @@ class LaneSequences:
             sampling=join.sampling,
             # A join that is sent again finds the blocks that came with the first one.
             block_ids=known.block_ids if known is not None else [],
+            adjuster=None if adjustments is None else _adjuster(join, adjustments),
         )
 
     def _plan_chunk(self, chunk: _core.Chunk) -> PlannedChunk:
@@ -122,6 +141,17 @@ class LaneSequences:
             num_prompt_rows=num_prompt_rows,
             samples=chunk.samples,
         )
+
+
+def _adjuster(join: _core.Join, adjustments: _core.LogitAdjustments) -> LogitAdjuster:
+    return LogitAdjuster(
+        presence=adjustments.presence_penalty,
+        frequency=adjustments.frequency_penalty,
+        repetition=adjustments.repetition_penalty,
+        bias=(adjustments.bias_token_ids, adjustments.biases),
+        token_ids=join.token_ids,
+        num_prompt_tokens=join.num_prompt_tokens,
+    )
 
 
 def _logit_offsets(num_prompt_rows: int, length: int, samples: bool) -> Items[int]:

@@ -223,7 +223,7 @@ class StepLoop:
         outputs = []
         for planned, result in zip(step.planned, results, strict=True):
             if result.token_id is not None:
-                planned.sequence.token_ids.append(result.token_id)
+                planned.sequence.append(result.token_id)
             outputs.append(
                 _core.SequenceOutput(
                     result.sequence_id,

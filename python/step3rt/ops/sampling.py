@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from step3rt.ops.logit_adjust import LogitAdjuster
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRow:
     """How to choose one row's token.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. position is the position that
-    the chosen token will have in its sequence. masked_token_ids cannot be chosen.
+    the chosen token will have in its sequence. masked_token_ids cannot be chosen. adjuster has the
+    sequence's logit bias and penalties, if it has any.
     """
 
     temperature: float = 0.0
@@ -21,14 +24,19 @@ class SamplingRow:
     seed: int = 0
     position: int = 0
     masked_token_ids: tuple[int, ...] = ()
+    adjuster: LogitAdjuster | None = None
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     """Chooses one token per row, each from its own row and parameters alone.
 
-    Temperature is applied first; then top-k, then top-p over what top-k left, then min-p relative
-    to the most likely token. Among the tokens that remain the largest `logit / temperature +
-    gumbel_noise` wins, which draws from their softmax. Of equals the lower id wins.
+    Bias and penalties come first, greedy or not (see `LogitAdjuster`), and masks, which nothing
+    undoes; then temperature; then top-k, then top-p over what top-k left, then min-p relative to
+    the most likely token. Among the tokens that remain the largest `logit / temperature +
+    gumbel_noise` wins, which draws from their softmax. Of equals the lower id wins, so that a row
+    of which everything is masked gives token 0; the coordinator refuses to ask for one.
+
+    A row without bias, penalties and masks is read where it is, whatever its neighbours have.
 
     Args:
         logits: f32[R, V], finite.
@@ -37,17 +45,23 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     Returns:
         R token ids.
     """
-    masked = [(index, row) for index, row in enumerate(rows) if row.masked_token_ids]
-    if masked:
-        logits = logits.clone()
-        for index, row in masked:
-            ids = [token for token in row.masked_token_ids if token < logits.shape[1]]
-            logits[index, ids] = -torch.inf
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
     for index, row in enumerate(rows):
-        if row.temperature > 0:
-            token_ids[index] = _sample_row(logits[index], row)
+        is_changed = row.adjuster is not None or bool(row.masked_token_ids)
+        if not is_changed and row.temperature <= 0:
+            continue
+        row_logits = _change(logits[index], row) if is_changed else logits[index]
+        token_ids[index] = (
+            _sample_row(row_logits, row) if row.temperature > 0 else int(row_logits.argmax())
+        )
     return token_ids
+
+
+def _change(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    changed = logits.clone() if row.adjuster is None else row.adjuster.apply(logits)
+    ids = [token for token in row.masked_token_ids if token < logits.shape[0]]
+    changed[ids] = -torch.inf
+    return changed
 
 
 def _sample_row(logits: torch.Tensor, row: SamplingRow) -> int:
@@ -101,7 +115,7 @@ def token_logprobs(
 ) -> list[tuple[float, list[tuple[int, float]]]]:
     """Returns each row's log-probability of its token, and of the most likely tokens.
 
-    Computed from the raw logits: before temperature, filters and masks.
+    Computed from the raw logits: before bias, penalties, temperature, filters and masks.
 
     Args:
         logits: f32[R, V].
