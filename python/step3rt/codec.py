@@ -104,6 +104,10 @@ def to_request(
                 top_p=params.top_p,
                 top_k=params.top_k,
                 min_p=params.min_p,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                repetition_penalty=params.repetition_penalty,
+                logit_bias=params.logit_bias,
                 seed=params.seed,
             ),
             stopping=common_pb2.StoppingCriteria(
@@ -130,8 +134,8 @@ def to_request(
     except (ValueError, TypeError) as error:
         raise InvalidArgument(
             f"The request cannot be encoded: {error}. A prompt is one text or one list of token "
-            "ids, which are integers from 0 to 2^32 - 1; sampling values are numbers, stop strings "
-            "are text. Correct the value",
+            "ids, which are integers from 0 to 2^32 - 1; sampling values are numbers, logit_bias "
+            "maps token ids to numbers, stop strings are text. Correct the value",
             request_id=request_id,
         ) from error
     return request

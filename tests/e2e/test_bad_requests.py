@@ -77,6 +77,34 @@ BAD_REQUESTS: dict[str, tuple[Send, Refusal]] = {
         lambda client: client.generate(PROMPT, top_p=1.5).result(),
         invalid("sampling.top_p", "1.5"),
     ),
+    "presence penalty above two": (
+        lambda client: client.generate(PROMPT, presence_penalty=2.5).result(),
+        invalid("sampling.presence_penalty", "2.5", "-2 and 2"),
+    ),
+    "frequency penalty that is not a number": (
+        lambda client: client.generate(PROMPT, frequency_penalty=float("nan")).result(),
+        invalid("sampling.frequency_penalty", "NaN"),
+    ),
+    "repetition penalty of zero": (
+        lambda client: client.generate(PROMPT, repetition_penalty=0).result(),
+        invalid("sampling.repetition_penalty", "0", "100"),
+    ),
+    "infinite repetition penalty": (
+        lambda client: client.generate(PROMPT, repetition_penalty=float("inf")).result(),
+        invalid("sampling.repetition_penalty", "inf"),
+    ),
+    "logit bias above a hundred": (
+        lambda client: client.generate(PROMPT, logit_bias={3: 100.5}).result(),
+        invalid("sampling.logit_bias", "100.5", "id 3"),
+    ),
+    "logit bias of a token that the vocabulary lacks": (
+        lambda client: client.generate(PROMPT, logit_bias={320: 1.0}).result(),
+        invalid("sampling.logit_bias", "320"),
+    ),
+    "a flood of logit biases": (
+        lambda client: client.generate(PROMPT, logit_bias=dict.fromkeys(range(2000), 1)).result(),
+        invalid("sampling.logit_bias", "2000", "1024"),
+    ),
     "a million continuations": (
         lambda client: client.generate(PROMPT, n=1_000_000).result(),
         invalid("sampling.n", "1000000", "128"),
@@ -139,14 +167,6 @@ BAD_MESSAGES: dict[str, tuple[inference_service_pb2.GenerateRequest, grpc.Status
         inference_service_pb2.GenerateRequest(
             token_ids=common_pb2.TokenIds(ids=PROMPT),
             sampling=common_pb2.SamplingParams(json_schema="{}"),
-        ),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "UNSUPPORTED_FEATURE",
-    ),
-    "penalties": (
-        inference_service_pb2.GenerateRequest(
-            token_ids=common_pb2.TokenIds(ids=PROMPT),
-            sampling=common_pb2.SamplingParams(presence_penalty=1.0),
         ),
         grpc.StatusCode.INVALID_ARGUMENT,
         "UNSUPPORTED_FEATURE",

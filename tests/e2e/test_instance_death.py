@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -25,22 +26,26 @@ NUM_TOKENS = 300
 
 
 class Reader:
-    """Reads one greedy stream on a thread of its own and checks every event's position."""
+    """Reads one stream on a thread of its own and checks every event's position.
 
-    def __init__(self, address: str, prompt: list[int]) -> None:
+    It is greedy unless `params` say otherwise.
+    """
+
+    def __init__(self, address: str, prompt: list[int], **params: Any) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self._client = Client(address)
         self._prompt = prompt
+        self._params = {
+            "temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **params,
+        }  # fmt: skip
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
     def _read(self) -> None:
         try:
-            stream = self._client.generate(
-                self._prompt, temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True
-            )
+            stream = self._client.generate(self._prompt, **self._params)
             for event in stream:
                 assert event.position == len(self.token_ids), "a gap or a duplicate"
                 self.token_ids += event.token_ids
@@ -56,9 +61,9 @@ class Reader:
 
 
 @contextmanager
-def streams_in_flight(cluster: LocalCluster) -> Iterator[list[Reader]]:
+def streams_in_flight(cluster: LocalCluster, **params: Any) -> Iterator[list[Reader]]:
     """One stream for each prompt, all of them past their first tokens and far from their end."""
-    readers = [Reader(cluster.address, prompt) for prompt in PROMPTS]
+    readers = [Reader(cluster.address, prompt, **params) for prompt in PROMPTS]
     try:
         wait_until(lambda: all(len(item.token_ids) > 3 for item in readers), "the first tokens")
         assert all(len(item.token_ids) < NUM_TOKENS - 50 for item in readers)
@@ -128,6 +133,28 @@ def test_streams_of_a_killed_attention_instance_go_on_at_another(
     for reader, expected in zip(readers, undisturbed, strict=True):
         assert reader.error is None
         assert reader.token_ids == expected
+    cluster.start_instance("attention")
+    wait_until(lambda: is_whole(cluster), "the return of the attention instance")
+    assert_all_blocks_return(cluster)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_go_on_counting_where_a_killed_attention_instance_stopped(
+    cluster: LocalCluster, undisturbed: list[list[int]], temperature: float
+) -> None:
+    params = {
+        "temperature": temperature, "seed": 4, "frequency_penalty": 0.25, "presence_penalty": 0.5,
+        "repetition_penalty": 1.25, "logit_bias": {12: -100.0, 31: 1.0},
+    }  # fmt: skip
+    alone = [Reader(cluster.address, prompt, **params) for prompt in PROMPTS]
+    for reader in alone:
+        reader.join()
+    assert all(reader.token_ids != plain for reader, plain in zip(alone, undisturbed, strict=True))
+    with streams_in_flight(cluster, **params) as readers:
+        kill(cluster, "attention", 0)
+    for reader, expected in zip(readers, alone, strict=True):
+        assert reader.error is None
+        assert reader.token_ids == expected.token_ids
     cluster.start_instance("attention")
     wait_until(lambda: is_whole(cluster), "the return of the attention instance")
     assert_all_blocks_return(cluster)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,12 @@ def cluster(tiny_checkpoint: Checkpoint) -> Iterator[LocalCluster]:
         yield running
 
 
-def continuation(cluster: LocalCluster, prompt: list[int], max_tokens: int) -> list[int]:
+def continuation(
+    cluster: LocalCluster, prompt: list[int], max_tokens: int | None, **params: Any
+) -> list[int]:
     with Client(cluster.address) as client:
         stream = client.generate(
-            prompt, temperature=1.0, seed=3, max_tokens=max_tokens, ignore_eos=True
+            prompt, temperature=1.0, seed=3, max_tokens=max_tokens, ignore_eos=True, **params
         )
         return stream.result().outputs[0].token_ids
 
@@ -38,13 +41,16 @@ def test_a_request_that_the_pool_can_never_hold_is_refused_and_the_next_one_serv
     assert len(continuation(cluster, [9] * 380, 4)) == 4
 
 
+@pytest.mark.parametrize("params", [{}, {"frequency_penalty": 0.5, "repetition_penalty": 1.2}])
 def test_streams_that_outgrow_the_pool_together_have_the_tokens_that_they_have_alone(
-    cluster: LocalCluster,
+    cluster: LocalCluster, params: dict[str, float]
 ) -> None:
     # Each begins in one block and ends in three: two of them fit to their end, eight begin.
     prompts = [[10 + number] * 50 for number in range(8)]
-    alone = [continuation(cluster, prompt, 110) for prompt in prompts]
+    alone = [continuation(cluster, prompt, 110, **params) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda prompt: continuation(cluster, prompt, 110), prompts))
+        together = list(
+            pool.map(lambda prompt: continuation(cluster, prompt, 110, **params), prompts)
+        )
     assert together == alone
     assert_all_blocks_return(cluster)

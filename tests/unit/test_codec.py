@@ -1,5 +1,7 @@
 """What callers say reaches the wire as they said it, and server errors come back typed."""
 
+from typing import Any
+
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
@@ -21,6 +23,28 @@ def test_zero_is_sent_and_absent_is_not() -> None:
     assert not message.sampling.HasField("top_k")
     assert message.stopping.HasField("max_tokens")
     assert not request("x", SamplingParams(max_tokens=None)).stopping.HasField("max_tokens")
+
+
+def test_penalties_and_bias_are_sent_where_given() -> None:
+    silent = request("x", SamplingParams()).sampling
+    assert not silent.HasField("repetition_penalty")
+    assert not silent.logit_bias
+    message = request(
+        "x",
+        SamplingParams(
+            presence_penalty=0.0, frequency_penalty=-1.5, repetition_penalty=1.25,
+            logit_bias={7: -100, 0: 0.5},
+        ),
+    ).sampling  # fmt: skip
+    assert message.HasField("presence_penalty")
+    assert (message.frequency_penalty, message.repetition_penalty) == (-1.5, 1.25)
+    assert dict(message.logit_bias) == {7: -100.0, 0: 0.5}
+
+
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {2**32: 1.0}, {"a": 1.0}, {1: "much"}, [1, 2]])
+def test_a_bias_that_no_field_holds_is_refused_before_the_wire(bias: Any) -> None:
+    with pytest.raises(InvalidArgument, match="logit_bias maps token ids to numbers"):
+        request("x", SamplingParams(logit_bias=bias))
 
 
 def test_one_stop_string_is_not_taken_for_its_letters() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from step3rt.cli import generate
+from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import DEFAULT_ADDRESS, Client
 from step3rt.errors import Step3Error
 
@@ -23,13 +23,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"(default: {DEFAULT_ADDRESS})")
     parser.add_argument("--system", help="system message that opens the conversation")
-    generate.add_sampling_flags(parser)
+    add_sampling_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Reads turns from standard input until it ends; returns the exit code."""
-    params = generate.sampling_from(arguments)
+    params = sampling_from(arguments)
     messages: list[dict[str, object]] = []
     if arguments.system:
         messages.append({"role": "system", "content": arguments.system})

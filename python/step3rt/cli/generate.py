@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from step3rt.cli import flags
+from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import Client
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig, describe
@@ -38,7 +39,6 @@ examples:
   step3rt generate --address 127.0.0.1:50051 "Hello"
 """
 
-_MAX_TOKENS = 128
 _MODEL = Path("nano")
 # Flags besides the settings that shape a cluster of its own.
 _CLUSTER_FLAGS = ("model", "threads", "kv_blocks", "log_dir")
@@ -75,6 +75,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_sampling_flags(parser)
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--n", type=int, default=1, metavar="INT", help="continuations of each prompt (default: 1)"
+    )
     _add_logprob_flags(output)
     output.add_argument(
         "--output", choices=("text", "json"), default="text", help="(default: %(default)s)"
@@ -112,41 +115,6 @@ def _add_logprob_flags(group: "argparse._ArgumentGroup") -> None:
         group.add_argument(flag, type=int, metavar="INT", help=text)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `SamplingParams`."""
-    group = parser.add_argument_group("sampling (default: as the model's generation_config.json)")
-    for flag, kind, text in (
-        ("--max-tokens", int, f"most tokens to generate (default: {_MAX_TOKENS})"),
-        ("--min-tokens", int, "tokens before which no stop id can be sampled"),
-        ("--temperature", float, "0 is greedy"),
-        ("--top-p", float, "smallest set of tokens whose probability reaches this; 1 is off"),
-        ("--top-k", int, "most likely tokens kept; 0 is off"),
-        ("--min-p", float, "share of the best token's probability that a token needs; 0 is off"),
-        ("--seed", int, "makes the result reproducible"),
-    ):
-        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    parser.set_defaults(max_tokens=_MAX_TOKENS)
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
-    )
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
-
-
-def sampling_from(arguments: argparse.Namespace) -> SamplingParams:
-    """The parameters that the flags of `add_sampling_flags` give."""
-    return SamplingParams(
-        max_tokens=arguments.max_tokens,
-        min_tokens=arguments.min_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
-    )
-
-
 def _token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text.strip() else []
@@ -177,6 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     params = replace(
         sampling_from(arguments),
+        n=arguments.n,
         logprobs=arguments.logprobs,
         prompt_logprobs=arguments.prompt_logprobs,
     )
@@ -199,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         address = arguments.address if cluster is None else cluster.address
         client = stack.enter_context(Client(address))
         begun_s = time.perf_counter()
-        is_streamed = not is_json and len(prompts) == 1
+        is_streamed = not is_json and len(prompts) == 1 and params.n == 1
         on_event = _print_event if is_streamed else None
         try:
             generated = _generate(client, prompts, params, on_event)
