@@ -41,6 +41,17 @@ def test_a_request_that_the_pool_can_never_hold_is_refused_and_the_next_one_serv
     assert len(continuation(cluster, [9] * 380, 4)) == 4
 
 
+def test_without_max_tokens_a_stream_is_as_long_as_the_pool_has_room(
+    cluster: LocalCluster,
+) -> None:
+    # Its last token needs no place.
+    assert len(continuation(cluster, [9] * 370, None)) == 64 * NUM_BLOCKS - 370 + 1
+    assert len(continuation(cluster, [9] * 384, None)) == 1
+    with pytest.raises(InvalidArgument) as caught:
+        continuation(cluster, [9] * 385, None)
+    assert caught.value.reason == "PROMPT_TOO_LONG"
+
+
 @pytest.mark.parametrize("params", [{}, {"frequency_penalty": 0.5, "repetition_penalty": 1.2}])
 def test_streams_that_outgrow_the_pool_together_have_the_tokens_that_they_have_alone(
     cluster: LocalCluster, params: dict[str, float]

@@ -94,6 +94,14 @@ impl Scheduler {
         Ok(())
     }
 
+    /// The longest sequence, prompt and output together, that some instance here can hold; `None`
+    /// where there is none. Its last token is never computed and needs no place.
+    pub fn longest_sequence_tokens(&self) -> Option<u32> {
+        let num_blocks = self.cluster.largest_pool_blocks();
+        let num_tokens = num_blocks.saturating_mul(self.config.block_size_tokens);
+        (num_blocks > 0).then(|| num_tokens.saturating_add(1).min(self.config.max_model_len))
+    }
+
     /// Refuses what the cluster has no means or no room for. While it recovers from a loss,
     /// requests wait with the others.
     fn check_room(&mut self, now: TimeNs, sequence: &Sequence) -> Result<(), Failure> {

@@ -189,6 +189,22 @@ pub fn check(
 }
 
 impl GenerateParams {
+    /// Without `max_tokens`, asks for all that fit beside a prompt of `num_prompt` tokens: in the
+    /// context, and in `longest` tokens, which is what a KV pool holds of it, if that is known.
+    pub fn fill_max_tokens(
+        &mut self,
+        num_prompt: usize,
+        longest: Option<u32>,
+        limits: &ModelLimits,
+    ) {
+        let num_prompt = u32::try_from(num_prompt).unwrap_or(u32::MAX);
+        let most = limits.max_model_len.saturating_sub(num_prompt);
+        let in_pool = longest.map_or(most, |longest| longest.saturating_sub(num_prompt));
+        // A pool without room for what must be generated refuses the request itself.
+        let wanted = in_pool.max(self.sampling.min_tokens).clamp(1, most.max(1));
+        self.max_tokens.get_or_insert(wanted);
+    }
+
     /// The core request for `prompt`, which this request's prompt was tokenised to; without a
     /// deadline.
     pub fn into_request(

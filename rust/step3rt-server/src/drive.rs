@@ -265,6 +265,10 @@ impl Drive {
             is_serving,
             text: self.registry.status(),
             model_fingerprint: self.registry.model_fingerprint(),
+            longest_sequence_tokens: self
+                .scheduler
+                .longest_sequence_tokens()
+                .or(self.status.borrow().longest_sequence_tokens),
         };
         let has_changed = self.status.send_if_modified(|published| {
             let has_changed = *published != status;

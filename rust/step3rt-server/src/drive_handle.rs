@@ -99,6 +99,9 @@ pub struct ClusterStatus {
     pub text: String,
     /// What the instances agree on; empty when there is none.
     pub model_fingerprint: String,
+    /// Most tokens of a sequence that an instance has had KV blocks for; one that is gone may come
+    /// back. `None` before the first.
+    pub longest_sequence_tokens: Option<u32>,
 }
 
 /// The drive loop is gone, which happens at shutdown only.

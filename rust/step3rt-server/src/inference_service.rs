@@ -218,6 +218,8 @@ impl InferenceService for InferenceServer {
         let client_id = params.request_id.clone();
         let (output, include_stop) = (params.output, params.include_stop);
         let stop_strings = std::mem::take(&mut params.stop_strings);
+        let longest = self.status.borrow().longest_sequence_tokens;
+        params.fill_max_tokens(prompt.len(), longest, limits);
         let mut request = params.into_request(id, prompt, limits)?;
         request.deadline = timeout.map(|timeout| {
             let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);

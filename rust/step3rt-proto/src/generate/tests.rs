@@ -272,6 +272,29 @@ fn without_max_tokens_the_rest_of_the_context_is_generated() {
 }
 
 #[test]
+fn without_max_tokens_what_the_kv_pool_holds_is_generated() {
+    let filled = |num_prompt, longest, min_tokens| {
+        let mut params = check(request(&[1]), &limits(), 7).expect("valid");
+        params.sampling.min_tokens = min_tokens;
+        params.fill_max_tokens(num_prompt, longest, &limits());
+        params.max_tokens.expect("filled")
+    };
+    assert_eq!(filled(3, None, 0), 13, "the context holds 16");
+    assert_eq!(filled(3, Some(16), 0), 13);
+    assert_eq!(filled(3, Some(9), 0), 6);
+    assert_eq!(filled(3, Some(4), 0), 1);
+    assert_eq!(filled(3, Some(3), 0), 1, "which the scheduler refuses");
+    assert_eq!(filled(3, Some(9), 8), 8, "as this");
+    assert_eq!(filled(3, Some(9), 16), 13);
+    assert_eq!(filled(99, Some(9), 0), 1);
+
+    let mut asked = check(request(&[1]), &limits(), 7).expect("valid");
+    asked.max_tokens = Some(12);
+    asked.fill_max_tokens(3, Some(9), &limits());
+    assert_eq!(asked.max_tokens, Some(12), "what is asked stays");
+}
+
+#[test]
 fn resumed_tokens_count_towards_max_tokens() {
     let resumed = v1::GenerateRequest {
         resume_token_ids: Some(v1::TokenIds { ids: vec![4, 5] }),

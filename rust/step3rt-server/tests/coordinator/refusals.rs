@@ -203,6 +203,25 @@ async fn a_request_that_the_kv_pool_cannot_hold_is_refused() {
         .expect_err("5 blocks of 4");
     assert_eq!(reason(&status), "PROMPT_TOO_LONG");
     assert!(generate(&mut client, request(&[1; 50], 10)).await.is_ok());
+
+    // Without max_tokens it is asked for no more than the pool holds: 4 blocks of 16, and a last
+    // token that needs no place.
+    for (num_prompt, num_tokens) in [(50, 15), (63, 2), (64, 1)] {
+        let mut asked = request(&vec![1; num_prompt], 1);
+        stopping(&mut asked).max_tokens = None;
+        let stream = generate(&mut client, asked).await.expect("fits");
+        assert_eq!(stream.token_ids.len(), num_tokens);
+        assert_eq!(
+            stream.finished.expect("ends").reason(),
+            v1::FinishReason::Length
+        );
+    }
+    let mut too_long = request(&[1; 65], 1);
+    stopping(&mut too_long).max_tokens = None;
+    let status = generate(&mut client, too_long)
+        .await
+        .expect_err("the prompt alone needs 5 blocks");
+    assert_eq!(reason(&status), "PROMPT_TOO_LONG");
 }
 
 #[tokio::test]
