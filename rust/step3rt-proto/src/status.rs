@@ -88,6 +88,15 @@ pub fn to_status_with_violations(error: &RequestError, violations: &[FieldViolat
     Status::with_error_details(policy.code, &error.message, details)
 }
 
+/// The same status, with `google.rpc.RequestInfo` of `request_id` among its details.
+#[must_use]
+pub fn with_request_id(status: &Status, request_id: &str) -> Status {
+    let mut details = status.get_error_details();
+    details.set_request_info(request_id, "");
+    let metadata = status.metadata().clone();
+    Status::with_error_details_and_metadata(status.code(), status.message(), details, metadata)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,6 +148,26 @@ mod tests {
                 .then_some(Duration::from_millis(250));
             assert_eq!(delay, expected, "{kind:?}");
         }
+    }
+
+    #[test]
+    fn a_request_id_is_added_and_nothing_else_changes() {
+        let mut status = to_status(&error(ErrorKind::QueueFull, Some(250)));
+        status
+            .metadata_mut()
+            .insert("a-key", "value".parse().expect("ASCII"));
+        let named = with_request_id(&status, "r-1");
+        let info = named.get_details_request_info().expect("RequestInfo");
+        assert_eq!(info.request_id, "r-1");
+        let reason = named.get_details_error_info().expect("kept").reason;
+        assert_eq!(reason, "QUEUE_FULL");
+        let retry = named.get_details_retry_info().expect("kept");
+        assert_eq!(retry.retry_delay, Some(Duration::from_millis(250)));
+        assert_eq!(
+            (named.code(), named.message()),
+            (status.code(), status.message())
+        );
+        assert_eq!(named.metadata().get("a-key").expect("kept"), "value");
     }
 
     #[test]

@@ -37,6 +37,7 @@ use crate::listeners::{ListenError, Listeners, write_ready_file};
 use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
 use crate::registry::{Registry, RegistryConfig};
+use crate::request_echo::Echoing;
 use crate::shutdown::StopSignal;
 use crate::text::chat_template::ChatTemplate;
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
@@ -201,14 +202,10 @@ impl Coordinator {
             notifier: Notifier::from_env(),
         });
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let inference_service = InferenceServiceServer::new(InferenceServer::new(
-            model,
-            drive_handle.clone(),
-            clock,
-            status.clone(),
-        ))
-        .max_decoding_message_size(MAX_RECEIVED_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_SENT_MESSAGE_BYTES);
+        let inference = InferenceServer::new(model, drive_handle.clone(), clock, status.clone());
+        let inference_service = InferenceServiceServer::new(Echoing(inference))
+            .max_decoding_message_size(MAX_RECEIVED_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_SENT_MESSAGE_BYTES);
         let node_service = NodeServiceServer::new(NodeServer::new(drive_handle.clone()))
             .max_decoding_message_size(MAX_CONTROL_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_CONTROL_MESSAGE_BYTES);

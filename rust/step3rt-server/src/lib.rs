@@ -24,6 +24,7 @@ pub mod notify;
 pub mod outbox;
 pub mod random;
 pub mod registry;
+pub mod request_echo;
 pub mod response_stream;
 pub mod sessions;
 pub mod shutdown;

@@ -4,6 +4,7 @@ mod clients;
 mod cluster;
 mod generate;
 mod instances;
+mod metadata;
 mod node;
 mod process;
 mod refusals;
