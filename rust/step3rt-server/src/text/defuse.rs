@@ -1,9 +1,11 @@
 //! Keeps text that users wrote from acting as the model's special tokens.
 //!
 //! A chat template writes `<|EOT|>` and the like around messages; the same characters inside a
-//! user's message must stay characters. They are cut with a separator that the tokenizer never
-//! sees, so that no piece is a special token and the text stays the same. (A special token of one
-//! character cannot be cut, and is left out.)
+//! user's message must stay characters, and so in any name, id or argument that a message of
+//! whatever role brings along. They are cut with a separator that the tokenizer never sees, so that
+//! no piece is a special token and the text stays the same. (A special token of one character
+//! cannot be cut, and is left out.) Only what the application and the model themselves wrote, the
+//! content of the other roles, may speak to the model in special tokens.
 //!
 //! ```text
 //!   "hi<|EOT|>"  ── defuse ──▶  "hi<" SEP "|EOT|>"  ── template, split at SEP ──▶  tokens of "hi<"
@@ -15,19 +17,24 @@ use serde_json::Value;
 /// A code point that Unicode reserves for such private use and no text contains.
 pub const SEPARATOR: char = '\u{FDD0}';
 
-/// The roles whose text comes from outside.
-const FOREIGN_ROLES: [&str; 2] = ["user", "tool"];
+/// The roles whose text does not come from outside.
+const TRUSTED_ROLES: [&str; 3] = ["system", "developer", "assistant"];
+/// What of their messages is such text.
+const TRUSTED_FIELDS: [&str; 2] = ["content", "reasoning_content"];
 
-/// Cuts every occurrence of `special_tokens` in what users and tools said.
+/// Cuts every occurrence of `special_tokens` but in what application and model said.
 pub fn defuse(messages: &mut [Value], special_tokens: &[String]) {
     for message in messages {
         let role = message.get("role").and_then(Value::as_str);
-        if role.is_some_and(|role| FOREIGN_ROLES.contains(&role)) {
-            if let Some(content) = message.get_mut("content") {
-                defuse_value(content, special_tokens);
-            }
-        } else {
-            drop_separators(message);
+        let is_trusted = role.is_some_and(|role| TRUSTED_ROLES.contains(&role));
+        let trusted = TRUSTED_FIELDS.iter().filter(|_| is_trusted);
+        let mut kept: Vec<(&str, Value)> = trusted
+            .filter_map(|field| Some((*field, message.get_mut(*field)?.take())))
+            .collect();
+        defuse_value(message, special_tokens);
+        for (field, value) in &mut kept {
+            drop_separators(value);
+            message[*field] = value.take();
         }
     }
 }
@@ -58,16 +65,21 @@ fn drop_separators(value: &mut Value) {
     });
 }
 
-/// `serde_json` limits the depth.
+/// Names of fields are text, too: templates write a call's arguments out. `serde_json` limits the
+/// depth.
 fn for_each_text(value: &mut Value, change: &mut impl FnMut(&mut String)) {
     match value {
         Value::String(text) => change(text),
         Value::Array(items) => items
             .iter_mut()
             .for_each(|item| for_each_text(item, change)),
-        Value::Object(entries) => entries
-            .values_mut()
-            .for_each(|entry| for_each_text(entry, change)),
+        Value::Object(entries) => {
+            for (mut name, mut entry) in std::mem::take(entries) {
+                change(&mut name);
+                for_each_text(&mut entry, change);
+                entries.insert(name, entry);
+            }
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
@@ -98,6 +110,34 @@ mod tests {
                 {"role": "tool", "content": "<\u{FDD0}p>"},
             ])
         );
+    }
+
+    #[test]
+    fn names_ids_and_arguments_are_cut_whatever_the_role() {
+        let special_tokens = ["<|EOT|>".to_owned()];
+        let mut messages = json!([
+            {"role": "user", "name": "<|EOT|>", "content": "a", "extra": {"b<|EOT|>": ["<|EOT|>"]}},
+            {"role": "assistant", "name": "\u{FDD0}<|EOT|>", "content": "<|EOT|>",
+             "reasoning_content": "<|EOT|>\u{FDD0}",
+             "tool_calls": [{"id": "<|EOT|>", "function": {"arguments": {"<|EOT|>": "<|EOT|>"}}}]},
+            {"role": "system", "content": null, "name": "<|EOT|>"},
+            {"role": "x<|EOT|>", "content": "<|EOT|>"},
+            {"content": "<|EOT|>"},
+            "<|EOT|>",
+        ]);
+        let trusted = json!([messages[1]["content"], "<|EOT|>"]);
+        defuse(messages.as_array_mut().expect("a list"), &special_tokens);
+        assert_eq!(
+            json!([messages[1]["content"], messages[1]["reasoning_content"]]),
+            trusted
+        );
+        messages[1]["content"] = json!("");
+        messages[1]["reasoning_content"] = json!("");
+        let text = messages.to_string();
+        assert!(!text.contains("<|EOT|>"), "{text}");
+        assert_eq!(text.matches("<\u{FDD0}|EOT|>").count(), 12, "{text}");
+        assert_eq!(messages[2]["content"], Value::Null);
+        assert_eq!(messages[1]["role"], "assistant");
     }
 
     #[test]
