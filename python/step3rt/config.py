@@ -89,7 +89,10 @@ class ServeConfig:
         "silence after which an instance is lost", 3000, minimum=100, maximum=600_000
     )
     step_timeout_ms: int = setting(
-        "time after which a step's instance is lost", 60_000, minimum=100, maximum=3_600_000
+        "time after which a step's instance is lost; at least --lease-ms",
+        60_000,
+        minimum=100,
+        maximum=3_600_000,
     )
     recovery_timeout_ms: int = setting(
         "time for which streams wait for a lost instance to return",
@@ -205,7 +208,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Makes a `kind` of `values`, checking every key, type and range.
+    """Makes a `kind` of `values`, checking every key, type and range, and what goes together.
 
     Args:
         kind: one of the dataclasses of this module.
@@ -214,7 +217,19 @@ def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a wrong type, a value out of
-            range, or a missing setting.
+            range, a missing setting, or two values that contradict each other.
+    """
+    config = build_part(kind, values, source)
+    if isinstance(config, ServeConfig):
+        _check_timeouts(config, source)
+    return config
+
+
+def build_part(kind: type[C], values: Mapping[str, Any], source: str) -> C:
+    """As `build`, but other values may still change what goes together.
+
+    Raises:
+        ConfigError: as `build`, one value at a time.
     """
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
@@ -231,6 +246,17 @@ def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
                 f"{item.metadata['help']}. Give it"
             )
     return kind(**checked)
+
+
+def _check_timeouts(config: ServeConfig, source: str) -> None:
+    if config.step_timeout_ms < config.lease_ms:
+        raise ConfigError(
+            f"The setting 'step_timeout_ms' is {config.step_timeout_ms} and 'lease_ms' is "
+            f"{config.lease_ms} ({source}). An instance that stands still is known by heartbeats, "
+            "and a lease forgives their absence for lease_ms: a step that had less time than that "
+            "would end instances that are only slow. Raise step_timeout_ms to at least lease_ms, "
+            "or lower lease_ms"
+        )
 
 
 def _unknown_key(key: str, known: Mapping[str, object], source: str) -> str:

@@ -109,6 +109,17 @@ def test_a_mistake_in_a_file_is_blamed_on_the_file(
     assert "Did you mean 'max_waiting_requests'?" in message
 
 
+def test_a_file_and_a_flag_are_judged_together(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "no-such-model"\nstep_timeout_ms = 1000\n', encoding="utf-8")
+    assert cli.main(["serve", f"--config={file}"]) == EX_CONFIG
+    assert "'step_timeout_ms' is 1000 and 'lease_ms' is 3000" in capsys.readouterr().err
+    assert cli.main(["serve", f"--config={file}", "--lease-ms=1000"]) == EX_CONFIG
+    assert "'no-such-model' does not exist" in capsys.readouterr().err
+
+
 def test_version_is_that_of_the_extension_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out == f"step3rt {_core.__version__}\n"

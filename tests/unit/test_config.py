@@ -39,6 +39,15 @@ def test_wrong_values_are_refused(key: str, value: object, expected: str) -> Non
         build(ServeConfig, {"model": "m", key: value}, "x.toml")
 
 
+def test_a_step_must_have_more_time_than_a_lease() -> None:
+    with pytest.raises(ConfigError, match=r"'step_timeout_ms' is 2000 and 'lease_ms' is 3000") as e:
+        build(ServeConfig, {"model": "m", "step_timeout_ms": 2000}, "x.toml")
+    assert "only slow. Raise step_timeout_ms to at least lease_ms" in str(e.value)
+    assert "(x.toml)" in str(e.value)
+    same = build(ServeConfig, {"model": "m", "step_timeout_ms": 500, "lease_ms": 500}, "x.toml")
+    assert same.step_timeout_ms == 500
+
+
 def test_missing_setting_says_what_it_is() -> None:
     with pytest.raises(ConfigError, match=r"'role' is missing.*what this instance does"):
         build(NodeConfig, {"model": "m"}, "command line")

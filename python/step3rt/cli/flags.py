@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from step3rt.config import build, load_toml
+from step3rt.config import build, build_part, load_toml
 from step3rt.errors import Unavailable
 
 C = TypeVar("C")
@@ -73,7 +73,7 @@ def config_from(arguments: argparse.Namespace, kind: type[C]) -> C:
     from_file = load_toml(file)
     # Checked by itself first, so that a mistake in the file is not blamed on the command line.
     required = {name: from_flags[name] for name in from_flags if name not in from_file}
-    build(kind, {**from_file, **required}, str(file))
+    build_part(kind, {**from_file, **required}, str(file))
     return build(kind, {**from_file, **from_flags}, "command line")
 
 
