@@ -107,8 +107,11 @@ def test_batch_mates_with_and_without_penalties_do_not_influence_each_other(
     client: Client,
 ) -> None:
     wanted: list[dict[str, Any]] = [
-        {}, *(asked for asked, _ in PENALTIES), {"temperature": 1.0, "seed": 9},
-        {"temperature": 1.0, "seed": 9, **ALL_ASKED},
+        {}, *(asked for asked, _ in PENALTIES),
+        *({"temperature": 1.5, "seed": 9, **params} for params in (
+            {}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.05}, {"logprobs": 3},
+            {"min_tokens": 20, "ignore_eos": False}, ALL_ASKED,
+        )),
     ]  # fmt: skip
     alone = [tokens_of(client, **params) for params in wanted]
     with ThreadPoolExecutor(len(wanted)) as pool:
