@@ -119,14 +119,15 @@ def test_batch_mates_with_and_without_penalties_do_not_influence_each_other(
     assert together == alone
 
 
-@pytest.mark.parametrize("num_resumed", [1, 17, NUM_TOKENS - 1])
+@pytest.mark.parametrize("num_resumed", [5, 17, NUM_TOKENS - 1])
 def test_a_resumed_stream_counts_what_was_generated_before(
     chat_cluster: LocalCluster, client: Client, num_resumed: int
 ) -> None:
-    tokens = tokens_of(client, **ALL_ASKED)
+    params = {"presence_penalty": 0.5, "frequency_penalty": 0.5}
+    tokens = tokens_of(client, **params)
     request = inference_service_pb2.GenerateRequest(
         token_ids=common_pb2.TokenIds(ids=PROMPT),
-        sampling=common_pb2.SamplingParams(temperature=0, **ALL_ASKED),
+        sampling=common_pb2.SamplingParams(temperature=0, **params),
         stopping=common_pb2.StoppingCriteria(max_tokens=NUM_TOKENS, ignore_eos=True),
         resume_token_ids=common_pb2.TokenIds(ids=tokens[:num_resumed]),
     )
