@@ -12,7 +12,7 @@ use crate::ids::{RequestId, TimeNs};
 use crate::recovery::Health;
 use crate::request::{MAX_CONTINUATIONS, Request, RequestEvent};
 use crate::scheduler::Scheduler;
-use crate::sequence::{Rank, Sequence, num_tokens};
+use crate::sequence::{Continuation, Rank, Sequence, num_tokens};
 use crate::sequence_table::Slot;
 
 /// A request that has not ended.
@@ -123,7 +123,7 @@ impl Scheduler {
         // How long the head of the line has waited is how long the line takes, roughly.
         let head = self.queue.turns().take_one(&self.fair_share);
         let head = head.expect("the queue is full");
-        let waited_ms = now.since_ns(self.sequences[head].submitted) / 1_000_000;
+        let waited_ms = now.since_ns(self.sequences[head].details.submitted) / 1_000_000;
         Err(Failure::QueueFull {
             waiting,
             max,
@@ -181,7 +181,7 @@ fn sequences_of(
         if index > 0 {
             sampling.prompt_logprobs = None; // they are the same for all, and sent once
         }
-        Sequence {
+        Sequence::new(Continuation {
             request: id,
             index,
             tenant: request.tenant,
@@ -190,16 +190,11 @@ fn sequences_of(
                 arrival: first_arrival + u64::from(index),
             },
             prompt: Arc::clone(&prompt),
-            generated: request.resumed.clone(),
+            resumed: request.resumed.clone(),
             sampling,
             max_known_tokens,
             submitted: now,
-            planned: None,
-            first_token: None,
-            num_prompt_logprobs_sent: 0,
-            is_charged: false,
-            stay: None,
-        }
+        })
     };
     (0..request.n).map(continuation).collect()
 }

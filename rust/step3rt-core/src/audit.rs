@@ -34,6 +34,10 @@ impl Scheduler {
         let mut num_waiting = 0;
         for (slot, sequence) in self.sequences.iter() {
             let id = sequence.request;
+            ensure!(
+                sequence.counts_its_tokens(),
+                "a sequence of request {id} has lost count of its tokens"
+            );
             if let Some(stay) = &sequence.stay {
                 self.audit_stay(slot, sequence, stay)?;
             } else {
@@ -65,12 +69,12 @@ impl Scheduler {
     fn audit_stay(&self, slot: Slot, sequence: &Sequence, stay: &Stay) -> Result<(), String> {
         let (id, known) = (stay.id, sequence.num_known_tokens());
         let block_size_tokens = self.config.block_size_tokens;
-        let instance = self.cluster.instances.get(&stay.instance);
+        let instance = self.cluster.instances.get(&stay.holding.instance);
         let Some(instance) = instance else {
             return Err(format!("sequence {id} stays on a lost instance"));
         };
-        let lane = &instance.lanes[usize::from(stay.lane.0)];
-        let runs = lane.running.contains(&(sequence.rank, slot));
+        let lane = &instance.lanes[usize::from(stay.holding.lane.0)];
+        let runs = lane.running.contains(&(sequence.details.rank, slot));
         ensure!(
             runs == (stay.after_step == AfterStep::Stays),
             "sequence {id} runs and leaves, or neither"
@@ -81,20 +85,21 @@ impl Scheduler {
             stay.num_computed_tokens
         );
         ensure!(
-            num_blocks(stay.num_computed_tokens, block_size_tokens) <= stay.blocks.len() as u64,
+            num_blocks(stay.num_computed_tokens, block_size_tokens) <= stay.num_granted_blocks
+                && stay.num_granted_blocks as usize == stay.holding.blocks.len(),
             "sequence {id} has computed tokens outside its blocks"
         );
         let plannable = sequence.num_plannable_tokens();
         ensure!(
             num_blocks(plannable, block_size_tokens) <= stay.num_demanded_blocks
-                && stay.blocks.len() as u64 <= stay.num_demanded_blocks,
+                && stay.num_granted_blocks <= stay.num_demanded_blocks,
             "sequence {id} demands {} blocks for {plannable} tokens",
             stay.num_demanded_blocks
         );
         let in_flight = lane.in_flight.iter().flat_map(|step| &step.chunks);
         let held_by = in_flight.filter(|&&(other, _)| other == slot).count();
         ensure!(
-            stay.num_steps_in_flight as usize == held_by && (runs || held_by > 0),
+            usize::from(stay.num_steps_in_flight) == held_by && (runs || held_by > 0),
             "sequence {id} does not know which steps hold it"
         );
         ensure!(
@@ -111,9 +116,9 @@ impl Scheduler {
         let stays = self.sequences.iter().filter_map(|(_, s)| s.stay.as_ref());
         let mut used: BTreeMap<BlockId, u32> = BTreeMap::new();
         let mut num_leaving_blocks = 0;
-        for stay in stays.filter(|stay| stay.instance == id) {
-            num_leaving_blocks += stay.num_leaving_blocks;
-            for block in &stay.blocks {
+        for stay in stays.filter(|stay| stay.holding.instance == id) {
+            num_leaving_blocks += stay.holding.num_leaving_blocks;
+            for block in &stay.holding.blocks {
                 *used.entry(*block).or_default() += 1;
             }
         }
@@ -154,7 +159,12 @@ impl Scheduler {
             .running
             .iter()
             .filter_map(|&(_, slot)| self.sequences[slot].stay.as_ref());
-        let loads = stays.map(|stay| (stay.num_demanded_blocks, stay.num_promised_blocks()));
+        let loads = stays.map(|stay| {
+            (
+                u64::from(stay.num_demanded_blocks),
+                u64::from(stay.num_promised_blocks()),
+            )
+        });
         let sum = loads.fold((0, 0), |sum, load| (sum.0 + load.0, sum.1 + load.1));
         let counted = (lane.num_demanded_blocks, lane.num_promised_blocks);
         ensure!(

@@ -105,8 +105,8 @@ pub(crate) struct Need {
 impl Need {
     pub(crate) fn of(sequence: &Sequence, block_size_tokens: u32) -> Self {
         Self {
-            now: num_blocks(sequence.num_known_tokens(), block_size_tokens),
-            at_most: num_blocks(sequence.max_known_tokens - 1, block_size_tokens),
+            now: num_blocks(sequence.num_known_tokens(), block_size_tokens).into(),
+            at_most: num_blocks(sequence.max_known_tokens - 1, block_size_tokens).into(),
         }
     }
 }
@@ -152,7 +152,7 @@ mod tests {
             arrival += 1;
             let prompt = vec![u32::try_from(arrival).unwrap(); num_blocks * 4];
             let mut sequence = Sequence::for_tests(&prompt, &[]);
-            sequence.rank.arrival = arrival;
+            sequence.details.rank.arrival = arrival;
             sequence.max_known_tokens = 33;
             let (id, vacancy) = cluster.choose(&sequence, &config())?;
             let place = Place {

@@ -26,16 +26,18 @@ pub(crate) struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
+    /// Nothing yet; `asked` is empty and has memory to use again.
     pub(crate) fn new(
         pool: &'a mut BlockPool,
         config: &SchedulerConfig,
+        asked: Vec<(Slot, Asked)>,
         max_sequences: usize,
     ) -> Self {
         Self {
             pool,
             block_size_tokens: config.block_size_tokens,
             budget_tokens: config.max_tokens_per_micro_batch,
-            asked: Vec::with_capacity(max_sequences),
+            asked,
             chunks: Vec::with_capacity(max_sequences),
             joined: Vec::new(),
             newcomers: Vec::new(),
@@ -56,14 +58,16 @@ impl<'a> Draft<'a> {
         let end = start + num_new_tokens;
         // A failed step leaves its grants with the sequence, so there may be more than needed.
         let num_new_blocks =
-            num_blocks(end, self.block_size_tokens).saturating_sub(stay.blocks.len() as u64);
-        let num_new_blocks = u32::try_from(num_new_blocks).expect("a quotient of u32");
+            num_blocks(end, self.block_size_tokens).saturating_sub(stay.num_granted_blocks);
         let Some(mut new_blocks) = self.pool.allocate(num_new_blocks) else {
             return;
         };
         self.budget_tokens -= num_new_tokens;
         self.num_granted_blocks += u64::from(num_new_blocks);
-        stay.blocks.extend_from_slice(&new_blocks);
+        if num_new_blocks > 0 {
+            stay.num_granted_blocks += num_new_blocks;
+            stay.holding.blocks.extend_from_slice(&new_blocks);
+        }
         stay.num_planned_tokens = end;
         stay.num_steps_in_flight += 1;
         let asked = Asked {
@@ -72,10 +76,10 @@ impl<'a> Draft<'a> {
             num_new_tokens,
             samples: num_new_tokens == num_to_plan,
         };
-        stay.num_pending_samples += u32::from(asked.samples);
+        stay.num_pending_samples += u8::from(asked.samples);
         if !stay.is_told {
             stay.is_told = true;
-            new_blocks.clone_from(&stay.blocks); // those of a cached beginning too
+            new_blocks.clone_from(&stay.holding.blocks); // those of a cached beginning too
             let id = stay.id;
             self.newcomers.push(slot);
             self.joined.push(sequence.join(id));
@@ -98,7 +102,7 @@ impl<'a> Draft<'a> {
         let num_blocks = num_blocks(sequence.num_plannable_tokens(), self.block_size_tokens);
         let stay = sequence.stay.as_mut().expect("only who stays is planned");
         if num_blocks > stay.num_demanded_blocks {
-            self.num_new_demanded_blocks += num_blocks - stay.num_demanded_blocks;
+            self.num_new_demanded_blocks += u64::from(num_blocks - stay.num_demanded_blocks);
             stay.num_demanded_blocks = num_blocks;
         }
     }

@@ -70,7 +70,7 @@ impl Scheduler {
     fn drop_sequence(&mut self, slot: Slot) {
         let sequence = &mut self.sequences[slot];
         let is_gone = if let Some(stay) = &sequence.stay {
-            let instance = self.cluster.instances.get_mut(&stay.instance);
+            let instance = self.cluster.instances.get_mut(&stay.holding.instance);
             let instance = instance.expect("stays end with their instance");
             instance.leave(sequence, AfterStep::Ends)
         } else {

@@ -11,7 +11,7 @@ use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
 use crate::lane::{InFlight, Lane};
 use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
-use crate::stay::{AfterStep, Asked, Stay};
+use crate::stay::{AfterStep, Asked, Holding, Stay};
 use crate::step::{StepKey, StepPlan};
 
 /// A newcomer leaves this share of the pool to those that grow, or it would take the last blocks
@@ -80,44 +80,50 @@ impl Instance {
         let Vacancy { lane, prefix } = place.vacancy;
         let CachedPrefix { blocks, node, .. } = prefix;
         self.pool.share(&blocks);
-        let num_blocks_computed = u32::try_from(blocks.len()).expect("ids of blocks are u32");
-        let num_computed_tokens = num_blocks_computed * place.block_size_tokens;
+        let num_granted_blocks = u32::try_from(blocks.len()).expect("ids of blocks are u32");
+        let num_computed_tokens = num_granted_blocks * place.block_size_tokens;
         let stay = Stay {
             id: place.id,
-            instance: self.id,
-            lane,
             is_told: false,
             num_computed_tokens,
             num_planned_tokens: num_computed_tokens,
             num_pending_samples: 0,
-            num_published_blocks: blocks.len(),
-            node,
-            blocks,
-            num_demanded_blocks: num_blocks(sequence.num_known_tokens(), place.block_size_tokens),
             num_steps_in_flight: 0,
             after_step: AfterStep::Stays,
-            num_prompt_logprobs: 0,
-            num_leaving_blocks: 0,
+            has_sampled: false,
+            num_demanded_blocks: num_blocks(sequence.num_known_tokens(), place.block_size_tokens),
+            num_granted_blocks,
+            holding: Box::new(Holding {
+                instance: self.id,
+                lane,
+                blocks,
+                node,
+                num_prompt_logprobs: 0,
+                num_leaving_blocks: 0,
+            }),
         };
-        self.lane_mut(lane).insert(sequence.rank, slot, &stay);
+        self.lane_mut(lane)
+            .insert(sequence.details.rank, slot, &stay);
         sequence.stay = Some(stay);
     }
 
     /// Takes the place of `sequence` away. Its blocks return now or, if steps in flight use them,
     /// when those end; `after` says what becomes of it then. True if it is gone now.
     pub(crate) fn leave(&mut self, sequence: &mut Sequence, after: AfterStep) -> bool {
-        let rank = sequence.rank;
+        let rank = sequence.details.rank;
         let stay = sequence.stay.as_mut().expect("only who stays can leave");
         if stay.after_step == AfterStep::Stays {
-            let lane = &mut self.lanes[usize::from(stay.lane.0)];
+            let lane = &mut self.lanes[usize::from(stay.holding.lane.0)];
             lane.remove(rank, stay);
             if stay.is_told {
                 lane.left.push(stay.id);
             }
             if stay.num_steps_in_flight > 0 {
                 let is_sole_owner = |block: &&BlockId| self.pool.num_owners(**block) == 1;
-                stay.num_leaving_blocks = stay.blocks.iter().filter(is_sole_owner).count() as u64;
-                self.num_leaving_blocks += stay.num_leaving_blocks;
+                let holding = &mut stay.holding;
+                holding.num_leaving_blocks =
+                    holding.blocks.iter().filter(is_sole_owner).count() as u64;
+                self.num_leaving_blocks += holding.num_leaving_blocks;
             }
         }
         if stay.num_steps_in_flight > 0 {
@@ -138,7 +144,7 @@ impl Instance {
     ) -> AfterStep {
         let stay = sequence.stay.as_mut().expect("a sequence in a step stays");
         stay.num_steps_in_flight -= 1;
-        stay.num_pending_samples -= u32::from(asked.samples);
+        stay.num_pending_samples -= u8::from(asked.samples);
         if has_failed {
             stay.num_planned_tokens = stay.num_planned_tokens.min(asked.num_computed_tokens);
         }
@@ -152,30 +158,38 @@ impl Instance {
 
     fn end_stay(&mut self, sequence: &mut Sequence) {
         let stay = sequence.stay.take().expect("checked by the callers");
-        self.num_leaving_blocks -= stay.num_leaving_blocks;
-        self.pool.release(&stay.blocks);
+        self.num_leaving_blocks -= stay.holding.num_leaving_blocks;
+        self.pool.release(&stay.holding.blocks);
     }
 
-    /// Lets others share the blocks that `sequence` has filled.
-    pub(crate) fn publish_full_blocks(&mut self, sequence: &mut Sequence, block_size_tokens: u32) {
+    /// Lets others share the blocks that `sequence` has filled with what a step `asked` of it.
+    pub(crate) fn publish_full_blocks(
+        &mut self,
+        sequence: &mut Sequence,
+        asked: Asked,
+        block_size_tokens: u32,
+    ) {
         let stay = sequence.stay.as_ref().expect("only who stays progresses");
-        let num_full = (stay.num_computed_tokens / block_size_tokens) as usize;
-        let (published, mut node) = (stay.num_published_blocks, stay.node);
-        if published == num_full {
+        let num_published = asked.num_computed_tokens / block_size_tokens;
+        let num_full = stay.num_published_blocks(block_size_tokens);
+        if num_published == num_full {
             return; // most steps fill no block
         }
-        for index in published..num_full {
+        let Holding { blocks, node, .. } = &*stay.holding;
+        let mut node = *node;
+        let full = blocks.iter().enumerate().take(num_full as usize);
+        for (index, &block) in full.skip(num_published as usize) {
             let tokens = sequence.full_block(index, block_size_tokens);
-            node = self.pool.publish(node, &tokens, stay.blocks[index]);
+            node = self.pool.publish(node, &tokens, block);
         }
         let stay = sequence.stay.as_mut().expect("only who stays progresses");
-        (stay.num_published_blocks, stay.node) = (num_full, node);
+        stay.holding.node = node;
     }
 
     /// Lets nobody start from what `sequence` has computed, since it went wrong.
     pub(crate) fn distrust(&mut self, sequence: &Sequence) {
         let stay = sequence.stay.as_ref().expect("it was in a step");
-        self.pool.unpublish(&stay.blocks);
+        self.pool.unpublish(&stay.holding.blocks);
     }
 
     /// The sequence that must leave next for the others to be able to grow: the youngest of the
@@ -206,13 +220,17 @@ impl Instance {
     ) -> Option<LanePlan> {
         let Self { pool, lanes, .. } = self;
         let lane_state = &mut lanes[usize::from(lane.0)];
-        let mut draft = Draft::new(pool, config, lane_state.running.len());
-        let mut prefills = Vec::new();
-        for &(_, slot) in &lane_state.running {
-            match num_tokens_to_plan(&sequences[slot]) {
-                0 => {}
-                1 => draft.add(slot, &mut sequences[slot]),
-                _ => prefills.push(slot),
+        let spare = std::mem::take(&mut lane_state.spare_chunks);
+        let mut draft = Draft::new(pool, config, spare, lane_state.running.len());
+        // Two passes, since a look at many in a row waits for their memory once.
+        let running = lane_state.running.iter().map(|&(_, slot)| slot);
+        let prefills = running.clone();
+        let prefills = prefills.filter(|&slot| num_tokens_to_plan(&sequences[slot]) > 1);
+        let prefills: Vec<Slot> = prefills.collect();
+        for slot in running {
+            let sequence = &mut sequences[slot];
+            if num_tokens_to_plan(sequence) == 1 {
+                draft.add(slot, sequence);
             }
         }
         for slot in prefills {
@@ -256,6 +274,6 @@ pub(crate) struct Place {
 }
 
 /// Blocks that `num_tokens` tokens fill, the last one perhaps in part.
-pub(crate) fn num_blocks(num_tokens: u32, block_size_tokens: u32) -> u64 {
-    u64::from(num_tokens.div_ceil(block_size_tokens))
+pub(crate) fn num_blocks(num_tokens: u32, block_size_tokens: u32) -> u32 {
+    num_tokens.div_ceil(block_size_tokens)
 }

@@ -25,6 +25,8 @@ pub(crate) struct Lane {
     pub(crate) num_promised_blocks: u64,
     /// Oldest first: an instance answers the steps of a lane in their order.
     pub(crate) in_flight: VecDeque<InFlight>,
+    /// Empty: the memory of a step that is over, for the next to use.
+    pub(crate) spare_chunks: Vec<(Slot, Asked)>,
     num_steps: u64,
     /// Since when no step succeeded, if the last one failed.
     failing_since: Option<TimeNs>,
@@ -45,16 +47,16 @@ impl Lane {
     pub(crate) fn insert(&mut self, rank: Rank, slot: Slot, stay: &Stay) {
         let at = self.running.partition_point(|&(other, _)| other < rank);
         self.running.insert(at, (rank, slot));
-        self.num_demanded_blocks += stay.num_demanded_blocks;
-        self.num_promised_blocks += stay.num_promised_blocks();
+        self.num_demanded_blocks += u64::from(stay.num_demanded_blocks);
+        self.num_promised_blocks += u64::from(stay.num_promised_blocks());
     }
 
     pub(crate) fn remove(&mut self, rank: Rank, stay: &Stay) {
         let at = self.running.binary_search_by_key(&rank, |&(rank, _)| rank);
         self.running
             .remove(at.expect("the sequence runs on this lane"));
-        self.num_demanded_blocks -= stay.num_demanded_blocks;
-        self.num_promised_blocks -= stay.num_promised_blocks();
+        self.num_demanded_blocks -= u64::from(stay.num_demanded_blocks);
+        self.num_promised_blocks -= u64::from(stay.num_promised_blocks());
     }
 
     /// Whether a step may be planned at `now`: not while a doomed one is in flight, because what

@@ -12,7 +12,7 @@
 //! | `admission`, `queue`, `fair_share` | the way in, the lines, and whose turn it is |
 //! | `cluster` | which instance and lane a newcomer gets |
 //! | `instance`, `lane`, `draft` | who stays where, and one lane's next step |
-//! | `sequence`, `stay`, `sequence_table` | a continuation, and what it has while it has a place |
+//! | `sequence`, `generated`, `stay`, `sequence_table` | a continuation, its tokens, and its place |
 //! | [`block_pool`], `prefix_cache` | KV blocks: free, shared, and what they hold |
 //! | `recovery`, `ending` | losses and returns; ends |
 //! | `audit` | the invariants, checked |
@@ -26,6 +26,7 @@ mod draft;
 mod ending;
 pub mod error;
 mod fair_share;
+mod generated;
 pub mod ids;
 mod instance;
 mod lane;

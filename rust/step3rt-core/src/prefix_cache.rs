@@ -11,15 +11,20 @@
 //!   root ── [tok 0..64) n1 ──┬── [tok 64..128) n2
 //!                            └── [other 64..128) n3
 //! ```
+//!
+//! Whatever the number of blocks, each verb looks at a few places in memory: sequences end and
+//! begin in every step, and a search of a large tree waits for memory at every level.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+
+use hashbrown::HashTable;
 
 use crate::ids::{BlockId, TenantId, TokenId};
 
 /// A block's content with everything before it. Never reused, so that the children of a node that
 /// was forgotten are never taken for those of another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NodeId {
     /// The beginning of every sequence of a tenant. Tenants share nothing: that a prompt is
     /// answered sooner would tell one that another has sent it.
@@ -30,21 +35,35 @@ pub enum NodeId {
 
 #[derive(Debug)]
 struct Node {
-    block: BlockId,
+    id: NodeId,
     parent: NodeId,
-    tokens: Arc<[TokenId]>,
+    tokens: Box<[TokenId]>,
+    /// Of `parent` and `tokens`.
+    hash: u64,
     /// Its place in `idle`, while nobody uses the block.
     idle_since: Option<u64>,
+}
+
+impl Node {
+    fn is(&self, parent: NodeId, tokens: &[TokenId]) -> bool {
+        self.parent == parent && *self.tokens == *tokens
+    }
 }
 
 /// Which blocks hold which beginnings.
 #[derive(Debug, Default)]
 pub(crate) struct PrefixCache {
-    nodes: BTreeMap<NodeId, Node>,
-    children: BTreeMap<NodeId, BTreeMap<Arc<[TokenId]>, NodeId>>,
-    by_block: BTreeMap<BlockId, NodeId>,
-    /// Nodes whose blocks nobody uses, longest idle first.
-    idle: BTreeMap<u64, NodeId>,
+    /// By block; no longer than the blocks that ever held something.
+    nodes: Vec<Option<Node>>,
+    /// The blocks in `nodes`, by parent and tokens.
+    by_content: HashTable<BlockId>,
+    /// Clients choose tokens, so nobody may know which ones collide. It is only ever searched, so
+    /// what is found, and with it every plan, is the same under any key.
+    hash_key: RandomState,
+    /// Blocks that nobody uses, longest idle first, each with the time since when. Those in use
+    /// again are passed over.
+    idle: VecDeque<(u64, BlockId)>,
+    num_idle_blocks: usize,
     num_nodes_ever: u64,
     num_idles_ever: u64,
 }
@@ -52,84 +71,109 @@ pub(crate) struct PrefixCache {
 impl PrefixCache {
     /// The block that holds `tokens` after the content of `parent`, and the node of both.
     pub(crate) fn find(&self, parent: NodeId, tokens: &[TokenId]) -> Option<(BlockId, NodeId)> {
-        let node = *self.children.get(&parent)?.get(tokens)?;
-        Some((self.nodes[&node].block, node))
+        let hash = self.hash_key.hash_one((parent, tokens));
+        let holds = |&block: &BlockId| self.node(block).is_some_and(|n| n.is(parent, tokens));
+        let &block = self.by_content.find(hash, holds)?;
+        Some((block, self.node(block)?.id))
     }
 
     /// Notes that `block`, which is in use, holds `tokens` after `parent`. If another block holds
     /// the same, that one stays the known one. Returns the node of this content.
     pub(crate) fn insert(&mut self, parent: NodeId, tokens: &[TokenId], block: BlockId) -> NodeId {
-        let children = self.children.entry(parent).or_default();
-        if let Some(&node) = children.get(tokens) {
+        if let Some((_, node)) = self.find(parent, tokens) {
             return node;
         }
+        assert!(
+            self.node(block).is_none(),
+            "KV block {block} is filled twice"
+        );
         self.num_nodes_ever += 1;
-        let node = NodeId::Content(self.num_nodes_ever);
-        let tokens: Arc<[TokenId]> = tokens.into();
-        children.insert(Arc::clone(&tokens), node);
-        let before = self.by_block.insert(block, node);
-        assert!(before.is_none(), "KV block {block} is filled twice");
-        let content = Node {
-            block,
+        let id = NodeId::Content(self.num_nodes_ever);
+        let hash = self.hash_key.hash_one((parent, tokens));
+        let index = block.0 as usize;
+        if self.nodes.len() <= index {
+            self.nodes.resize_with(index + 1, || None);
+        }
+        self.nodes[index] = Some(Node {
+            id,
             parent,
-            tokens,
+            tokens: tokens.into(),
+            hash,
             idle_since: None,
-        };
-        self.nodes.insert(node, content);
-        node
+        });
+        let nodes = &self.nodes;
+        let hash_of = |block: &BlockId| nodes[block.0 as usize].as_ref().map_or(0, |n| n.hash);
+        self.by_content.insert_unique(hash, block, hash_of);
+        id
     }
 
     /// Notes that nobody uses `block` any more. False if it holds nothing that is known.
     pub(crate) fn set_idle(&mut self, block: BlockId) -> bool {
-        let Some(node) = self.by_block.get(&block) else {
+        let Some(Some(node)) = self.nodes.get_mut(block.0 as usize) else {
             return false;
         };
         self.num_idles_ever += 1;
-        let content = self.nodes.get_mut(node).expect("by_block names live nodes");
-        content.idle_since = Some(self.num_idles_ever);
-        self.idle.insert(self.num_idles_ever, *node);
+        node.idle_since = Some(self.num_idles_ever);
+        self.idle.push_back((self.num_idles_ever, block));
+        self.num_idle_blocks += 1;
+        self.drop_stale();
         true
     }
 
     /// Notes that somebody uses the idle `block` again.
     pub(crate) fn set_used(&mut self, block: BlockId) {
-        let node = self.by_block[&block];
-        let content = self
-            .nodes
-            .get_mut(&node)
-            .expect("by_block names live nodes");
-        let since = content.idle_since.take().expect("the block was idle");
-        self.idle.remove(&since);
+        let node = self.nodes[block.0 as usize].as_mut();
+        let since = node.and_then(|node| node.idle_since.take());
+        assert!(since.is_some(), "the block was idle");
+        self.num_idle_blocks -= 1;
     }
 
     /// Forgets the content that was idle longest, and returns its block. A sequence returns its
     /// blocks last to first, so what follows a beginning is forgotten before the beginning is.
     pub(crate) fn forget_one(&mut self) -> Option<BlockId> {
-        let (_, node) = self.idle.pop_first()?;
-        Some(self.remove(node))
+        loop {
+            let (since, block) = self.idle.pop_front()?;
+            if self.is_idle_since(block, since) {
+                self.forget(block);
+                self.num_idle_blocks -= 1;
+                return Some(block);
+            }
+        }
     }
 
-    /// Forgets what `block`, which is in use, holds. What followed it is found no more.
+    /// Forgets what `block` holds. What followed it is found no more.
     pub(crate) fn forget(&mut self, block: BlockId) {
-        if let Some(&node) = self.by_block.get(&block) {
-            self.remove(node);
-        }
-    }
-
-    fn remove(&mut self, node: NodeId) -> BlockId {
-        let content = self.nodes.remove(&node).expect("the callers know it");
-        self.by_block.remove(&content.block);
-        let siblings = self.children.get_mut(&content.parent);
-        let siblings = siblings.expect("a live node is a child");
-        siblings.remove(&content.tokens);
-        if siblings.is_empty() {
-            self.children.remove(&content.parent);
-        }
-        content.block
+        let node = self.nodes.get_mut(block.0 as usize).and_then(Option::take);
+        let Some(node) = node else { return };
+        let entry = self
+            .by_content
+            .find_entry(node.hash, |&other| other == block);
+        entry.expect("every node is found by its content").remove();
     }
 
     /// Blocks that hold something and that nobody uses.
     pub(crate) fn num_idle_blocks(&self) -> usize {
-        self.idle.len()
+        self.num_idle_blocks
+    }
+
+    fn node(&self, block: BlockId) -> Option<&Node> {
+        self.nodes.get(block.0 as usize)?.as_ref()
+    }
+
+    fn is_idle_since(&self, block: BlockId, since: u64) -> bool {
+        self.node(block).and_then(|node| node.idle_since) == Some(since)
+    }
+
+    /// Keeps `idle` from growing with the number of times that blocks were used again. It takes
+    /// as many of those times to get here as there are entries to look at.
+    fn drop_stale(&mut self) {
+        if self.idle.len() > 2 * self.num_idle_blocks + MIN_IDLE_ENTRIES {
+            let mut idle = std::mem::take(&mut self.idle);
+            idle.retain(|&(since, block)| self.is_idle_since(block, since));
+            self.idle = idle;
+        }
     }
 }
+
+/// Below this, looking for stale entries is not worth while.
+const MIN_IDLE_ENTRIES: usize = 64;

@@ -25,18 +25,21 @@ pub(crate) struct WaitingQueue {
 
 impl WaitingQueue {
     pub(crate) fn insert(&mut self, slot: Slot, sequence: &Sequence) {
-        let class = self.classes.entry(sequence.rank.priority).or_default();
+        let class = self
+            .classes
+            .entry(sequence.details.rank.priority)
+            .or_default();
         let line = class.entry(sequence.tenant).or_default();
-        let is_new = line.insert((sequence.rank, slot));
+        let is_new = line.insert((sequence.details.rank, slot));
         assert!(is_new, "a sequence waits once");
         *self.requests.entry(sequence.request).or_default() += 1;
     }
 
     pub(crate) fn remove(&mut self, slot: Slot, sequence: &Sequence) {
-        let (priority, tenant) = (sequence.rank.priority, sequence.tenant);
+        let (priority, tenant) = (sequence.details.rank.priority, sequence.tenant);
         let class = self.classes.get_mut(&priority).expect("it waits");
         let line = class.get_mut(&tenant).expect("it waits");
-        let was_there = line.remove(&(sequence.rank, slot));
+        let was_there = line.remove(&(sequence.details.rank, slot));
         assert!(was_there, "only what waits is removed");
         if line.is_empty() {
             class.remove(&tenant);
@@ -64,9 +67,9 @@ impl WaitingQueue {
     }
 
     pub(crate) fn contains(&self, slot: Slot, sequence: &Sequence) -> bool {
-        let class = self.classes.get(&sequence.rank.priority);
+        let class = self.classes.get(&sequence.details.rank.priority);
         let line = class.and_then(|class| class.get(&sequence.tenant));
-        line.is_some_and(|line| line.contains(&(sequence.rank, slot)))
+        line.is_some_and(|line| line.contains(&(sequence.details.rank, slot)))
     }
 
     pub(crate) fn num_sequences(&self) -> usize {
@@ -107,7 +110,7 @@ mod tests {
 
     fn waiting(priority: i32, arrival: u64, (tenant, request): (u64, u64)) -> Sequence {
         let mut sequence = Sequence::for_tests(&[1], &[]);
-        sequence.rank = Rank { priority, arrival };
+        sequence.details.rank = Rank { priority, arrival };
         sequence.tenant = TenantId(tenant);
         sequence.request = RequestId(request);
         sequence
@@ -119,7 +122,7 @@ mod tests {
         let mut order = Vec::new();
         while let Some(slot) = turns.take_one(shares) {
             let sequence = &table[slot];
-            order.push(sequence.rank.arrival);
+            order.push(sequence.details.rank.arrival);
             shares.charge_prompt(sequence.tenant, 10);
         }
         order

@@ -62,7 +62,7 @@ impl Scheduler {
         }
         let stays_there = |(slot, sequence): (Slot, &Sequence)| {
             let stay = sequence.stay.as_ref()?;
-            (stay.instance == id).then_some((slot, stay.after_step))
+            (stay.holding.instance == id).then_some((slot, stay.after_step))
         };
         let displaced: Vec<_> = self.sequences.iter().filter_map(stays_there).collect();
         for (slot, after) in displaced {
@@ -127,7 +127,7 @@ impl Scheduler {
     }
 
     fn why_given_up(&self, sequence: &Sequence) -> Failure {
-        if sequence.planned.is_some() {
+        if sequence.details.planned.is_some() {
             Failure::NotRecovered {
                 recovery_timeout_ms: self.config.recovery_timeout_ms,
             }

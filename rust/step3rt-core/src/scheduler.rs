@@ -27,7 +27,7 @@ use crate::queue::WaitingQueue;
 use crate::recovery::Health;
 use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
-use crate::stay::AfterStep;
+use crate::stay::{AfterStep, Asked};
 use crate::step::{StepKey, StepOutput, StepPlan};
 
 pub use crate::request::{FinishReason, Request, RequestEvent, Usage};
@@ -169,7 +169,9 @@ impl Scheduler {
 
     /// Takes what clients must be told, in order.
     pub fn take_events(&mut self) -> Vec<(RequestId, RequestEvent)> {
-        std::mem::take(&mut self.events)
+        // The next ones will be about as many: their memory need not grow from nothing.
+        let next = Vec::with_capacity(self.events.len() + self.events.len() / 8);
+        std::mem::replace(&mut self.events, next)
     }
 
     /// The next time at which [`Self::plan`] must be called even if nothing happens (deadlines,
@@ -213,6 +215,8 @@ impl Scheduler {
         let mut ended = Vec::new();
         let mut generated = TokenCount::default();
         self.events.reserve(in_flight.chunks.len());
+        let chunks = in_flight.chunks.iter();
+        self.sequences.bring_near(chunks.map(|&(slot, _)| slot));
         for &(slot, asked) in &in_flight.chunks {
             let output = outputs.next();
             let sequence = &mut self.sequences[slot];
@@ -222,7 +226,7 @@ impl Scheduler {
             let end = sequence.accept(now, (asked, output), &mut self.events);
             if end.is_ok() {
                 generated.count(sequence.tenant, u64::from(asked.samples));
-                instance.publish_full_blocks(sequence, self.config.block_size_tokens);
+                instance.publish_full_blocks(sequence, asked, self.config.block_size_tokens);
             } else {
                 instance.distrust(sequence);
             }
@@ -234,7 +238,7 @@ impl Scheduler {
             }
         }
         self.fair_share.charge_generated(generated);
-        self.end_step(key.instance, &in_flight, false);
+        self.end_step(key, in_flight.chunks, false);
         for (continuation, end) in ended {
             match end {
                 Ok(reason) => self.finish(now, continuation, reason),
@@ -247,7 +251,7 @@ impl Scheduler {
         let Some(in_flight) = self.take_step(key) else {
             return;
         };
-        self.end_step(key.instance, &in_flight, true);
+        self.end_step(key, in_flight.chunks, true);
         if in_flight.is_doomed {
             return; // it says no more than the failure before it
         }
@@ -278,10 +282,10 @@ impl Scheduler {
     }
 
     /// Lets those go who were only waiting for this step to end.
-    fn end_step(&mut self, instance: InstanceId, in_flight: &InFlight, has_failed: bool) {
-        let instance = self.cluster.instances.get_mut(&instance);
+    fn end_step(&mut self, key: StepKey, mut chunks: Vec<(Slot, Asked)>, has_failed: bool) {
+        let instance = self.cluster.instances.get_mut(&key.instance);
         let instance = instance.expect("take_step found it");
-        for &(slot, asked) in &in_flight.chunks {
+        for (slot, asked) in chunks.drain(..) {
             let sequence = &mut self.sequences[slot];
             match instance.end_step_of(sequence, asked, has_failed) {
                 AfterStep::Stays => {}
@@ -289,6 +293,7 @@ impl Scheduler {
                 AfterStep::Ends => drop(self.sequences.remove(slot)),
             }
         }
+        instance.lane_mut(key.lane).spare_chunks = chunks;
     }
 
     /// Plans one step of every lane that may have one.
@@ -313,7 +318,7 @@ impl Scheduler {
 
     fn note_start(&mut self, now: TimeNs, slot: Slot) {
         let sequence = &mut self.sequences[slot];
-        sequence.planned.get_or_insert(now);
+        sequence.details.planned.get_or_insert(now);
         let request = self.requests.get_mut(&sequence.request);
         let request = request.expect("a running sequence has a live request");
         if !std::mem::replace(&mut request.is_started, true) {
@@ -367,7 +372,7 @@ impl Scheduler {
             let instance = instance.expect("choose names a present instance");
             let sequence = &mut self.sequences[slot];
             instance.join(slot, sequence, place);
-            if !std::mem::replace(&mut sequence.is_charged, true) {
+            if !std::mem::replace(&mut sequence.details.is_charged, true) {
                 let num_tokens = u64::from(num_tokens_to_plan(sequence));
                 self.fair_share.charge_prompt(sequence.tenant, num_tokens);
             }
@@ -381,12 +386,13 @@ impl Scheduler {
     /// Whether another continuation of its request is computing the prompt, whose full blocks
     /// this one can then share instead of computing them beside it.
     fn awaits_sibling(&self, sequence: &Sequence) -> bool {
-        let num_shareable = (sequence.num_prompt_tokens() - 1) / self.config.block_size_tokens;
+        let block_size_tokens = self.config.block_size_tokens;
+        let num_shareable = (sequence.num_prompt_tokens() - 1) / block_size_tokens;
         let siblings = self.requests[&sequence.request].slots();
         let mut stays = siblings.filter_map(|slot| self.sequences[slot].stay.as_ref());
         stays.any(|stay| {
             let stays = stay.after_step == AfterStep::Stays;
-            stays && stay.num_published_blocks < num_shareable as usize
+            stays && stay.num_published_blocks(block_size_tokens) < num_shareable
         })
     }
 }

@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::Failure;
+use crate::generated::Generated;
 use crate::ids::{RequestId, SequenceId, TenantId, TimeNs, TokenId};
 use crate::request::{FinishReason, RequestEvent, Usage};
 use crate::stay::{AfterStep, Asked, Stay};
@@ -27,19 +28,44 @@ pub(crate) struct Rank {
 }
 
 /// One of a request's continuations.
+///
+/// A lane step reads and writes one of these per sequence and waits for memory more than it
+/// computes. So what every step needs is here, in three cache lines in this order, and the rest
+/// behind pointers that a step follows only when something begins, ends or fills up. Planning
+/// looks at the first line only.
+///
+/// ```text
+///   0                            64                                64 * 2          64 * 3
+///   | stay, how far, whose it is | prompt, settled tokens, stop ids | recent tokens |
+/// ```
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Sequence {
+    /// `None` while it waits for a place.
+    pub(crate) stay: Option<Stay>,
     pub(crate) request: RequestId,
     /// Which of the request's `n`.
     pub(crate) index: u32,
-    pub(crate) tenant: TenantId,
-    pub(crate) rank: Rank,
-    pub(crate) prompt: Arc<[TokenId]>,
-    /// Starts with the resumed tokens.
-    pub(crate) generated: Vec<TokenId>,
-    pub(crate) sampling: SamplingState,
+    num_prompt_tokens: u32,
+    /// Of the prompt and generated.
+    num_known_tokens: u32,
     /// Where `max_tokens` or the context ends it.
     pub(crate) max_known_tokens: u32,
+    pub(crate) details: Box<Details>,
+    pub(crate) tenant: TenantId,
+    stop_filter: StopFilter,
+    prompt: Arc<[TokenId]>,
+    /// Starts with the resumed tokens.
+    generated: Generated,
+}
+
+const _: () = assert!(size_of::<Option<Sequence>>() == 192, "three cache lines");
+
+/// What a step that only decodes has no use for.
+#[derive(Debug)]
+pub(crate) struct Details {
+    pub(crate) rank: Rank,
+    pub(crate) sampling: SamplingState,
     pub(crate) submitted: TimeNs,
     pub(crate) planned: Option<TimeNs>,
     pub(crate) first_token: Option<TimeNs>,
@@ -47,30 +73,96 @@ pub(crate) struct Sequence {
     pub(crate) num_prompt_logprobs_sent: u32,
     /// Whether its tenant has paid for the prompt; computing it again is nobody's fault.
     pub(crate) is_charged: bool,
-    /// `None` while it waits for a place.
-    pub(crate) stay: Option<Stay>,
+}
+
+/// What a client asked, for one of its continuations.
+#[derive(Clone, Debug)]
+pub(crate) struct Continuation {
+    pub(crate) request: RequestId,
+    pub(crate) index: u32,
+    pub(crate) tenant: TenantId,
+    pub(crate) rank: Rank,
+    pub(crate) prompt: Arc<[TokenId]>,
+    pub(crate) resumed: Vec<TokenId>,
+    pub(crate) sampling: SamplingState,
+    pub(crate) max_known_tokens: u32,
+    pub(crate) submitted: TimeNs,
+}
+
+/// The stop ids modulo 64, a bit each: tells most tokens from a stop id without the list.
+#[derive(Clone, Copy, Debug)]
+struct StopFilter(u64);
+
+impl StopFilter {
+    fn of(stop_tokens: &[TokenId]) -> Self {
+        Self(stop_tokens.iter().fold(0, |bits, id| bits | Self::bit(*id)))
+    }
+
+    fn may_contain(self, token: TokenId) -> bool {
+        self.0 & Self::bit(token) != 0
+    }
+
+    fn bit(token: TokenId) -> u64 {
+        1 << (token.0 % u64::BITS)
+    }
 }
 
 impl Sequence {
+    /// Waits for a place, with nothing computed.
+    pub(crate) fn new(asked: Continuation) -> Self {
+        let num_prompt_tokens = num_tokens(&asked.prompt);
+        Self {
+            stay: None,
+            request: asked.request,
+            index: asked.index,
+            num_prompt_tokens,
+            num_known_tokens: num_prompt_tokens + num_tokens(&asked.resumed),
+            max_known_tokens: asked.max_known_tokens,
+            tenant: asked.tenant,
+            stop_filter: StopFilter::of(&asked.sampling.stop_tokens),
+            prompt: asked.prompt,
+            generated: Generated::new(asked.resumed),
+            details: Box::new(Details {
+                rank: asked.rank,
+                sampling: asked.sampling,
+                submitted: asked.submitted,
+                planned: None,
+                first_token: None,
+                num_prompt_logprobs_sent: 0,
+                is_charged: false,
+            }),
+        }
+    }
+
+    /// Reads from each of its cache lines.
+    pub(crate) fn touch(&self) -> usize {
+        let last = self.generated.last().map_or(0, |token| token.0 as usize);
+        self.num_known_tokens as usize + self.prompt.len() + last
+    }
+
     pub(crate) fn num_prompt_tokens(&self) -> u32 {
-        num_tokens(&self.prompt)
+        self.num_prompt_tokens
     }
 
     pub(crate) fn num_generated_tokens(&self) -> u32 {
-        num_tokens(&self.generated)
+        self.num_known_tokens - self.num_prompt_tokens
     }
 
     pub(crate) fn num_known_tokens(&self) -> u32 {
-        self.num_prompt_tokens() + self.num_generated_tokens()
+        self.num_known_tokens
+    }
+
+    /// Whether what is counted is what is there.
+    pub(crate) fn counts_its_tokens(&self) -> bool {
+        self.prompt.len() == self.num_prompt_tokens as usize
+            && self.generated.len() == self.num_generated_tokens() as usize
     }
 
     /// How far it can be planned: to the last token that it knows or that a step in flight samples.
     /// Its very last token ends it and is never computed.
     pub(crate) fn num_plannable_tokens(&self) -> u32 {
-        let pending = self
-            .stay
-            .as_ref()
-            .map_or(0, |stay| stay.num_pending_samples);
+        let stay = self.stay.as_ref();
+        let pending = stay.map_or(0, |stay| u32::from(stay.num_pending_samples));
         (self.num_known_tokens() + pending).min(self.max_known_tokens - 1)
     }
 
@@ -83,8 +175,9 @@ impl Sequence {
             return Cow::Borrowed(&self.prompt[start..end]);
         }
         let prompt = &self.prompt[start.min(num_prompt)..];
-        let generated = &self.generated[start.saturating_sub(num_prompt)..end - num_prompt];
-        Cow::Owned([prompt, generated].concat())
+        let generated = start.saturating_sub(num_prompt)..end - num_prompt;
+        let [settled, recent] = self.generated.parts(generated);
+        Cow::Owned([prompt, settled, recent].concat())
     }
 
     /// The blocks that it may find in a cache instead of computing them. The last known token is
@@ -94,7 +187,7 @@ impl Sequence {
         &self,
         block_size_tokens: u32,
     ) -> impl Iterator<Item = Cow<'_, [TokenId]>> {
-        let num_blocks = match self.sampling.prompt_logprobs {
+        let num_blocks = match self.details.sampling.prompt_logprobs {
             Some(_) => 0,
             None => (self.num_known_tokens() - 1) / block_size_tokens,
         };
@@ -109,11 +202,12 @@ impl Sequence {
 
     /// What an instance must know before it can compute the sequence.
     pub(crate) fn join(&self, id: SequenceId) -> SequenceJoin {
+        let [settled, recent] = self.generated.parts(0..self.generated.len());
         SequenceJoin {
             sequence: id,
-            tokens: [&self.prompt[..], &self.generated[..]].concat(),
+            tokens: [&self.prompt, settled, recent].concat(),
             num_prompt_tokens: self.num_prompt_tokens(),
-            sampling: self.sampling.clone(),
+            sampling: self.details.sampling.clone(),
         }
     }
 
@@ -139,12 +233,14 @@ impl Sequence {
             return Err(Failure::MismatchedOutput { index, position });
         }
         stay.num_computed_tokens += asked.num_new_tokens;
+        if output.token.is_some() && !std::mem::replace(&mut stay.has_sampled, true) {
+            self.details.first_token.get_or_insert(now);
+        }
         self.accept_prompt_logprobs(output.prompt_logprobs, events);
         let Some(token) = output.token else {
             return Ok(None);
         };
-        self.generated.push(token);
-        self.first_token.get_or_insert(now);
+        self.learn(token);
         let event = RequestEvent::Token {
             index,
             position,
@@ -157,12 +253,21 @@ impl Sequence {
 
     /// Why nothing may follow the last generated token, if so.
     pub(crate) fn finish_reason(&self) -> Option<FinishReason> {
-        let &last = self.generated.last()?;
-        let may_stop = self.num_generated_tokens() > self.sampling.min_tokens;
-        if may_stop && self.sampling.stop_tokens.contains(&last) {
+        let last = self.generated.last()?;
+        if self.stop_filter.may_contain(last) && self.is_stop(last) {
             return Some(FinishReason::StopToken(last));
         }
         (self.num_known_tokens() >= self.max_known_tokens).then_some(FinishReason::Length)
+    }
+
+    fn learn(&mut self, token: TokenId) {
+        self.generated.push(token);
+        self.num_known_tokens += 1;
+    }
+
+    fn is_stop(&self, last: TokenId) -> bool {
+        let sampling = &self.details.sampling;
+        self.num_generated_tokens() > sampling.min_tokens && sampling.stop_tokens.contains(&last)
     }
 
     pub(crate) fn usage(&self, ended: TimeNs) -> Usage {
@@ -170,9 +275,9 @@ impl Sequence {
             prompt_tokens: self.num_prompt_tokens(),
             completion_tokens: self.num_generated_tokens(),
             times: [
-                self.submitted,
-                self.planned.unwrap_or(ended),
-                self.first_token.unwrap_or(ended),
+                self.details.submitted,
+                self.details.planned.unwrap_or(ended),
+                self.details.first_token.unwrap_or(ended),
                 ended,
             ],
         }
@@ -190,19 +295,19 @@ impl Sequence {
         mut logprobs: Vec<TokenLogprob>,
         events: &mut Vec<(RequestId, RequestEvent)>,
     ) {
-        if self.sampling.prompt_logprobs.is_none() || logprobs.is_empty() {
+        if logprobs.is_empty() || self.details.sampling.prompt_logprobs.is_none() {
             return;
         }
         let stay = self.stay.as_mut().expect("a sequence in a step stays");
-        let before = stay.num_prompt_logprobs;
-        stay.num_prompt_logprobs += num_tokens(&logprobs);
-        let offset = self.num_prompt_logprobs_sent;
+        let before = stay.holding.num_prompt_logprobs;
+        stay.holding.num_prompt_logprobs += num_tokens(&logprobs);
+        let offset = self.details.num_prompt_logprobs_sent;
         let num_had = offset.saturating_sub(before) as usize;
         if num_had >= logprobs.len() {
             return;
         }
         logprobs.drain(..num_had);
-        self.num_prompt_logprobs_sent += num_tokens(&logprobs);
+        self.details.num_prompt_logprobs_sent += num_tokens(&logprobs);
         events.push((
             self.request,
             RequestEvent::PromptLogprobs { offset, logprobs },
@@ -216,182 +321,4 @@ pub(crate) fn num_tokens<T>(items: &[T]) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Sequence {
-        /// Waits; greedy, without stop ids, up to 100 tokens.
-        pub(crate) fn for_tests(prompt: &[u32], generated: &[u32]) -> Self {
-            let tokens = |ids: &[u32]| ids.iter().copied().map(TokenId).collect::<Vec<_>>();
-            Self {
-                request: RequestId(0),
-                index: 0,
-                tenant: TenantId(0),
-                rank: Rank {
-                    priority: 0,
-                    arrival: 0,
-                },
-                prompt: tokens(prompt).into(),
-                generated: tokens(generated),
-                sampling: SamplingState {
-                    temperature: 0.0,
-                    top_k: 0,
-                    top_p: 1.0,
-                    min_p: 0.0,
-                    seed: 0,
-                    top_logprobs: None,
-                    prompt_logprobs: Some(0),
-                    min_tokens: 0,
-                    stop_tokens: Vec::new(),
-                    adjustments: None,
-                },
-                max_known_tokens: 100,
-                submitted: TimeNs(0),
-                planned: None,
-                first_token: None,
-                num_prompt_logprobs_sent: 0,
-                is_charged: false,
-                stay: None,
-            }
-        }
-
-        fn moved_in(mut self) -> Self {
-            self.stay = Some(Stay::for_tests(1));
-            self
-        }
-    }
-
-    fn output(token: Option<u32>, logprobs: &[u32]) -> SequenceOutput {
-        let logprob = |&token: &u32| TokenLogprob {
-            token: TokenId(token),
-            logprob: -1.0,
-            top: Vec::new(),
-        };
-        SequenceOutput {
-            sequence: SequenceId(1),
-            token: token.map(TokenId),
-            logprob: None,
-            prompt_logprobs: logprobs.iter().map(logprob).collect(),
-            is_corrupt: false,
-        }
-    }
-
-    fn asked(num_new_tokens: u32, samples: bool) -> Asked {
-        Asked {
-            sequence: SequenceId(1),
-            num_computed_tokens: 0,
-            num_new_tokens,
-            samples,
-        }
-    }
-
-    #[test]
-    fn blocks_run_across_the_prompts_end() {
-        let sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[6, 7, 8, 9]);
-        let ids = |index| -> Vec<u32> {
-            let block = sequence.full_block(index, 2);
-            block.iter().map(|token| token.0).collect()
-        };
-        assert_eq!([ids(0), ids(2), ids(3)], [[1, 2], [5, 6], [7, 8]]);
-    }
-
-    #[test]
-    fn the_last_token_and_prompts_with_logprobs_are_always_computed() {
-        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4], &[]);
-        assert_eq!(sequence.reusable_blocks(2).count(), 0);
-        sequence.sampling.prompt_logprobs = None;
-        assert_eq!(sequence.reusable_blocks(2).count(), 1);
-        sequence.generated.push(TokenId(5));
-        assert_eq!(sequence.reusable_blocks(2).count(), 2);
-    }
-
-    #[test]
-    fn a_sampled_token_is_known_and_not_yet_computed() {
-        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
-        let mut events = Vec::new();
-        let taken = (asked(3, true), Some(output(Some(9), &[])));
-        assert_eq!(sequence.accept(TimeNs(4), taken, &mut events), Ok(None));
-        assert_eq!(sequence.num_known_tokens(), 4);
-        assert_eq!(
-            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
-            Some(3)
-        );
-        assert_eq!(sequence.first_token, Some(TimeNs(4)));
-        assert_eq!(events.len(), 1);
-    }
-
-    #[test]
-    fn nothing_is_taken_from_an_answer_that_does_not_fit() {
-        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
-        let mut corrupt = output(Some(9), &[5]);
-        corrupt.is_corrupt = true;
-        let mut elsewhere = asked(2, true);
-        elsewhere.num_computed_tokens = 1;
-        let wrong = [
-            (elsewhere, Some(output(Some(9), &[5]))),
-            (asked(3, true), None),
-            (asked(3, true), Some(output(None, &[5]))),
-            (asked(2, false), Some(output(Some(9), &[5]))),
-            (asked(3, true), Some(corrupt)),
-        ];
-        let mut events = Vec::new();
-        for taken in wrong {
-            assert!(sequence.accept(TimeNs(4), taken, &mut events).is_err());
-        }
-        assert_eq!(sequence.num_known_tokens(), 3);
-        assert_eq!(
-            sequence.stay.as_ref().map(|s| s.num_computed_tokens),
-            Some(0)
-        );
-        assert!(events.is_empty());
-    }
-
-    #[test]
-    fn prompt_logprobs_that_come_again_are_sent_once() {
-        let mut sequence = Sequence::for_tests(&[1, 2, 3, 4, 5], &[]).moved_in();
-        let mut events = Vec::new();
-        let taken = (asked(3, false), Some(output(None, &[2, 3])));
-        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
-        let mut sequence = sequence.moved_in(); // it lost its place and got another
-        for (start, logprobs) in (0..).zip([&[2][..], &[3, 4], &[5]]) {
-            let mut asked = asked(1, false);
-            asked.num_computed_tokens = start;
-            let taken = (asked, Some(output(None, logprobs)));
-            assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), Ok(None));
-        }
-        let sent: Vec<(u32, Vec<u32>)> = events
-            .into_iter()
-            .map(|(_, event)| match event {
-                RequestEvent::PromptLogprobs { offset, logprobs } => {
-                    (offset, logprobs.iter().map(|l| l.token.0).collect())
-                }
-                other => panic!("unexpected {other:?}"),
-            })
-            .collect();
-        assert_eq!(sent, [(0, vec![2, 3]), (2, vec![4]), (3, vec![5])]);
-    }
-
-    #[test]
-    fn prompt_logprobs_that_nobody_asked_for_are_not_sent() {
-        let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
-        sequence.sampling.prompt_logprobs = None;
-        let mut events = Vec::new();
-        let taken = (asked(2, false), Some(output(None, &[2])));
-        assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
-        assert_eq!(events, []);
-    }
-
-    #[test]
-    fn the_last_token_decides_whether_a_sequence_is_finished() {
-        let mut sequence = Sequence::for_tests(&[1, 2], &[7]);
-        sequence.sampling.stop_tokens = vec![TokenId(7)];
-        let stop = Some(FinishReason::StopToken(TokenId(7)));
-        assert_eq!(sequence.finish_reason(), stop);
-        sequence.sampling.min_tokens = 1;
-        assert_eq!(sequence.finish_reason(), None);
-        sequence.max_known_tokens = 3;
-        assert_eq!(sequence.finish_reason(), Some(FinishReason::Length));
-        sequence.generated.clear();
-        assert_eq!(sequence.finish_reason(), None);
-    }
-}
+mod tests;

@@ -4,13 +4,24 @@
 //! array access. A [`Slot`] never leaves this crate: it is reused, a
 //! [`SequenceId`](crate::ids::SequenceId) is not.
 
+use std::hint::black_box;
 use std::ops::{Index, IndexMut};
 
 use crate::sequence::Sequence;
 
 /// A live sequence's place in the [`SequenceTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Slot(usize);
+pub(crate) struct Slot(u32);
+
+impl Slot {
+    fn at(index: usize) -> Self {
+        Self(u32::try_from(index).expect("admission bounds the sequences that live"))
+    }
+
+    fn index(self) -> usize {
+        self.0 as usize
+    }
+}
 
 #[derive(Debug, Default)]
 pub(crate) struct SequenceTable {
@@ -21,17 +32,27 @@ pub(crate) struct SequenceTable {
 impl SequenceTable {
     pub(crate) fn insert(&mut self, sequence: Sequence) -> Slot {
         if let Some(slot) = self.vacant.pop() {
-            self.entries[slot.0] = Some(sequence);
+            self.entries[slot.index()] = Some(sequence);
             return slot;
         }
         self.entries.push(Some(sequence));
-        Slot(self.entries.len() - 1)
+        Slot::at(self.entries.len() - 1)
     }
 
     pub(crate) fn remove(&mut self, slot: Slot) -> Sequence {
-        let sequence = self.entries[slot.0].take().expect("the slot is live");
+        let sequence = self.entries[slot.index()].take().expect("the slot is live");
         self.vacant.push(slot);
         sequence
+    }
+
+    /// Reads a little of each sequence in `slots`, and does nothing: the memory of many arrives side
+    /// by side then, where the work on one after the other would wait for each.
+    pub(crate) fn bring_near(&self, slots: impl Iterator<Item = Slot>) {
+        black_box(
+            slots
+                .map(|slot| self[slot].touch())
+                .fold(0, usize::wrapping_add),
+        );
     }
 
     /// All live sequences, by slot.
@@ -39,7 +60,7 @@ impl SequenceTable {
         self.entries
             .iter()
             .enumerate()
-            .filter_map(|(index, entry)| Some((Slot(index), entry.as_ref()?)))
+            .filter_map(|(index, entry)| Some((Slot::at(index), entry.as_ref()?)))
     }
 }
 
@@ -47,13 +68,17 @@ impl Index<Slot> for SequenceTable {
     type Output = Sequence;
 
     fn index(&self, slot: Slot) -> &Sequence {
-        self.entries[slot.0].as_ref().expect("the slot is live")
+        self.entries[slot.index()]
+            .as_ref()
+            .expect("the slot is live")
     }
 }
 
 impl IndexMut<Slot> for SequenceTable {
     fn index_mut(&mut self, slot: Slot) -> &mut Sequence {
-        self.entries[slot.0].as_mut().expect("the slot is live")
+        self.entries[slot.index()]
+            .as_mut()
+            .expect("the slot is live")
     }
 }
 
@@ -66,11 +91,11 @@ mod tests {
         let mut table = SequenceTable::default();
         let first = table.insert(Sequence::for_tests(&[1], &[]));
         let second = table.insert(Sequence::for_tests(&[2], &[]));
-        assert_eq!(table.remove(first).prompt.len(), 1);
+        assert_eq!(table.remove(first).num_prompt_tokens(), 1);
         assert_eq!(table.insert(Sequence::for_tests(&[3, 4], &[])), first);
         let live: Vec<_> = table
             .iter()
-            .map(|(slot, s)| (slot, s.prompt.len()))
+            .map(|(slot, s)| (slot, s.num_prompt_tokens()))
             .collect();
         assert_eq!(live, [(first, 2), (second, 1)]);
     }

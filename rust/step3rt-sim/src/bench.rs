@@ -137,9 +137,10 @@ fn measure(load: Load, num_steps: u32) -> Measured {
         let step = workload.prepare(lane);
         num_sequences += step.num_sequences as u64;
         let (start, cpu_start_us) = (Instant::now(), thread_cpu_us());
-        workload.run(step);
+        let answers = workload.run(step);
         *cpu_us = thread_cpu_us() - cpu_start_us;
         *wall_us = start.elapsed().as_secs_f64() * 1e6;
+        workload.note(answers);
     }
     Measured {
         resident_growth_kib: resident_kib().saturating_sub(before_kib),

@@ -45,16 +45,23 @@ pub(crate) struct Workload {
     scheduler: Scheduler,
     /// Per lane, one plan per instance.
     in_flight: Vec<Vec<StepPlan>>,
+    /// How many sequences ended in the last lane step; as many join in the next.
+    num_ended: usize,
     num_requests: u32,
     now: TimeNs,
 }
 
-/// What happens in one lane step besides the scheduler, prepared outside of what is measured.
+/// What instances and clients ask in one lane step, prepared outside of what is measured.
 pub(crate) struct LaneStep {
     outputs: Vec<StepOutput>,
-    /// As many requests as can end in this step.
-    spare: Vec<Request>,
+    requests: Vec<Request>,
     pub(crate) num_sequences: usize,
+}
+
+/// What they get in one lane step; looked at outside of what is measured.
+pub(crate) struct Answers {
+    plans: Vec<StepPlan>,
+    events: Vec<(RequestId, RequestEvent)>,
 }
 
 impl Workload {
@@ -85,6 +92,7 @@ impl Workload {
         let mut workload = Self {
             scheduler,
             in_flight: vec![Vec::new(); usize::from(load.num_lanes)],
+            num_ended: 0,
             num_requests: 0,
             now,
         };
@@ -95,7 +103,8 @@ impl Workload {
         for _ in 0..3 * MEAN_LIFE_STEPS {
             for lane in 0..usize::from(load.num_lanes) {
                 let step = workload.prepare(lane);
-                workload.run(step);
+                let answers = workload.run(step);
+                workload.note(answers);
             }
         }
         workload
@@ -108,31 +117,32 @@ impl Workload {
         self.now = self.now.plus_ms(1);
         LaneStep {
             outputs: answered.iter().map(answer).collect(),
-            // Far more than the one in a hundred that end.
-            spare: (0..num_sequences / 8 + 8)
-                .map(|_| self.next_request())
-                .collect(),
+            requests: (0..self.num_ended).map(|_| self.next_request()).collect(),
             num_sequences,
         }
     }
 
-    /// Everything that the drive loop asks of the scheduler for one lane step: take the outputs,
-    /// submit as many requests as ended, plan, and take the events.
-    pub(crate) fn run(&mut self, step: LaneStep) {
+    /// Everything that the drive loop asks of the scheduler for one lane step: take the outputs and
+    /// as many requests as ended in the step before, plan, and take the events.
+    pub(crate) fn run(&mut self, step: LaneStep) -> Answers {
         for output in step.outputs {
             self.scheduler.handle(self.now, Event::StepDone(output));
         }
-        let events = self.scheduler.take_events();
-        let is_end = |event: &RequestEvent| matches!(event, RequestEvent::Finished { .. });
-        let num_ended = events.iter().filter(|(_, event)| is_end(event)).count();
-        let num_spare = step.spare.len();
-        for request in step.spare.into_iter().take(num_ended) {
+        for request in step.requests {
             self.scheduler.handle(self.now, Event::Submit(request));
         }
-        assert!(num_ended <= num_spare, "{num_ended} ended in one step");
-        let plans = self.scheduler.plan(self.now);
-        drop(self.scheduler.take_events());
-        for plan in plans {
+        Answers {
+            plans: self.scheduler.plan(self.now),
+            events: self.scheduler.take_events(),
+        }
+    }
+
+    /// Keeps in mind what the next lane steps start from.
+    pub(crate) fn note(&mut self, answers: Answers) {
+        let is_end = |event: &RequestEvent| matches!(event, RequestEvent::Finished { .. });
+        let ends = answers.events.iter().filter(|(_, event)| is_end(event));
+        self.num_ended = ends.count();
+        for plan in answers.plans {
             self.in_flight[usize::from(plan.key.lane.0)].push(plan);
         }
     }
@@ -201,7 +211,8 @@ mod tests {
         let counts = (0..200).map(|step| {
             let step = workload.prepare(step % 2);
             let num_sequences = step.num_sequences;
-            workload.run(step);
+            let answers = workload.run(step);
+            workload.note(answers);
             num_sequences
         });
         let counts: Vec<usize> = counts.collect();
