@@ -16,9 +16,10 @@ __device__ __forceinline__ int cluster_ctarank() {
   return static_cast<int>(rank);
 }
 
-// Releases this thread's writes to every thread of the cluster. Each thread arrives, then waits.
-__device__ __forceinline__ void barrier_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// Orders nothing but the arrival itself; a release, here as at an mbarrier of another CTA, would be a
+// fence of the whole GPU. Each thread arrives, then waits.
+__device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_cluster_wait() {
@@ -32,18 +33,19 @@ __device__ __forceinline__ uint32_t mapa_shared_cluster(uint32_t address, int ra
   return mapped;
 }
 
-__device__ __forceinline__ float4 ld_shared_cluster(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
+// Stores into the shared memory of a CTA of the cluster and completes 16 bytes on a barrier there.
+__device__ __forceinline__ void st_async(uint32_t address, float4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4},"
+      " [%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
 }
 
-// Arrives at the barrier with this one's address in the CTA of rank `rank`.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+// Arrives at the barrier with this one's address in the CTA of rank `rank`. Says that this thread's
+// reads are done; its writes are not released.
+__device__ __forceinline__ void mbarrier_arrive_relaxed_cluster(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                    mapa_shared_cluster(shared_address(barrier), rank))
                : "memory");
 }
@@ -71,15 +73,5 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d_multicast(void* destinat
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(
           shared_address(destination)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ctas), "l"(l2_policy)
-      : "memory");
-}
-
-// One box of a 2-D tensor map into L2.
-__device__ __forceinline__ void cp_async_bulk_prefetch_tensor_2d(const TensorMap* map, int x, int y,
-                                                                 uint64_t l2_policy) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.2d.L2.global.tile.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(
-          map),
-      "r"(x), "r"(y), "l"(l2_policy)
       : "memory");
 }

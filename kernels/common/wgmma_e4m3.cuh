@@ -20,17 +20,20 @@
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
   "%79"
 
-#define STEP3RT_WGMMA(n, regs, count, a, b, p, ...)                                                \
+#define STEP3RT_R80_95 \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+
+#define STEP3RT_WGMMA(n, regs, count, a, b, p, ...)                                       \
   __device__ __forceinline__ void wgmma_e4m3_ss(float (&d)[count], uint64_t a_descriptor, \
-                                                         uint64_t b_descriptor, bool accumulate) { \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\n"                                                                       \
-        "setp.ne.b32 p, " p                                                                        \
-        ", 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" regs "}, " a ", " b           \
-        ", p, 1, 1;\n}\n"                                                                          \
-        : __VA_ARGS__                                                                              \
-        : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)));                \
+                                                uint64_t b_descriptor, bool accumulate) { \
+    asm volatile(                                                                         \
+        "{\n.reg .pred p;\n"                                                              \
+        "setp.ne.b32 p, " p                                                               \
+        ", 0;\n"                                                                          \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" regs "}, " a ", " b  \
+        ", p, 1, 1;\n}\n"                                                                 \
+        : __VA_ARGS__                                                                     \
+        : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)));       \
   }
 
 STEP3RT_WGMMA(64, STEP3RT_R0_31, 32, "%32", "%33", "%34", STEP3RT_D32(d, 0))
@@ -49,6 +52,11 @@ STEP3RT_WGMMA(160,
               80, "%80", "%81", "%82", STEP3RT_D32(d, 0), STEP3RT_D32(d, 32), STEP3RT_D8(d, 64),
               STEP3RT_D8(d, 72))
 
+STEP3RT_WGMMA(192,
+              STEP3RT_R0_31 ", " STEP3RT_R32_39 ", " STEP3RT_R40_47 ", " STEP3RT_R48_55
+                            ", " STEP3RT_R56_63 ", " STEP3RT_R64_79 ", " STEP3RT_R80_95,
+              96, "%96", "%97", "%98", STEP3RT_D32(d, 0), STEP3RT_D32(d, 32), STEP3RT_D32(d, 64))
+
 #undef STEP3RT_WGMMA
 #undef STEP3RT_D8
 #undef STEP3RT_D32
@@ -58,3 +66,4 @@ STEP3RT_WGMMA(160,
 #undef STEP3RT_R48_55
 #undef STEP3RT_R56_63
 #undef STEP3RT_R64_79
+#undef STEP3RT_R80_95

@@ -6,10 +6,11 @@
 //   w_scale  f32[N/128, K/128]      of 128x128 blocks
 //   out      bf16[M, N]             sum over k of x x_scale * w w_scale
 //
-// Tile            STEP3RT_TILE_M tokens x STEP3RT_TILE_N outputs; K is cut into STEP3RT_SPLIT equal
-//                 parts. A cluster holds the parts of STEP3RT_CAST neighbouring output tiles
-// Threads         math warpgroups (STEP3RT_TILE_M / 64, two at most), then one producer warp
-// Shared memory   STEP3RT_STAGES x 128 B x (TILE_M + TILE_N), barriers
+// Tile            TILE_M tokens x TILE_N outputs; K is cut into SPLIT parts. A cluster holds the parts
+//                 of CAST neighbouring output tiles. See linear_layout.cuh for these choices
+// Threads         1 or 2 math warpgroups (up to 240 registers), a producer warpgroup (24 or 32): one
+//                 warp copies, three bring scales
+// Shared memory   STAGES x (128 B x (TILE_M + TILE_N) + scales), barriers; up to 227 KiB
 // Roofline        HBM: N K bytes of weights, up to about 160 tokens; beyond it the tensor cores
 // Accuracy        The FP8 tensor core truncates its accumulator: 128 of K go into their own, which
 //                 is scaled and added to the sum in fp32
@@ -24,116 +25,9 @@
 #include "common/cluster.cuh"
 #include "common/ptx.cuh"
 #include "common/tma.cuh"
-#include "common/types.cuh"
 #include "common/wgmma.cuh"
 #include "common/wgmma_e4m3.cuh"
-
-// The launcher's choice; these defaults fit every shape.
-#ifndef STEP3RT_TILE_M
-#define STEP3RT_TILE_M 128
-#define STEP3RT_TILE_N 128
-#define STEP3RT_SPLIT 1
-#define STEP3RT_CAST 1
-#define STEP3RT_STAGES 6
-#define STEP3RT_CTAS_PER_SM 1
-#define STEP3RT_OVERLAP 1
-#define STEP3RT_PREFETCH 0
-#endif
-
-constexpr int kTileM = STEP3RT_TILE_M;
-constexpr int kTileN = STEP3RT_TILE_N;
-constexpr int kSplit = STEP3RT_SPLIT;    // CTAs that share a tile, each with its part of K
-constexpr int kCast = STEP3RT_CAST;      // CTAs that share a part of x, for tiles side by side
-constexpr int kStages = STEP3RT_STAGES;  // of the ring
-constexpr int kClusterCtas = kSplit * kCast;
-
-constexpr int kBlockK = 128;  // bytes and elements: the scales' granularity and the swizzle's width
-constexpr int kBlockN = 128;  // rows of one weight scale
-constexpr int kStepBytes = 32;  // wgmma K
-constexpr int kSteps = kBlockK / kStepBytes;
-constexpr int kRowGroupBytes = 8 * kBlockK;
-constexpr int kMmaRows = 64;
-constexpr int kMathGroups = kTileM / kMmaRows < 2 ? 1 : 2;
-constexpr int kRowBlocks = kTileM / kMmaRows / kMathGroups;  // of each math warpgroup
-constexpr int kMathThreads = kMathGroups * kWarpgroupThreads;
-constexpr int kMathWarps = kMathThreads / kWarpThreads;
-constexpr int kThreads = kMathThreads + kWarpgroupThreads;
-// A single math warpgroup has enough registers with two CTAs on an SM, and 255 at entry would be more
-// than setmaxnreg can name.
-constexpr int kCtasPerSm = kMathGroups == 1 && STEP3RT_CTAS_PER_SM < 2 ? 2 : STEP3RT_CTAS_PER_SM;
-// Registers per thread that the launch bounds leave, then moved from the producer to the math.
-constexpr int kEntryRegs = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
-constexpr int kProducerRegs = 24;
-constexpr int kFreeRegs = (kEntryRegs + (kEntryRegs - kProducerRegs) / kMathGroups) / 8 * 8;
-constexpr int kMathRegs = kFreeRegs < 240 ? kFreeRegs : 240;
-constexpr int kRegs = kMmaRows * kTileN / kWarpgroupThreads;  // accumulators per row block
-constexpr int kPairs = kTileN / 16;                           // of 8-column groups
-constexpr int kBarrierMath = 1;
-constexpr bool kMayStraddle = kBlockN % kTileN != 0;  // a tile may lie in two scale blocks
-constexpr bool kOverlap = STEP3RT_OVERLAP != 0;
-constexpr int kPrefetch =
-    STEP3RT_PREFETCH;  // blocks of K that follow the ring's first pass into L2
-
-static_assert(kTileM % (kCast * 8) == 0 && kTileM <= 256, "a CTA casts whole swizzle groups of x");
-static_assert(kTileN % 16 == 0 && kTileN <= 256, "outputs are stored in pairs of column groups");
-static_assert(kClusterCtas <= 8, "the portable cluster size");
-
-// Parts of a sum in the layout of the registers; unit = (row block, row half, pair of column
-// groups) of 32 rows x 16 columns.
-constexpr int kUnits = kTileM / kMmaRows * 2 * kPairs;
-struct PartialTile {
-  float4 unit[kUnits][kWarpgroupThreads];
-};
-
-struct Ring {
-  uint8_t x[kStages][kTileM * kBlockK];
-  uint8_t w[kStages][kTileN * kBlockK];
-};
-
-// Shared memory, from a 1,024-byte aligned base (the period of the 128-byte swizzle).
-struct alignas(1024) Shared {
-  union {
-    Ring ring;
-    PartialTile partial;  // when the ring has run dry
-  };
-  uint64_t full[kStages];   // completes when x and w have landed
-  uint64_t empty[kStages];  // completes when the math warps of all CTAs of the cast are done
-};
-static_assert(kSplit == 1 || sizeof(PartialTile) <= sizeof(Ring), "partial sums need the room");
-
-struct LinearParams {
-  const float* x_scale;
-  const float* w_scale;
-  uint16_t* out;
-  int num_tokens;
-  int num_outputs;
-  int num_blocks;  // K / 128
-  int num_tiles_m;
-};
-
-// What this CTA computes. Clusters of the same weights are neighbours, so that these are read from
-// L2 by all but one of them.
-struct Work {
-  int first_token;
-  int first_output;
-  int first_block;  // of K
-  int num_blocks;
-  int split;  // rank among the CTAs of the same tile
-  int cast;   // rank among the CTAs that share x
-};
-
-__device__ __forceinline__ Work load_work(const LinearParams& params) {
-  const int rank = cluster_ctarank();
-  const int cluster = blockIdx.x / kClusterCtas;
-  Work work;
-  work.split = rank / kCast;
-  work.cast = rank % kCast;
-  work.first_token = cluster % params.num_tiles_m * kTileM;
-  work.first_output = (cluster / params.num_tiles_m * kCast + work.cast) * kTileN;
-  work.num_blocks = params.num_blocks / kSplit;
-  work.first_block = work.split * work.num_blocks;
-  return work;
-}
+#include "gemm/linear_layout.cuh"
 
 // ---- producer ------------------------------------------------------------------------------
 
@@ -169,10 +63,6 @@ struct Producer {
   // Weights that need no wait: the first pass through the ring.
   __device__ __forceinline__ void start() const {
     for (int i = 0; i < kStages && i < work.num_blocks; ++i) load_w(i, i);
-    for (int i = kStages; i < kStages + kPrefetch && i < work.num_blocks; ++i) {
-      cp_async_bulk_prefetch_tensor_2d(w_map, (work.first_block + i) * kBlockK, work.first_output,
-                                       w_policy);
-    }
   }
 
   __device__ __forceinline__ void run() const {
@@ -188,57 +78,81 @@ struct Producer {
   }
 };
 
+// One of the warps that bring the scales of every third block of K, several blocks ahead.
+__device__ __forceinline__ void produce_scales(Shared& shared, const LinearParams& params,
+                                               const Work& work, int warp) {
+  constexpr int kRows = 4;  // of a lane at a time: this warpgroup has few registers
+  const int lane = threadIdx.x % kWarpThreads;
+  const float* w_scale = params.w_scale + work.first_output / kBlockN * params.num_blocks;
+  const bool straddles = kMayStraddle && work.first_scale_columns() < kTileN;
+  griddepcontrol_wait();
+  for (int i = warp; i < work.num_blocks; i += kScaleWarps) {
+    const int block = work.first_block + i;
+    const int stage = i % kStages;
+    float w[kScaleBlocks];
+    w[0] = w_scale[block];
+    if constexpr (kMayStraddle) w[1] = straddles ? w_scale[params.num_blocks + block] : 0.0f;
+#pragma unroll 1
+    for (int row = lane; row < kTileM; row += kRows * kWarpThreads) {
+      float x[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        // Rows past the last token get that one's scale: their sums are not stored.
+        const int t = min(work.first_token + row + r * kWarpThreads, params.num_tokens - 1);
+        x[r] = ld_global_cg(params.x_scale + t * params.num_blocks + block);
+      }
+      if (i >= kStages) mbarrier_wait(&shared.empty[stage], (i / kStages - 1) & 1);
+      __syncwarp();
+#pragma unroll
+      for (int s = 0; s < kScaleBlocks; ++s) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (kTileM % (kRows * kWarpThreads) == 0 || row + r * kWarpThreads < kTileM) {
+            shared.scale[stage][s][row + r * kWarpThreads] = x[r] * w[s];
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.full[stage]);
+  }
+}
+
 // ---- math ----------------------------------------------------------------------------------
 
-// Scales of one 128 of K for the rows and columns of this thread.
+// Of one block of K: for the two rows of this thread, the first and the second scale block.
 struct Scales {
-  float x[kRowBlocks][2];
-  float w[2];  // of the tile's first and second scale block
+  float first[2];
+  float second[2];
 };
 
 struct MathThread {
   const LinearParams& params;
   const Work& work;
-  int row;      // first of this thread, within the tile: row block 0, row half 0
-  int columns;  // of the tile that lie in its first scale block
+  int row;  // first of this thread, within the tile: row block 0, row half 0
 
-  __device__ __forceinline__ int token(int row_block, int half) const {
-    return work.first_token + row + row_block * kMmaRows + half * 8;
-  }
-
-  // x_scale may be younger than what L1 holds; rows past the last token read that one's.
-  __device__ __forceinline__ Scales load_scales(int i) const {
-    const int block = work.first_block + min(i, work.num_blocks - 1);
+  __device__ __forceinline__ Scales load_scales(const Shared& shared, int stage, int b) const {
     Scales scales;
 #pragma unroll
-    for (int b = 0; b < kRowBlocks; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int t = min(token(b, h), params.num_tokens - 1);
-        scales.x[b][h] = ld_global_cg(params.x_scale + t * params.num_blocks + block);
-      }
-    }
-    const int first = work.first_output / kBlockN;
-    scales.w[0] = params.w_scale[first * params.num_blocks + block];
-    scales.w[1] = scales.w[0];
-    if (kMayStraddle && columns < kTileN) {
-      scales.w[1] = params.w_scale[(first + 1) * params.num_blocks + block];
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + b * kMmaRows + 8 * h;
+      scales.first[h] = shared.scale[stage][0][r];
+      scales.second[h] = kMayStraddle ? shared.scale[stage][kScaleBlocks - 1][r] : 0.0f;
     }
     return scales;
   }
 
   // sum += product * scales
-  __device__ __forceinline__ void promote(const float (&product)[kRegs], const float (&x)[2],
-                                          const float (&w)[2], float (&sum)[kRegs]) const {
-    const float first[2] = {x[0] * w[0], x[1] * w[0]};
-    const float second[2] = {x[0] * w[1], x[1] * w[1]};
+  __device__ __forceinline__ void promote(const float (&product)[kRegs], const Scales& scales,
+                                          float (&sum)[kRegs]) const {
+    const int columns = work.first_scale_columns();
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const bool is_second = kMayStraddle && 16 * p >= columns;
 #pragma unroll
       for (int i = 8 * p; i < 8 * p + 8; ++i) {
         const int h = i / 2 % 2;
-        sum[i] = fmaf(product[i], is_second ? second[h] : first[h], sum[i]);
+        sum[i] = fmaf(product[i], is_second ? scales.second[h] : scales.first[h], sum[i]);
       }
     }
   }
@@ -290,17 +204,111 @@ __device__ __forceinline__ void release(uint64_t* barrier, const Work& work, boo
   if constexpr (kCast == 1) {
     if (lane == 0) mbarrier_arrive(barrier);
   } else {
-    if (lane < kCast) mbarrier_arrive_cluster(barrier, work.split * kCast + lane);
+    if (lane == work.cast) {
+      mbarrier_arrive(barrier);
+    } else if (lane < kCast) {
+      mbarrier_arrive_relaxed_cluster(barrier, work.split * kCast + lane);
+    }
   }
 }
 
-// The parts of a tile's sum are added in the order of K, each unit by one of the CTAs.
+// The consuming side of the ring.
+struct MathRing {
+  Shared& shared;
+  const Work& work;
+  RingCursor<kStages> cursor;
+  int remaining;
+
+  __device__ __forceinline__ void release_stage() {
+    release(&shared.empty[cursor.stage], work, remaining > kStages);
+    cursor.advance();
+    --remaining;
+  }
+};
+
+// The products of `kBlocks` blocks of K, a unit per block and row block, in order.
+template <int kBlocks>
+struct Chunk {
+  const MathThread& math;
+  MathRing& ring;
+  int group;
+  float (&sum)[kRowBlocks][kRegs];
+  RingCursor<kStages> ahead;
+
+  static constexpr int kCount = kBlocks * kRowBlocks;
+
+  __device__ __forceinline__ void issue(int unit, float (&product)[kRegs]) {
+    const int b = unit % kRowBlocks;
+    if (b == 0) acquire(&ring.shared.full[ahead.stage], ahead.parity);
+    multiply(ring.shared, ahead.stage, group * kRowBlocks + b, product);
+    if (b == kRowBlocks - 1) ahead.advance();
+  }
+
+  // Waits until all but `kPending` products are there and adds the oldest to the sum.
+  template <int kPending>
+  __device__ __forceinline__ void finish(int unit, float (&product)[kRegs]) {
+    const int b = unit % kRowBlocks;
+    const Scales scales = math.load_scales(ring.shared, ring.cursor.stage, b);
+    wgmma_wait_group<kPending>(product);
+    if (b == kRowBlocks - 1) ring.release_stage();
+    math.promote(product, scales, sum[b]);
+  }
+
+  // One product after the other: the other warpgroup multiplies while this one scales.
+  __device__ __forceinline__ void run_singly() {
+    float product[kRegs];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      issue(u, product);
+      finish<0>(u, product);
+    }
+  }
+
+  // Products are issued one ahead of the one that is scaled. Nothing is in flight at the end, which
+  // is all that the compiler can follow in a loop.
+  __device__ __forceinline__ void run_ahead() {
+    float even[kRegs];
+    float odd[kRegs];
+    issue(0, even);
+#pragma unroll
+    for (int u = 0; u < kCount; u += 2) {
+      if (u + 1 == kCount) {
+        finish<0>(u, even);
+        break;
+      }
+      issue(u + 1, odd);
+      finish<1>(u, even);
+      if (u + 2 < kCount) {
+        issue(u + 2, even);
+        finish<1>(u + 1, odd);
+      } else {
+        finish<0>(u + 1, odd);
+      }
+    }
+  }
+};
+
+template <int kBlocks>
+__device__ __forceinline__ void run_chunk(const MathThread& math, MathRing& ring, int group,
+                                          float (&sum)[kRowBlocks][kRegs]) {
+  Chunk<kBlocks> chunk = {math, ring, group, sum, ring.cursor};
+  if constexpr (kChunk == 0) {
+    chunk.run_singly();
+  } else {
+    chunk.run_ahead();
+  }
+}
+
+// Every CTA sends its part of each unit to the CTA that owns it and adds up its own units, in the
+// order of K.
 __device__ __forceinline__ void reduce(Shared& shared, const MathThread& math, int group,
                                        const float (&sum)[kRowBlocks][kRegs]) {
-  constexpr int kTurn = kSplit * kMathGroups;
-  constexpr int kTurns = (kUnits + kTurn - 1) / kTurn;
   const int thread = threadIdx.x % kWarpgroupThreads;
-  bar_sync<kBarrierMath, kMathThreads>();  // the other warpgroup is done with the ring
+  const Work& work = math.work;
+  barrier_cluster_arrive_relaxed();  // all rings have run dry
+  barrier_cluster_wait();
+  const uint32_t parts = shared_address(&shared.parts.unit[work.split][0][thread]);
+  const uint32_t summed = shared_address(&shared.summed);
 #pragma unroll
   for (int b = 0; b < kRowBlocks; ++b) {
 #pragma unroll
@@ -308,31 +316,29 @@ __device__ __forceinline__ void reduce(Shared& shared, const MathThread& math, i
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
         const int i = 8 * p + 2 * h;
-        shared.partial.unit[((group * kRowBlocks + b) * 2 + h) * kPairs + p][thread] =
-            make_float4(sum[b][i], sum[b][i + 1], sum[b][i + 4], sum[b][i + 5]);
+        const int unit = ((group * kRowBlocks + b) * 2 + h) * kPairs + p;
+        const int rank = unit % kSplit * kCast + work.cast;
+        st_async(mapa_shared_cluster(parts + unit / kSplit * kUnitBytes, rank),
+                 make_float4(sum[b][i], sum[b][i + 1], sum[b][i + 4], sum[b][i + 5]),
+                 mapa_shared_cluster(summed, rank));
       }
     }
   }
-  barrier_cluster_arrive();
-  barrier_cluster_wait();
+  mbarrier_wait(&shared.summed, 0);
+  __syncwarp();
   const int thread_row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
-#pragma unroll 2
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int unit = (turn * kMathGroups + group) * kSplit + math.work.split;
-    if (kUnits % kTurn != 0 && unit >= kUnits) break;
-    const uint32_t address = shared_address(&shared.partial.unit[unit][thread]);
-    float4 part[kSplit];
-#pragma unroll
-    for (int s = 0; s < kSplit; ++s) {
-      part[s] = ld_shared_cluster(mapa_shared_cluster(address, s * kCast + math.work.cast));
-    }
-    float4 total = part[0];
+#pragma unroll 4
+  for (int i = group; i < kUnitsPerCta; i += kMathGroups) {
+    const int unit = i * kSplit + work.split;
+    if (kUnits % kSplit != 0 && unit >= kUnits) break;
+    float4 total = shared.parts.unit[0][i][thread];
 #pragma unroll
     for (int s = 1; s < kSplit; ++s) {
-      total.x += part[s].x;
-      total.y += part[s].y;
-      total.z += part[s].z;
-      total.w += part[s].w;
+      const float4 part = shared.parts.unit[s][i][thread];
+      total.x += part.x;
+      total.y += part.y;
+      total.z += part.z;
+      total.w += part.w;
     }
     const int rows = unit / kPairs;  // row block and half
     math.store(rows / 2 * kMmaRows + rows % 2 * 8 + thread_row, unit % kPairs, total);
@@ -345,8 +351,7 @@ __device__ __forceinline__ void compute(Shared& shared, const LinearParams& para
   const int thread = threadIdx.x % kWarpgroupThreads;
   const MathThread math = {
       params, work,
-      group * kRowBlocks * kMmaRows + thread / kWarpThreads * 16 + thread % kWarpThreads / 4,
-      kBlockN - work.first_output % kBlockN};
+      group * kRowBlocks * kMmaRows + thread / kWarpThreads * 16 + thread % kWarpThreads / 4};
   float sum[kRowBlocks][kRegs];
 #pragma unroll
   for (int b = 0; b < kRowBlocks; ++b) {
@@ -354,60 +359,22 @@ __device__ __forceinline__ void compute(Shared& shared, const LinearParams& para
     for (int i = 0; i < kRegs; ++i) sum[b][i] = 0.0f;
   }
 
-  Scales next = math.load_scales(0);
-  RingCursor<kStages> cursor;
-  if constexpr (kOverlap) {
-    // Two products at a time: the second is multiplied while the first is scaled.
-    int i = 0;
-    for (; i + 1 < work.num_blocks; i += 2) {
-      const Scales first = next;
-      const Scales second = math.load_scales(i + 1);
-      next = math.load_scales(i + 2);
-      float even[kRegs];
-      float odd[kRegs];
-      uint64_t* const even_empty = &shared.empty[cursor.stage];
-      acquire(&shared.full[cursor.stage], cursor.parity);
-      multiply(shared, cursor.stage, group, even);
-      cursor.advance();
-      acquire(&shared.full[cursor.stage], cursor.parity);
-      multiply(shared, cursor.stage, group, odd);
-      wgmma_wait_group<1>(even);
-      release(even_empty, work, i + kStages < work.num_blocks);
-      math.promote(even, first.x[0], first.w, sum[0]);
-      wgmma_wait_group<0>(odd);
-      release(&shared.empty[cursor.stage], work, i + 1 + kStages < work.num_blocks);
-      math.promote(odd, second.x[0], second.w, sum[0]);
-      cursor.advance();
-    }
-    if (i < work.num_blocks) {
-      float last[kRegs];
-      acquire(&shared.full[cursor.stage], cursor.parity);
-      multiply(shared, cursor.stage, group, last);
-      wgmma_wait_group<0>(last);
-      math.promote(last, next.x[0], next.w, sum[0]);
-    }
-  } else {
-    for (int i = 0; i < work.num_blocks; ++i) {
-      const Scales now = next;
-      next = math.load_scales(i + 1);
-      acquire(&shared.full[cursor.stage], cursor.parity);
-      float product[kRegs];
-#pragma unroll
-      for (int b = 0; b < kRowBlocks; ++b) {
-        multiply(shared, cursor.stage, group * kRowBlocks + b, product);
-        wgmma_wait_group<0>(product);
-        if (b == kRowBlocks - 1) {
-          release(&shared.empty[cursor.stage], work, i + kStages < work.num_blocks);
-        }
-        math.promote(product, now.x[b], now.w, sum[b]);
-      }
-      cursor.advance();
-    }
+  MathRing ring = {shared, work, RingCursor<kStages>(), work.num_blocks};
+  constexpr int kBlocks = kChunk == 0 ? 1 : kChunk;
+  // The warpgroups drain at different times, so that the tensor cores always have work.
+  if (kBlocks > 1 && group == 1 && ring.remaining > kBlocks / 2) {
+    run_chunk<(kBlocks + 1) / 2>(math, ring, group, sum);
   }
+  while (ring.remaining >= kBlocks) run_chunk<kBlocks>(math, ring, group, sum);
+  if (kBlocks > 2) {
+    while (ring.remaining >= 2) run_chunk<2>(math, ring, group, sum);
+  }
+  if (kBlocks > 1 && ring.remaining > 0) run_chunk<1>(math, ring, group, sum);
 
   if constexpr (kSplit > 1) {
     reduce(shared, math, group, sum);
   } else {
+    if constexpr (kCast > 1) barrier_cluster_arrive_relaxed();  // what is cast here has arrived
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
 #pragma unroll
@@ -420,14 +387,7 @@ __device__ __forceinline__ void compute(Shared& shared, const LinearParams& para
         }
       }
     }
-  }
-}
-
-// The other CTAs of the cluster may still read from this one, or cast into it.
-__device__ __forceinline__ void leave() {
-  if constexpr (kClusterCtas > 1) {
-    barrier_cluster_arrive();
-    barrier_cluster_wait();
+    if constexpr (kCast > 1) barrier_cluster_wait();
   }
 }
 
@@ -449,34 +409,39 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1)
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.full[i], 2);  // the copying thread and a scale warp
       mbarrier_init(&shared.empty[i], kCast * kMathWarps);
     }
+    mbarrier_init(&shared.summed, 1);
     fence_mbarrier_init();
+    const int num_units = (kUnits - work.split + kSplit - 1) / kSplit;
+    mbarrier_arrive_expect_tx(&shared.summed, kSplit * num_units * kUnitBytes);
     producer.start();
   }
   __syncwarp();
   if constexpr (kClusterCtas > 1) {
-    barrier_cluster_arrive();  // nobody casts before all barriers are set up
+    barrier_cluster_arrive_relaxed();  // nobody casts before all barriers are set up
     barrier_cluster_wait();
-  } else {
-    __syncthreads();
   }
+  __syncthreads();
 
   if (warpgroup == kMathGroups) {
     setmaxnreg_dec<kProducerRegs>();
-    if (is_producer) producer.run();
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x % kWarpgroupThreads / kWarpThreads, 0);
+    if (warp > 0) {
+      produce_scales(shared, params, work, warp - 1);
+    } else if (is_producer) {
+      producer.run();
+    }
     __syncwarp();
-    if constexpr (kSplit > 1) {  // the math warps meet twice
-      barrier_cluster_arrive();
+    if constexpr (kClusterCtas > 1) {
+      barrier_cluster_arrive_relaxed();
       barrier_cluster_wait();
     }
-    leave();
   } else {
     setmaxnreg_inc<kMathRegs>();
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();  // after the wait: then the grid before is done, too
     compute(shared, params, work);
-    leave();
   }
 }

@@ -48,7 +48,7 @@ def linear() -> None:
     weight_scale = torch.rand(5, 8, device=DEVICE) + 0.5
     want = reference_linear_fp8(x, x_scale, weight, weight_scale)
     for variant in (
-        LinearVariant(128, 128, split=1, cast=1, stages=6, is_overlapped=True),
+        LinearVariant(128, 128, split=1, cast=1, stages=6),
         LinearVariant(64, 80, split=2, cast=4, stages=3, ctas_per_sm=2),
         LinearVariant(256, 80, split=4, cast=2, stages=4),
     ):

@@ -23,8 +23,10 @@ TOKENS = (1, 64, 128, 256, 512, 1024, 2048)
 ERROR_BOUND = 2e-3
 MIN_LAUNCHES = 16
 _SHARED_BYTES = 227 * 1024
-_SHARED_BYTES_OF_TWO = 113 * 1024
 _MAX_CLUSTER = 8
+_MIN_CTAS = 80
+_MAX_SPLIT_CTAS = 132
+"""A cut of K that needs more than one CTA for each SM saves nothing."""
 
 
 def linear_rows(has_peers: bool) -> Iterator[Row]:
@@ -80,25 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def candidates(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[LinearVariant]:
-    """Variants worth measuring: whole clusters, at least three stages, registers that suffice."""
+    """Variants worth measuring: whole clusters, three stages, and a CTA for most SMs."""
     for tile_m, tile_n in itertools.product((64, 128, 256), (64, 80, 112, 128, 160)):
         if tile_m * tile_n > 256 * 128 or tile_m >= 2 * max(num_tokens, 64):
             continue
-        accumulators = min(tile_m, 128) // 64 * tile_n
-        for split, cast, ctas_per_sm in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2)):
-            room = _SHARED_BYTES if ctas_per_sm == 1 else _SHARED_BYTES_OF_TWO
-            stages = (room - GROUP_SIZE) // ((tile_m + tile_n) * GROUP_SIZE)
-            # Two CTAs on an SM: 104 registers for two math warpgroups, 232 for one.
-            if ctas_per_sm == 2 and accumulators > 160:
+        stages = min(9, _SHARED_BYTES // ((tile_m + tile_n + 8) * GROUP_SIZE))
+        for split, cast in itertools.product(range(1, _MAX_CLUSTER + 1), (1, 4)):
+            if stages < 3 or split * cast > _MAX_CLUSTER or (cast > 1 and tile_m > 64):
                 continue
-            if stages < 3 or split * cast > _MAX_CLUSTER:
+            variant = LinearVariant(tile_m, tile_n, split, cast, stages, 1, _chunk(tile_m, tile_n))
+            num_ctas = variant.num_ctas(num_tokens, num_outputs)
+            if num_ctas < _MIN_CTAS or (split > 1 and num_ctas > _MAX_SPLIT_CTAS):
                 continue
-            is_overlapped = tile_m <= 128 and (ctas_per_sm == 1 or tile_m == 64) and tile_n <= 128
-            variant = LinearVariant(
-                tile_m, tile_n, split, cast, min(stages, 8), ctas_per_sm, is_overlapped
-            )
             if variant.fits(num_outputs, num_inputs):
                 yield variant
+
+
+def _chunk(tile_m: int, tile_n: int) -> int:
+    """The longest chunk whose products fit in registers beside the sums."""
+    if tile_m == 256:
+        return 2 if tile_n <= 80 else 1 if tile_n <= 112 else 0
+    return 4 if tile_n <= 128 else 0
 
 
 class _LinearBench:

@@ -19,10 +19,8 @@ class LinearVariant:
 
     A CTA computes `tile_m` tokens x `tile_n` outputs over 1 / `split` of K; `cast` CTAs of
     neighbouring outputs read their rows once, together. `stages` of the ring; `ctas_per_sm` that
-    fit at the same time, so that one launch can start where the last one drains. `is_overlapped`:
-    a warpgroup multiplies one block of K while it scales the one before. `prefetch`: blocks of K
-    that go into L2 behind the first `stages`, which are in shared memory, before the wait for the
-    previous kernel.
+    may share an SM, so that one launch starts where the last one drains. A warpgroup runs through
+    `chunk` blocks of K with one product always ahead of the one it scales; 0: with none ahead.
     """
 
     tile_m: int
@@ -31,8 +29,7 @@ class LinearVariant:
     cast: int
     stages: int
     ctas_per_sm: int = 1
-    is_overlapped: bool = False
-    prefetch: int = 0
+    chunk: int = 4
 
     @property
     def cluster_ctas(self) -> int:
@@ -48,8 +45,11 @@ class LinearVariant:
     def shared_bytes(self) -> int:
         """Size of the kernel's struct Shared."""
         ring = self.stages * (self.tile_m + self.tile_n) * GROUP_SIZE
-        partial = self.tile_m * self.tile_n * 4 if self.split > 1 else 0
-        total = max(ring, partial) + 2 * self.stages * _BARRIER_BYTES
+        units = -(-self.tile_m * self.tile_n // 512 // self.split) * self.split
+        partial = units * 2048 if self.split > 1 else 0
+        sides = 1 if GROUP_SIZE % self.tile_n == 0 else 2
+        scales = self.stages * sides * self.tile_m * 4
+        total = max(ring, partial) + scales + (2 * self.stages + 1) * _BARRIER_BYTES
         return -(-total // _SHARED_ALIGNMENT) * _SHARED_ALIGNMENT
 
     @property
@@ -62,8 +62,7 @@ class LinearVariant:
             "CAST": self.cast,
             "STAGES": self.stages,
             "CTAS_PER_SM": self.ctas_per_sm,
-            "OVERLAP": int(self.is_overlapped),
-            "PREFETCH": self.prefetch,
+            "CHUNK": self.chunk,
         }
         return tuple(f"-DSTEP3RT_{name}={value}" for name, value in values.items())
 
@@ -74,6 +73,5 @@ class LinearVariant:
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether whole clusters cover a weight of that shape."""
         return (
-            num_outputs % (self.tile_n * self.cast) == 0
-            and num_inputs % (GROUP_SIZE * self.split) == 0
+            num_outputs % (self.tile_n * self.cast) == 0 and num_inputs // GROUP_SIZE >= self.split
         )
