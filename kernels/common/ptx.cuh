@@ -70,6 +70,12 @@ __device__ __forceinline__ int ld_global_cg(const int* address) {
   return v;
 }
 
+__device__ __forceinline__ float ld_global_cg(const float* address) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ int4 ld_global_cg(const int4* address) {
   int4 v;
   asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"

@@ -3,6 +3,9 @@
 import torch
 
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
+from step3rt.ops.linear_fp8_variant import LinearVariant
+from step3rt.ops.quantize import quantize_groups
 from step3rt.ops.rope_append import (
     RopeTokens,
     rope_append_bf16,
@@ -39,10 +42,26 @@ def append() -> None:
     rope_append_fp8(tokens, table, (out, scales), packed)
 
 
+def linear() -> None:
+    x, x_scale = quantize_groups(torch.randn(70, 1024, device=DEVICE))
+    weight = torch.randn(640, 1024, device=DEVICE).to(torch.float8_e4m3fn)
+    weight_scale = torch.rand(5, 8, device=DEVICE) + 0.5
+    want = reference_linear_fp8(x, x_scale, weight, weight_scale)
+    for variant in (
+        LinearVariant(128, 128, split=1, cast=1, stages=6),
+        LinearVariant(64, 80, split=2, cast=4, stages=3, ctas_per_sm=2),
+        LinearVariant(256, 80, split=4, cast=2, stages=4),
+    ):
+        out = torch.full((70, 640), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        linear_fp8(x, x_scale, weight, weight_scale, out, variant)
+        assert relative_error(out, want) < 1e-2
+
+
 def main() -> None:
     torch.manual_seed(0)
     decode()
     append()
+    linear()
     torch.cuda.synchronize()
 
 

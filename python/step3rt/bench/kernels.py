@@ -7,17 +7,18 @@ no setting of the GPU is changed.
 import argparse
 import datetime
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from step3rt.bench.graph_timing import MIN_ROTATED_BYTES, Launch, Row, measure_us
+from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_decode import (
     MfaBatch,
@@ -40,10 +41,7 @@ from step3rt.ops.rope_append import (
 )
 
 SOFTMAX_SCALE = HEAD_DIM**-0.5
-MIN_ROTATED_BYTES = 1 << 30
-"""Launches of one graph cycle through this much KV data, many times the L2."""
 MIN_LAUNCHES = 4
-NUM_REPLAYS = 25
 NUM_CHECKED_SEQUENCES = 4
 ERROR_BOUNDS = {"bf16": 5e-3, "fp8": 3e-2}
 
@@ -55,20 +53,6 @@ ROPE_L2_BATCHES = 2
 """Rotated batches that stay in L2, where the projection before leaves the queries."""
 ROPE_HBM_BATCHES = 10
 """Rotated batches beyond the L2."""
-
-Launch = Callable[[], None]
-
-
-@dataclass(slots=True)
-class Row:
-    """One measured kernel and shape; `peers` in microseconds, by name."""
-
-    kernel: str
-    shape: str
-    us: float
-    gb_per_s: float
-    tflops: float
-    peers: dict[str, float] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,29 +99,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
             for num_tokens in ROPE_TOKENS:
                 yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)
             yield _rope_row(kv_format, num_tokens, f"T{num_tokens} from HBM", ROPE_HBM_BATCHES)
-
-
-def measure_us(launches: Sequence[Launch]) -> float:
-    """Returns the median time of one launch, replaying all of them as one CUDA graph."""
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    for _ in range(5):
-        graph.replay()
-    times_us = []
-    for _ in range(NUM_REPLAYS):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times_us.append(start.elapsed_time(stop) * 1e3 / len(launches))
-    return float(statistics.median(times_us))
+    if options.only in "proj_fp8":
+        yield from linear_rows(has_peers=not options.no_peers)
 
 
 class _AttentionBench:
