@@ -9,6 +9,9 @@
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define STEP3RT_D32(d, i) \
   STEP3RT_D8(d, i), STEP3RT_D8(d, i + 8), STEP3RT_D8(d, i + 16), STEP3RT_D8(d, i + 24)
+#define STEP3RT_R0_7 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define STEP3RT_R8_15 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define STEP3RT_R16_23 "%16, %17, %18, %19, %20, %21, %22, %23"
 #define STEP3RT_R0_31                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
   "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -20,22 +23,29 @@
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
   "%79"
 
-#define STEP3RT_WGMMA(n, regs, count, a, b, p, ...)                                                \
+#define STEP3RT_WGMMA(n, regs, count, a, b, p, ...)                                       \
   __device__ __forceinline__ void wgmma_e4m3_ss(float (&d)[count], uint64_t a_descriptor, \
-                                                         uint64_t b_descriptor, bool accumulate) { \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\n"                                                                       \
-        "setp.ne.b32 p, " p                                                                        \
-        ", 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" regs "}, " a ", " b           \
-        ", p, 1, 1;\n}\n"                                                                          \
-        : __VA_ARGS__                                                                              \
-        : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)));                \
+                                                uint64_t b_descriptor, bool accumulate) { \
+    asm volatile(                                                                         \
+        "{\n.reg .pred p;\n"                                                              \
+        "setp.ne.b32 p, " p                                                               \
+        ", 0;\n"                                                                          \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" regs "}, " a ", " b  \
+        ", p, 1, 1;\n}\n"                                                                 \
+        : __VA_ARGS__                                                                     \
+        : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)));       \
   }
 
+STEP3RT_WGMMA(16, STEP3RT_R0_7, 8, "%8", "%9", "%10", STEP3RT_D8(d, 0))
+STEP3RT_WGMMA(32, STEP3RT_R0_7 ", " STEP3RT_R8_15, 16, "%16", "%17", "%18", STEP3RT_D8(d, 0),
+              STEP3RT_D8(d, 8))
+STEP3RT_WGMMA(48, STEP3RT_R0_7 ", " STEP3RT_R8_15 ", " STEP3RT_R16_23, 24, "%24", "%25", "%26",
+              STEP3RT_D8(d, 0), STEP3RT_D8(d, 8), STEP3RT_D8(d, 16))
 STEP3RT_WGMMA(64, STEP3RT_R0_31, 32, "%32", "%33", "%34", STEP3RT_D32(d, 0))
 STEP3RT_WGMMA(80, STEP3RT_R0_31 ", " STEP3RT_R32_39, 40, "%40", "%41", "%42", STEP3RT_D32(d, 0),
               STEP3RT_D8(d, 32))
+STEP3RT_WGMMA(96, STEP3RT_R0_31 ", " STEP3RT_R32_39 ", " STEP3RT_R40_47, 48, "%48", "%49", "%50",
+              STEP3RT_D32(d, 0), STEP3RT_D8(d, 32), STEP3RT_D8(d, 40))
 STEP3RT_WGMMA(112, STEP3RT_R0_31 ", " STEP3RT_R32_39 ", " STEP3RT_R40_47 ", " STEP3RT_R48_55, 56,
               "%56", "%57", "%58", STEP3RT_D32(d, 0), STEP3RT_D8(d, 32), STEP3RT_D8(d, 40),
               STEP3RT_D8(d, 48))
@@ -52,6 +62,9 @@ STEP3RT_WGMMA(160,
 #undef STEP3RT_WGMMA
 #undef STEP3RT_D8
 #undef STEP3RT_D32
+#undef STEP3RT_R0_7
+#undef STEP3RT_R8_15
+#undef STEP3RT_R16_23
 #undef STEP3RT_R0_31
 #undef STEP3RT_R32_39
 #undef STEP3RT_R40_47
