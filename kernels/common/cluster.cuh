@@ -25,8 +25,8 @@ __device__ __forceinline__ void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// All threads of all CTAs of the cluster meet, whole warps or not. Orders nothing in memory: a release
-// to the cluster is a fence of the whole GPU, about 1,000 clocks.
+// All threads of all CTAs of the cluster meet, whole warps or not. Orders nothing in memory: a
+// release to the cluster is a fence of the whole GPU.
 __device__ __forceinline__ void barrier_cluster_relaxed() {
   asm volatile(
       "barrier.cluster.arrive.relaxed;\n"
@@ -57,8 +57,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int r
                : "memory");
 }
 
-// As mbarrier_arrive_cluster, where there is nothing but reads to wait for: releases no writes to the
-// other CTA, and so needs no fence of the whole GPU.
+// As mbarrier_arrive_cluster, where there is nothing but reads to wait for: releases no writes to
+// the other CTA, and so needs no fence of the whole GPU.
 __device__ __forceinline__ void mbarrier_arrive_cluster_read(uint64_t* barrier, int rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                    mapa_shared_cluster(shared_address(barrier), rank))

@@ -26,7 +26,7 @@ __device__ __forceinline__ void griddepcontrol_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// threadIdx.x, read again here: what follows from it is not kept in registers since the kernel began.
+// threadIdx.x, read again: what follows from it is not kept in registers since the kernel began.
 __device__ __forceinline__ int tid_x() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

@@ -1,5 +1,5 @@
 // What the two grouped GEMMs of a MoE layer share: the tile walk over groups whose sizes are only
-// known on the device, the shared-memory ring, its two producer threads and the products of a stage.
+// known on the device, the shared-memory ring, its producer threads and the products of a stage.
 // Knows nothing of what becomes of the sums: SwiGLU and stores are the kernels'.
 #pragma once
 
@@ -14,7 +14,7 @@
 constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 constexpr int kClusterCtas = 2;
 constexpr int kBlockK = 128;    // values, and bytes, of a row in one stage: one scale group
-constexpr int kTileRows = 128;  // token rows of a tile
+constexpr int kTileRows = 128;  // token rows of a tile, and kExtraRows more in the last of a group
 constexpr int kLongRows = 64;   // a tile of more rows counts as long
 constexpr int kRowGroup = 8;    // rows of a swizzle period
 constexpr int kStepBytes = 32;  // wgmma K is 32
@@ -41,15 +41,17 @@ struct MoeGemmParams {
   int num_slices;  // of K; each writes sums of its own
 };
 
-template <int kTileWeights_, int kStages_, int kConsumers_>
+template <int kTileWeights_, int kStages_, int kConsumers_, int kExtraRows_>
 struct MoeShared {
   static constexpr int kConsumers = kConsumers_;  // warpgroups
   static constexpr int kTileWeights = kTileWeights_;
   static constexpr int kStages = kStages_;
+  static constexpr int kExtraRows = kExtraRows_;
+  static constexpr int kMaxRows = kTileRows + kExtraRows;
 
   alignas(1024) uint8_t weights[kStages][kTileWeights * kBlockK];
-  uint8_t rows[kStages][kTileRows * kBlockK];
-  float row_scales[kStages][kTileRows];
+  uint8_t rows[kStages][kMaxRows * kBlockK];
+  float row_scales[kStages][kMaxRows];
   int2 groups[kMaxGroups];
   uint64_t full[kStages];   // completes when weights, rows and scales have landed
   uint64_t empty[kStages];  // completes when the consumers of both CTAs are done
@@ -63,7 +65,7 @@ struct MoeShared {
 struct MoeTile {
   int group;
   int first_row;
-  int num_rows;  // 1..128
+  int num_rows;  // 1...kMaxRows
   int n;         // tile of weights
   int slice;
   int k_begin;
@@ -100,7 +102,9 @@ struct MoeWalk {
     for (;;) {
       num_rows = shared.groups[group].y;
       if (kWholeWarp) num_rows = __shfl_sync(kFullWarp, num_rows, 0);
-      num_blocks = (num_rows + kTileRows - 1) / kTileRows;
+      // A remainder of up to kExtraRows is no block of its own: it would read all weights again.
+      num_blocks = (num_rows + kTileRows - 1 - Shared::kExtraRows) / kTileRows;
+      if (num_rows > 0 && num_blocks == 0) num_blocks = 1;
       num_block_pairs = num_blocks / 2;
       const bool is_odd = num_blocks % 2 != 0;
       const int last_rows = num_rows - (num_blocks - 1) * kTileRows;
@@ -131,7 +135,8 @@ struct MoeWalk {
     tile.is_real = tile.n < num_tiles;
     tile.group = group;
     tile.first_row = shared.groups[group].x + block * kTileRows;
-    tile.num_rows = min(kTileRows, num_rows - block * kTileRows);
+    tile.num_rows = num_rows - block * kTileRows;
+    if (block < num_blocks - 1) tile.num_rows = kTileRows;
     tile.k_begin = tile.slice * params.num_k_blocks / params.num_slices;
     tile.k_end = (tile.slice + 1) * params.num_k_blocks / params.num_slices;
     return true;
@@ -263,8 +268,8 @@ __device__ __forceinline__ void moe_skip(Shared& shared, const MoeTile& tile,
   }
 }
 
-// product = a * b^T over the 128 values of a stage: 64 rows of a, as many of b as `product` has room
-// for.
+// product = a * b^T over the 128 values of a stage: 64 rows of a, as many of b as `product` has
+// room for.
 template <int kRegs>
 __device__ __forceinline__ void moe_multiply(const uint8_t* a, const uint8_t* b,
                                              float (&product)[kRegs]) {
@@ -281,4 +286,21 @@ __device__ __forceinline__ void moe_multiply(const uint8_t* a, const uint8_t* b,
                   advance_descriptor(b_matrix, step * kStepBytes), step > 0);
   }
   wgmma_commit_group();
+}
+
+// acc += product * weight_scale * scale of each row, where rows are the columns of the product:
+// register 4j + 2h + c is of row 8j + 2t + c (lane 4g + t).
+template <int kRegs>
+__device__ __forceinline__ void moe_promote(const float (&product)[kRegs], const float* row_scales,
+                                            float weight_scale, float (&acc)[kRegs]) {
+  const float2* pairs = reinterpret_cast<const float2*>(row_scales) + threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < kRegs / 4; ++j) {
+    const float2 scale = pairs[4 * j];
+    const float factors[2] = {scale.x * weight_scale, scale.y * weight_scale};
+#pragma unroll
+    for (int i = 4 * j; i < 4 * j + 4; ++i) {
+      acc[i] = fmaf(product[i], factors[i % 2], acc[i]);
+    }
+  }
 }

@@ -5,14 +5,15 @@
 //   scales      f32[T, H/128]
 //   groups      i32[G, 2]           first row (a multiple of 64) and rows of each local expert, in
 //                                   the order of ids; then, if present, the shared expert: all T
-//   token_rows  i32[T, C + 1]       row of each copy; -1: not local; the last column is the shared's
-//   rows        e4m3[H/128, R, 128] copies, one k block after another; 16-byte chunk c of row r lies
-//                                   at c ^ r % 8, as wgmma's 128-byte swizzle has it
+//   token_rows  i32[T, C + 1]       row of each copy, -1: not local; last column: the shared's
+//   rows        e4m3[H/128, R, 128] copies, one k block after another; 16-byte chunk c of row r
+//                                   lies at c ^ r % 8, as wgmma's 128-byte swizzle has it
 //   row_scales  f32[H/128, R]
+//   weights     e4m3[G, 2I, H]      of gate-up, packed; read by nobody here, prefetched to L2
 //   Rows of an expert are in the order of (token, column). Padding is left as it is.
 //
-// Tile            a CTA copies a contiguous range of tokens. Each counts all ids on its own: that is
-//                 shorter than waiting for one CTA that does
+// Tile            a CTA copies a contiguous range of tokens. Each counts all ids on its own: that
+//                 is shorter than waiting for one CTA that does
 // Threads         512
 // Shared memory   under 2 KiB, static
 // Roofline        latency; HBM: T * H bytes read, up to (C + 1) * T * H written to L2
@@ -23,7 +24,6 @@
 #include "common/types.cuh"
 
 constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kMaxGroups = 64;
 constexpr int kGroupAlignment = 64;
 constexpr int kBlockK = 128;
@@ -52,8 +52,8 @@ struct MoeDispatchParams {
   const uint8_t* weights;  // of gate-up
 };
 
-// Dispatch leaves HBM idle: it brings what the first CTAs of gate-up read first to L2. Which tiles these
-// are is a guess, right when every expert has rows, and 128 at most.
+// Dispatch leaves HBM idle: it brings what the first CTAs of gate-up read first to L2. Which tiles
+// these are is a guess, right when every expert has rows, and 128 at most.
 __device__ __forceinline__ void prefetch_weights(const MoeDispatchParams& params) {
   if (threadIdx.x != 0) return;
   for (int tile = blockIdx.x; tile < params.num_weight_tiles; tile += gridDim.x) {
@@ -167,7 +167,8 @@ __device__ __forceinline__ void copy_token(const MoeDispatchParams& params, int 
     }
   }
   for (int k = threadIdx.x; k < params.num_k_blocks; k += kThreads) {
-    const float value = params.scales[static_cast<int64_t>(token) * params.num_k_blocks + k];
+    const float value =
+        ld_global_cg(params.scales + static_cast<int64_t>(token) * params.num_k_blocks + k);
     for (int c = 0; c <= params.num_columns; ++c) {
       if (rows[c] >= 0) params.row_scales[k * capacity + rows[c]] = value;
     }

@@ -8,8 +8,8 @@
 //   out            bf16[S, R, H]        slice s holds the sum over the s-th part of I
 //   H, I multiples of 128; rows past a group's end are not written.
 //
-// Tile            192 weights x up to 128 rows in steps of 16; a consumer has 64 weights. Weights are
-//                 the tall side of a product, so that few rows cost little
+// Tile            192 weights x up to 128 rows in steps of 16; a consumer has 64 weights. Weights
+//                 are the tall side of a product, so that few rows cost little
 // Threads         512: producer warpgroup (32 registers), three consumers (160); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
 // Shared memory   208,896 B: ring of 5 x (24 KiB weights, 16 KiB rows, scales), barriers
@@ -28,25 +28,8 @@ constexpr int kBlockWeights = 64;   // the tall side of one product
 constexpr int kRowStep = 16;        // rows, its narrow side, come in multiples of this
 constexpr int kScaleWeights = 128;  // weights of one scale
 
-using Shared = MoeShared<kConsumers * kBlockWeights, 5, kConsumers>;
+using Shared = MoeShared<kConsumers * kBlockWeights, 5, kConsumers, 0>;
 static_assert(sizeof(Shared) == 208896, "the launcher asks for this many bytes");
-
-// acc += product * weight_scale * scale of each row, where rows are the columns of the product:
-// register 4j + 2h + c is of row 8j + 2t + c (lane 4g + t).
-template <int kRegs>
-__device__ __forceinline__ void promote(const float (&product)[kRegs], const float* row_scales,
-                                        float weight_scale, float (&acc)[kRegs]) {
-  const float2* pairs = reinterpret_cast<const float2*>(row_scales) + threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < kRegs / 4; ++j) {
-    const float2 scale = pairs[4 * j];
-    const float factors[2] = {scale.x * weight_scale, scale.y * weight_scale};
-#pragma unroll
-    for (int i = 4 * j; i < 4 * j + 4; ++i) {
-      acc[i] = fmaf(product[i], factors[i % 2], acc[i]);
-    }
-  }
-}
 
 template <int kRegs>
 __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
@@ -67,7 +50,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& 
     moe_multiply(shared.weights[cursor.stage] + consumer * kBlockWeights * kBlockK,
                  shared.rows[cursor.stage], product);
     wgmma_wait_group<0>(product);
-    promote(product, shared.row_scales[cursor.stage], scale, acc);
+    moe_promote(product, shared.row_scales[cursor.stage], scale, acc);
     moe_release(shared, cursor);
     cursor.advance();
   }

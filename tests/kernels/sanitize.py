@@ -60,8 +60,9 @@ def linear() -> None:
 
 def moe() -> None:
     for num_ctas, num_slices in ((2, 1), (8, 2)):
-        # Groups of over 128 rows (shared weights), of 65 to 96 and of fewer; odd numbers of tiles.
-        ids = torch.tensor([[0, 1]] * 80 + [[0, 2]] * 60, dtype=torch.int32)
+        # Groups of 140 (128 and a remainder), 79, 61 and 264 rows (shared weights); odd numbers of
+        # weight tiles.
+        ids = torch.tensor([[0, 1]] * 79 + [[0, 2]] * 61 + [[9, 9]] * 124, dtype=torch.int32)
         case = make_case(ids, 4, 3, (384, 384), num_ctas=num_ctas, num_slices=num_slices)
         assert relative_error(case.run(), case.reference()) < 1e-2
 
