@@ -179,7 +179,3 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     smaller = allocate_moe_workspace(case.experts, 7, 2)
     with pytest.raises(ValueError, match="8 tokens of 2 ids do not fit a workspace for 7"):
         moe_fp8(case.tokens, case.experts, smaller, out)
-    with pytest.raises(ValueError, match="num_ctas is 3"):
-        allocate_moe_workspace(case.experts, 8, 2, num_ctas=3)
-    with pytest.raises(ValueError, match="max_tokens is 4096"):
-        allocate_moe_workspace(case.experts, 4096, 2)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from step3rt.ops.moe_fp8 import reference_dispatch
+from step3rt.ops.moe_fp8 import Fp8Experts, allocate_moe_workspace, reference_dispatch
 from step3rt.ops.moe_layout import (
     BLOCK_K,
     DOWN_TILE,
@@ -95,3 +97,37 @@ def test_reference_dispatch_pads_groups_and_skips_experts_of_others() -> None:
         [-1, -1, -1, 194],
         [130, 1, -1, 195],
     ]
+
+
+def tiny_experts(num_groups: int, num_routed: int) -> Fp8Experts:
+    packed = torch.empty(num_groups, 2 * 128 * 128).to(torch.float8_e4m3fn)
+    gate_up_scale, down_scale = torch.empty(num_groups, 2, 1), torch.empty(num_groups, 1, 1)
+    return Fp8Experts(packed, gate_up_scale, packed[:, ::2], down_scale, 0, num_routed)
+
+
+@given(st.data(), st.integers(1, 200), st.integers(1, 4), st.integers(0, 6), st.booleans())
+def test_a_workspace_holds_whatever_the_router_sends(
+    data: st.DataObject, num_tokens: int, num_columns: int, num_routed: int, has_shared: bool
+) -> None:
+    if num_routed == 0 and not has_shared:
+        return
+    # Ids may repeat in a row and name experts of others: nothing here relies on a good router.
+    ids = data.draw(st.lists(st.integers(-1, 7), min_size=1, max_size=9))
+    topk_ids = torch.tensor(ids).repeat(num_tokens * num_columns)[: num_tokens * num_columns]
+    topk_ids = topk_ids.view(num_tokens, num_columns).int()
+    experts = tiny_experts(num_routed + has_shared, num_routed)
+    workspace = allocate_moe_workspace(experts, num_tokens, num_columns, num_ctas=2)
+    groups, _ = reference_dispatch(topk_ids, 0, num_routed, has_shared=has_shared)
+    first_row, num_rows = groups[-1]
+    assert first_row % 64 == 0
+    assert first_row + -(-num_rows // 64) * 64 <= workspace.rows.shape[1]
+
+
+def test_a_workspace_that_the_kernels_cannot_use_is_refused() -> None:
+    experts = tiny_experts(2, 2)
+    with pytest.raises(ValueError, match="num_ctas is 3"):
+        allocate_moe_workspace(experts, 8, 2, num_ctas=3)
+    with pytest.raises(ValueError, match="max_tokens is 4096"):
+        allocate_moe_workspace(experts, 4096, 2, num_ctas=2)
+    with pytest.raises(ValueError, match="num_columns 9"):
+        allocate_moe_workspace(experts, 8, 9, num_ctas=2)
