@@ -26,6 +26,15 @@ __device__ __forceinline__ void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// All threads of all CTAs of the cluster meet, whole warps or not. Orders nothing in memory: a
+// release to the cluster is a fence of the whole GPU.
+__device__ __forceinline__ void barrier_cluster_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;\n" ::
+          : "memory");
+}
+
 // The address of the same variable in the CTA of rank `rank`.
 __device__ __forceinline__ uint32_t mapa_shared_cluster(uint32_t address, int rank) {
   uint32_t mapped;
@@ -48,6 +57,26 @@ __device__ __forceinline__ void mbarrier_arrive_relaxed_cluster(uint64_t* barrie
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(
                    mapa_shared_cluster(shared_address(barrier), rank))
                : "memory");
+}
+
+// As mbarrier_arrive_cluster, where there is nothing but reads to wait for: releases no writes to
+// the other CTA, and so needs no fence of the whole GPU.
+__device__ __forceinline__ void mbarrier_arrive_cluster_read(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
+                   mapa_shared_cluster(shared_address(barrier), rank))
+               : "memory");
+}
+
+// As cp_async_bulk, to the same place in every CTA whose rank's bit is set in `ctas`: each of them
+// gets the bytes and the completion on its own barrier.
+__device__ __forceinline__ void cp_async_bulk_multicast(void* destination, const void* source,
+                                                        uint32_t bytes, uint64_t* barrier,
+                                                        uint16_t ctas, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(shared_address(destination)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier)), "h"(ctas), "l"(l2_policy)
+      : "memory");
 }
 
 // One box of a 2-D tensor map at column x, row y.

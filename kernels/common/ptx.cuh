@@ -26,6 +26,13 @@ __device__ __forceinline__ void griddepcontrol_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// threadIdx.x, read again: what follows from it is not kept in registers since the kernel began.
+__device__ __forceinline__ int tid_x() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int>(thread);
+}
+
 // Nanoseconds, in coarse ticks.
 __device__ __forceinline__ uint64_t globaltimer() {
   uint64_t time_ns;

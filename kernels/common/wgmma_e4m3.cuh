@@ -9,6 +9,9 @@
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define STEP3RT_D32(d, i) \
   STEP3RT_D8(d, i), STEP3RT_D8(d, i + 8), STEP3RT_D8(d, i + 16), STEP3RT_D8(d, i + 24)
+#define STEP3RT_R0_7 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define STEP3RT_R8_15 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define STEP3RT_R16_23 "%16, %17, %18, %19, %20, %21, %22, %23"
 #define STEP3RT_R0_31                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
   "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -36,9 +39,16 @@
         : "l"(a_descriptor), "l"(b_descriptor), "r"(static_cast<int>(accumulate)));       \
   }
 
+STEP3RT_WGMMA(16, STEP3RT_R0_7, 8, "%8", "%9", "%10", STEP3RT_D8(d, 0))
+STEP3RT_WGMMA(32, STEP3RT_R0_7 ", " STEP3RT_R8_15, 16, "%16", "%17", "%18", STEP3RT_D8(d, 0),
+              STEP3RT_D8(d, 8))
+STEP3RT_WGMMA(48, STEP3RT_R0_7 ", " STEP3RT_R8_15 ", " STEP3RT_R16_23, 24, "%24", "%25", "%26",
+              STEP3RT_D8(d, 0), STEP3RT_D8(d, 8), STEP3RT_D8(d, 16))
 STEP3RT_WGMMA(64, STEP3RT_R0_31, 32, "%32", "%33", "%34", STEP3RT_D32(d, 0))
 STEP3RT_WGMMA(80, STEP3RT_R0_31 ", " STEP3RT_R32_39, 40, "%40", "%41", "%42", STEP3RT_D32(d, 0),
               STEP3RT_D8(d, 32))
+STEP3RT_WGMMA(96, STEP3RT_R0_31 ", " STEP3RT_R32_39 ", " STEP3RT_R40_47, 48, "%48", "%49", "%50",
+              STEP3RT_D32(d, 0), STEP3RT_D8(d, 32), STEP3RT_D8(d, 40))
 STEP3RT_WGMMA(112, STEP3RT_R0_31 ", " STEP3RT_R32_39 ", " STEP3RT_R40_47 ", " STEP3RT_R48_55, 56,
               "%56", "%57", "%58", STEP3RT_D32(d, 0), STEP3RT_D8(d, 32), STEP3RT_D8(d, 40),
               STEP3RT_D8(d, 48))
@@ -60,6 +70,9 @@ STEP3RT_WGMMA(192,
 #undef STEP3RT_WGMMA
 #undef STEP3RT_D8
 #undef STEP3RT_D32
+#undef STEP3RT_R0_7
+#undef STEP3RT_R8_15
+#undef STEP3RT_R16_23
 #undef STEP3RT_R0_31
 #undef STEP3RT_R32_39
 #undef STEP3RT_R40_47

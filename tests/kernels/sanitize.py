@@ -1,4 +1,4 @@
-"""Small launches for compute-sanitizer: splits, tails, empty rows, padded heads, appends."""
+"""Small launches for compute-sanitizer: splits, tails, empty rows, padded heads, appends, MoE."""
 
 import torch
 
@@ -13,6 +13,7 @@ from step3rt.ops.rope_append import (
     rotation_table,
 )
 from tests.kernels.mfa_inputs import DEVICE, make_bf16_case, make_fp8_case, relative_error
+from tests.kernels.moe_inputs import make_case
 
 
 def decode() -> None:
@@ -57,11 +58,21 @@ def linear() -> None:
         assert relative_error(out, want) < 1e-2
 
 
+def moe() -> None:
+    for num_ctas, num_slices in ((2, 1), (8, 2)):
+        # Groups of 140 (128 and a remainder), 79, 61 and 264 rows (shared weights); odd numbers of
+        # weight tiles.
+        ids = torch.tensor([[0, 1]] * 79 + [[0, 2]] * 61 + [[9, 9]] * 124, dtype=torch.int32)
+        case = make_case(ids, 4, 3, (384, 384), num_ctas=num_ctas, num_slices=num_slices)
+        assert relative_error(case.run(), case.reference()) < 1e-2
+
+
 def main() -> None:
     torch.manual_seed(0)
     decode()
     append()
     linear()
+    moe()
     torch.cuda.synchronize()
 
 

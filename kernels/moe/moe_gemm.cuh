@@ -1,0 +1,306 @@
+// What the two grouped GEMMs of a MoE layer share: the tile walk over groups whose sizes are only
+// known on the device, the shared-memory ring, its producer threads and the products of a stage.
+// Knows nothing of what becomes of the sums: SwiGLU and stores are the kernels'.
+#pragma once
+
+#include "common/barrier.cuh"
+#include "common/cluster.cuh"
+#include "common/ptx.cuh"
+#include "common/tma.cuh"
+#include "common/types.cuh"
+#include "common/wgmma.cuh"
+#include "common/wgmma_e4m3.cuh"
+
+constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
+constexpr int kClusterCtas = 2;
+constexpr int kBlockK = 128;    // values, and bytes, of a row in one stage: one scale group
+constexpr int kTileRows = 128;  // token rows of a tile, and kExtraRows more in the last of a group
+constexpr int kLongRows = 64;   // a tile of more rows counts as long
+constexpr int kRowGroup = 8;    // rows of a swizzle period
+constexpr int kStepBytes = 32;  // wgmma K is 32
+constexpr int kSteps = kBlockK / kStepBytes;
+constexpr int kMaxGroups = 64;
+
+// Operands as the copy engine finds them. A stage's part of either operand is contiguous and
+// already the image that wgmma reads (128-byte rows, 16-byte chunk c of row r at c ^ r % 8):
+//   weights     [G][tile of kTileWeights rows][k block][row of the tile][128 B]
+//   rows        [k block][row_capacity][128 B]
+//   row_scales  [k block][row_capacity]
+struct MoeGemmParams {
+  const int* groups;  // i32[G, 2]: first row (a multiple of 64), number of rows
+  const uint8_t* weights;
+  const float* weight_scales;
+  const uint8_t* rows;
+  const float* row_scales;
+  uint8_t* out;
+  float* out_scales;
+  int num_groups;
+  int row_capacity;
+  int num_weight_rows;  // per group
+  int num_k_blocks;
+  int num_slices;  // of K; each writes sums of its own
+};
+
+template <int kTileWeights_, int kStages_, int kConsumers_, int kExtraRows_>
+struct MoeShared {
+  static constexpr int kConsumers = kConsumers_;  // warpgroups
+  static constexpr int kTileWeights = kTileWeights_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kExtraRows = kExtraRows_;
+  static constexpr int kMaxRows = kTileRows + kExtraRows;
+
+  alignas(1024) uint8_t weights[kStages][kTileWeights * kBlockK];
+  uint8_t rows[kStages][kMaxRows * kBlockK];
+  float row_scales[kStages][kMaxRows];
+  int2 groups[kMaxGroups];
+  uint64_t full[kStages];   // completes when weights, rows and scales have landed
+  uint64_t empty[kStages];  // completes when the consumers of both CTAs are done
+};
+
+// ---- tiles -----------------------------------------------------------------------------------
+
+// One tile of this CTA. Its cluster neighbour works on the other half of the same item: either the
+// same weights for the next 128 rows, or the next weights for the same rows. What both need is
+// fetched once, each CTA copying its half to both.
+struct MoeTile {
+  int group;
+  int first_row;
+  int num_rows;  // 1...kMaxRows
+  int n;         // tile of weights
+  int slice;
+  int k_begin;
+  int k_end;
+  bool shares_weights;  // else it shares rows
+  bool is_real;         // false: only helps to fetch the neighbour's rows
+};
+
+// Walks the items of this cluster. Classes of items one after another, the longest items first:
+//   0: two row blocks of 128 and one weight tile    (they share the weights)
+//   1: the last block of an odd number of blocks, of more than 64 rows, and two weight tiles
+//   2: the same with up to 64 rows                  (they share the rows)
+// Within a class group by group, and neighbouring items read the same weights, or the next ones.
+// Clusters take items forwards and backwards in turns, so that who got a long one last gets a short
+// one next. Nothing is read but the group table.
+template <class Shared, bool kWholeWarp>
+struct MoeWalk {
+  int round = 0;
+  int item_class = 0;
+  int group = 0;
+  int first_item = 0;  // of this class and group
+
+  __device__ __forceinline__ bool next(const Shared& shared, const MoeGemmParams& params, int rank,
+                                       MoeTile& tile) {
+    const int num_tiles =
+        (params.num_weight_rows + Shared::kTileWeights - 1) / Shared::kTileWeights;
+    const int num_clusters = gridDim.x / kClusterCtas;
+    const int cluster = blockIdx.x / kClusterCtas;
+    const int item = round * num_clusters + (round % 2 == 0 ? cluster : num_clusters - 1 - cluster);
+    ++round;
+    int num_rows;
+    int num_blocks;
+    int num_block_pairs;
+    for (;;) {
+      num_rows = shared.groups[group].y;
+      if (kWholeWarp) num_rows = __shfl_sync(kFullWarp, num_rows, 0);
+      // A remainder of up to kExtraRows is no block of its own: it would read all weights again.
+      num_blocks = (num_rows + kTileRows - 1 - Shared::kExtraRows) / kTileRows;
+      if (num_rows > 0 && num_blocks == 0) num_blocks = 1;
+      num_block_pairs = num_blocks / 2;
+      const bool is_odd = num_blocks % 2 != 0;
+      const int last_rows = num_rows - (num_blocks - 1) * kTileRows;
+      int num_items = num_tiles * num_block_pairs;
+      if (item_class > 0) {
+        const bool is_long = last_rows > kLongRows;
+        num_items = is_odd && is_long == (item_class == 1) ? (num_tiles + 1) / 2 : 0;
+      }
+      num_items *= params.num_slices;
+      if (item < first_item + num_items) break;
+      first_item += num_items;
+      if (++group == params.num_groups) {
+        group = 0;
+        if (++item_class == 3) return false;
+      }
+    }
+    int index = item - first_item;
+    tile.slice = index % params.num_slices;
+    index /= params.num_slices;
+    tile.shares_weights = item_class == 0;
+    int block = num_blocks - 1;
+    if (tile.shares_weights) {
+      tile.n = index / num_block_pairs;
+      block = 2 * (index - tile.n * num_block_pairs) + rank;
+    } else {
+      tile.n = 2 * index + rank;
+    }
+    tile.is_real = tile.n < num_tiles;
+    tile.group = group;
+    tile.first_row = shared.groups[group].x + block * kTileRows;
+    tile.num_rows = num_rows - block * kTileRows;
+    if (block < num_blocks - 1) tile.num_rows = kTileRows;
+    tile.k_begin = tile.slice * params.num_k_blocks / params.num_slices;
+    tile.k_end = (tile.slice + 1) * params.num_k_blocks / params.num_slices;
+    return true;
+  }
+};
+
+// ---- set-up ------------------------------------------------------------------------------------
+
+// Barriers, and the group table, after the previous kernel if that is the one that writes it.
+template <bool kWaits, class Shared>
+__device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& params) {
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int i = 0; i < Shared::kStages; ++i) {
+      mbarrier_init(&shared.full[i], 2);  // the two producer threads
+      mbarrier_init(&shared.empty[i], kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
+    }
+    fence_mbarrier_init();
+  }
+  if (kWaits) griddepcontrol_wait();
+  if (thread < params.num_groups) {
+    shared.groups[thread] = make_int2(ld_global_cg(params.groups + 2 * thread),
+                                      ld_global_cg(params.groups + 2 * thread + 1));
+  }
+  __syncthreads();
+  barrier_cluster_relaxed();  // the neighbour's barriers exist from here on
+}
+
+// ---- producers ---------------------------------------------------------------------------------
+
+template <class Shared>
+__device__ __forceinline__ void moe_produce_weights(Shared& shared, const MoeGemmParams& params,
+                                                    int rank) {
+  MoeWalk<Shared, false> walk;
+  MoeTile tile;
+  RingCursor<Shared::kStages> cursor;
+  const int64_t row_bytes = static_cast<int64_t>(params.num_k_blocks) * kBlockK;
+  while (walk.next(shared, params, rank, tile)) {
+    const int first = tile.n * Shared::kTileWeights;
+    const int tile_bytes =
+        tile.is_real ? min(Shared::kTileWeights, params.num_weight_rows - first) * kBlockK : 0;
+    const uint8_t* source =
+        params.weights +
+        (static_cast<int64_t>(tile.group) * params.num_weight_rows + first) * row_bytes +
+        static_cast<int64_t>(tile.k_begin) * tile_bytes;
+    for (int k = tile.k_begin; k < tile.k_end; ++k) {
+      uint64_t* full = &shared.full[cursor.stage];
+      uint8_t* destination = shared.weights[cursor.stage];
+      mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+      mbarrier_arrive_expect_tx(full, tile_bytes);
+      if (tile.shares_weights) {
+        const int half = tile_bytes / 2;
+        cp_async_bulk_multicast(destination + rank * half, source + rank * half, half, full, 3,
+                                kEvictFirst);
+      } else if (tile.is_real) {
+        cp_async_bulk(destination, source, tile_bytes, full, kEvictFirst);
+      }
+      source += tile_bytes;
+      cursor.advance();
+    }
+  }
+}
+
+template <class Shared>
+__device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmParams& params,
+                                                 int rank) {
+  MoeWalk<Shared, false> walk;
+  MoeTile tile;
+  RingCursor<Shared::kStages> cursor;
+  while (walk.next(shared, params, rank, tile)) {
+    // Whole swizzle periods: what is past num_rows belongs to the padding of the group.
+    const int num_periods = (tile.num_rows + kRowGroup - 1) / kRowGroup;
+    const int scale_bytes = num_periods * kRowGroup * 4;
+    int first = 0;
+    int count = num_periods * kRowGroup;
+    if (!tile.shares_weights) {
+      const int half = (num_periods + 1) / 2 * kRowGroup;
+      first = rank * half;
+      count = rank == 0 ? half : count - half;
+    }
+    int64_t at = static_cast<int64_t>(tile.k_begin) * params.row_capacity + tile.first_row;
+    for (int k = tile.k_begin; k < tile.k_end; ++k) {
+      uint64_t* full = &shared.full[cursor.stage];
+      uint8_t* destination = shared.rows[cursor.stage] + first * kBlockK;
+      const uint8_t* source = params.rows + (at + first) * kBlockK;
+      mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+      mbarrier_arrive_expect_tx(full, num_periods * kRowGroup * kBlockK + scale_bytes);
+      if (tile.shares_weights) {
+        cp_async_bulk(destination, source, count * kBlockK, full, kEvictLast);
+      } else if (count > 0) {
+        cp_async_bulk_multicast(destination, source, count * kBlockK, full, 3, kEvictLast);
+      }
+      cp_async_bulk(shared.row_scales[cursor.stage], params.row_scales + at, scale_bytes, full,
+                    kEvictLast);
+      at += params.row_capacity;
+      cursor.advance();
+    }
+  }
+}
+
+// ---- consumers ---------------------------------------------------------------------------------
+
+// Waits for a stage. The lanes leave together: none may fall a phase behind.
+template <class Shared>
+__device__ __forceinline__ void moe_acquire(Shared& shared,
+                                            const RingCursor<Shared::kStages>& cursor) {
+  mbarrier_wait(&shared.full[cursor.stage], cursor.parity);
+  __syncwarp();
+}
+
+// Gives the stage back to the producers of both CTAs, which write to it. One arrival per warp: a
+// warp's own wait only proves that its own rows have been read.
+template <class Shared>
+__device__ __forceinline__ void moe_release(Shared& shared,
+                                            const RingCursor<Shared::kStages>& cursor) {
+  __syncwarp();
+  const int lane = threadIdx.x % kWarpThreads;
+  if (lane < kClusterCtas) mbarrier_arrive_cluster_read(&shared.empty[cursor.stage], lane);
+}
+
+// A consumer without work of its own in this tile keeps the ring turning.
+template <class Shared>
+__device__ __forceinline__ void moe_skip(Shared& shared, const MoeTile& tile,
+                                         RingCursor<Shared::kStages>& cursor) {
+  for (int k = tile.k_begin; k < tile.k_end; ++k) {
+    moe_acquire(shared, cursor);
+    moe_release(shared, cursor);
+    cursor.advance();
+  }
+}
+
+// product = a * b^T over the 128 values of a stage: 64 rows of a, as many of b as `product` has
+// room for.
+template <int kRegs>
+__device__ __forceinline__ void moe_multiply(const uint8_t* a, const uint8_t* b,
+                                             float (&product)[kRegs]) {
+  constexpr int kGroupBytes = kRowGroup * kBlockK;
+  // Broadcast, so that the compiler knows that the descriptors are the same in all lanes.
+  const uint32_t a_address = __shfl_sync(kFullWarp, shared_address(a), 0);
+  const uint32_t b_address = __shfl_sync(kFullWarp, shared_address(b), 0);
+  const uint64_t a_matrix = matrix_descriptor(a_address, 16, kGroupBytes, Swizzle::k128B);
+  const uint64_t b_matrix = matrix_descriptor(b_address, 16, kGroupBytes, Swizzle::k128B);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_e4m3_ss(product, advance_descriptor(a_matrix, step * kStepBytes),
+                  advance_descriptor(b_matrix, step * kStepBytes), step > 0);
+  }
+  wgmma_commit_group();
+}
+
+// acc += product * weight_scale * scale of each row, where rows are the columns of the product:
+// register 4j + 2h + c is of row 8j + 2t + c (lane 4g + t).
+template <int kRegs>
+__device__ __forceinline__ void moe_promote(const float (&product)[kRegs], const float* row_scales,
+                                            float weight_scale, float (&acc)[kRegs]) {
+  const float2* pairs = reinterpret_cast<const float2*>(row_scales) + threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < kRegs / 4; ++j) {
+    const float2 scale = pairs[4 * j];
+    const float factors[2] = {scale.x * weight_scale, scale.y * weight_scale};
+#pragma unroll
+    for (int i = 4 * j; i < 4 * j + 4; ++i) {
+      acc[i] = fmaf(product[i], factors[i % 2], acc[i]);
+    }
+  }
+}

@@ -1,0 +1,181 @@
+import dataclasses
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from step3rt.ops.moe_fp8 import (  # noqa: E402
+    MoeTokens,
+    allocate_moe_workspace,
+    moe_fp8,
+    reference_dispatch,
+)
+from step3rt.ops.moe_layout import unpack_rows  # noqa: E402
+from tests.kernels.moe_inputs import (  # noqa: E402
+    DEVICE,
+    MoeCase,
+    make_case,
+    poison,
+    relative_error,
+)
+
+# Output and expert rows are BF16 (2^-9 each), and a SwiGLU value near a rounding boundary of e4m3
+# may fall to the other side of it than in the reference (2^-4 of a few values).
+BOUND = 1e-2
+
+
+def distinct_ids(num_tokens: int, num_columns: int, num_experts: int) -> torch.Tensor:
+    """i32[T, C]: ids in 0...num_experts - 1, distinct in a row, some experts liked more."""
+    likes = torch.rand(num_tokens, num_experts) * torch.linspace(0.5, 1.0, num_experts)
+    return likes.topk(num_columns, dim=1).indices.int()
+
+
+def only_shared(num_tokens: int) -> torch.Tensor:
+    return torch.zeros(num_tokens, 0, dtype=torch.int32)
+
+
+def check(case: MoeCase) -> None:
+    out = case.run()
+    assert relative_error(out, case.reference()) < BOUND
+    groups, token_rows = reference_dispatch(
+        case.tokens.topk_ids,
+        case.experts.first_expert,
+        case.experts.num_routed,
+        has_shared=case.experts.has_shared,
+    )
+    assert [tuple(group) for group in case.workspace.groups.tolist()] == groups
+    written = case.workspace.token_rows[: token_rows.numel()].view_as(token_rows)
+    assert torch.equal(written.cpu(), token_rows)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 63, 64, 65, 127, 128, 129, 200, 257, 700])
+def test_routed_and_shared_experts_agree_with_the_float64_reference(num_tokens: int) -> None:
+    # 3 of 6 experts are at hand: about half of the ids are not.
+    check(make_case(distinct_ids(num_tokens, 3, 6), 4, 3, first_expert=2))
+
+
+# 16 rows more than 64 or 128 are part of a tile, 17 are not.
+@pytest.mark.parametrize("rows", [1, 64, 65, 80, 81, 128, 129, 144, 145, 192, 272, 273, 513])
+def test_one_expert_gets_all_tokens_and_the_others_none(rows: int) -> None:
+    for expert in (0, 1, 4):
+        check(make_case(torch.full((rows, 1), expert, dtype=torch.int32), 5, 5))
+
+
+def test_tokens_without_a_local_expert_get_zero() -> None:
+    case = make_case(torch.tensor([[9, 8, 7]] * 40, dtype=torch.int32), 4, 4)
+    assert bool((case.run() == 0).all())
+    mixed = make_case(torch.tensor([[9, 8, -1], [9, 2, 7]], dtype=torch.int32), 4, 4)
+    out = mixed.run()
+    assert bool((out[0] == 0).all())
+    assert relative_error(out, mixed.reference()) < BOUND
+
+
+def test_all_48_experts_and_the_shared_one() -> None:
+    check(make_case(distinct_ids(2048, 3, 48), 49, 48, sizes=(256, 128)))
+
+
+@pytest.mark.parametrize("sizes", [(128, 128), (384, 384), (640, 128), (128, 640)])
+@pytest.mark.parametrize("num_ctas", [2, 6, 132])
+def test_odd_numbers_of_tiles_and_any_number_of_ctas(sizes: tuple[int, int], num_ctas: int) -> None:
+    check(make_case(distinct_ids(150, 2, 4), 4, 3, sizes=sizes, num_ctas=num_ctas))
+
+
+@pytest.mark.parametrize("num_slices", [1, 2, 3, 7])
+def test_a_dense_ffn_is_a_shared_expert_alone(num_slices: int) -> None:
+    check(make_case(only_shared(130), 1, 0, sizes=(512, 1024), num_slices=num_slices))
+
+
+@pytest.mark.parametrize("num_tokens", [16, 86, 256])
+def test_the_sizes_of_step3(num_tokens: int) -> None:
+    check(make_case(distinct_ids(num_tokens, 3, 9), 4, 3, sizes=(7168, 5120)))
+
+
+def test_the_dense_layers_of_step3() -> None:
+    check(make_case(only_shared(100), 1, 0, sizes=(7168, 18432)))
+
+
+def test_swiglu_is_quantised_in_groups_of_128() -> None:
+    case = make_case(only_shared(70), 1, 0, sizes=(256, 384))
+    case.run()
+    values = unpack_rows(case.workspace.inner)[:70].double()
+    scales = case.workspace.inner_scales.T[:70]
+    amax = values.view(70, -1, 128).abs().amax(dim=2)
+    assert bool((amax == 448).all())  # the largest of each group sits at the end of the range
+    assert bool((scales > 0).all())
+
+
+def test_zero_hidden_states_stay_zero_and_large_ones_finite() -> None:
+    case = make_case(distinct_ids(9, 2, 3), 3, 3)
+    case.tokens.hidden[0].zero_()
+    case.tokens.scales[1] *= 1e4
+    out = case.run()
+    assert bool((out[0] == 0).all())
+    assert bool(out.isfinite().all())
+
+
+def test_a_launch_repeats_itself_bit_for_bit() -> None:
+    case = make_case(distinct_ids(500, 3, 6), 7, 6, sizes=(1024, 512))
+    first = case.run()
+    for _ in range(20):
+        poison(case.workspace)
+        assert torch.equal(case.run(), first)
+
+
+def test_a_token_gets_the_same_bits_whoever_else_is_in_the_batch() -> None:
+    case = make_case(distinct_ids(333, 3, 6), 7, 6)
+    together = case.run()
+    for token in (0, 100, 332):
+        alone = MoeTokens(
+            *(
+                getattr(case.tokens, field.name)[token : token + 1].contiguous()
+                for field in dataclasses.fields(MoeTokens)
+            )
+        )
+        out = torch.full_like(together[:1], float("nan"))
+        moe_fp8(alone, case.experts, case.workspace, out)
+        assert torch.equal(out[0], together[token])
+
+
+def test_layers_replay_in_a_cuda_graph_with_new_counts() -> None:
+    case = make_case(distinct_ids(300, 3, 6), 4, 3)
+    outs = [torch.empty(300, 512, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
+    case.run()  # loads the kernels: not capturable
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for out in outs:  # one workspace for all layers
+            moe_fp8(case.tokens, case.experts, case.workspace, out)
+    for ids in (distinct_ids(300, 3, 6), torch.full((300, 3), 1), torch.full((300, 3), -1)):
+        case.tokens.topk_ids.copy_(ids)
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        reference = case.reference()
+        for out in outs:
+            assert float((out.double() - reference).norm()) <= BOUND * float(reference.norm())
+
+
+def test_no_tokens_are_no_work() -> None:
+    case = make_case(distinct_ids(4, 2, 3), 3, 3)
+    empty = MoeTokens(
+        *(getattr(case.tokens, field.name)[:0] for field in dataclasses.fields(MoeTokens))
+    )
+    moe_fp8(empty, case.experts, case.workspace, torch.empty(0, 512, device=DEVICE).bfloat16())
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    case = make_case(distinct_ids(8, 2, 3), 3, 3)
+    out = torch.empty(8, 512, dtype=torch.bfloat16, device=DEVICE)
+    arguments = (case.tokens, case.experts, case.workspace)
+    with pytest.raises(ValueError, match=r"`out` is torch\.float32"):
+        moe_fp8(*arguments, out.float())
+    with pytest.raises(ValueError, match=r"`out` has shape \[8, 256\]"):
+        moe_fp8(*arguments, out[:, :256].contiguous())
+    wider = dataclasses.replace(case.tokens, topk_ids=case.tokens.topk_ids.long())
+    with pytest.raises(ValueError, match=r"`topk_ids` is torch\.int64"):
+        moe_fp8(wider, case.experts, case.workspace, out)
+    smaller = allocate_moe_workspace(case.experts, 7, 2)
+    with pytest.raises(ValueError, match="8 tokens of 2 ids do not fit a workspace for 7"):
+        moe_fp8(case.tokens, case.experts, smaller, out)
