@@ -22,18 +22,6 @@ __device__ __forceinline__ uint32_t address_in_cta(const void* own, int rank) {
   return mapa_shared_cluster(shared_address(own), rank);
 }
 
-__device__ __forceinline__ void st_shared_cluster(uint32_t address, float4 value) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x),
-               "f"(value.y), "f"(value.z), "f"(value.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void st_shared_cluster(uint32_t address, uint4 value) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
 __device__ __forceinline__ uint32_t ld_shared_cluster_u32(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

@@ -12,7 +12,7 @@
 //                 and hands those of an eighth of the tokens to each of the CTAs, which add 8 of
 //                 them in rank order: a token's logits do not depend on T or on its neighbours
 // Threads         224
-// Shared memory   27.5 KiB
+// Shared memory   27.5 or 30.5 KiB
 // Roofline        0.7 MB of gate and 14 KiB per token: 1 us from HBM at 256 tokens; latency below
 // Reference       step3rt.ops.router.route, of logits rounded to bf16 as the model's bf16 layer does
 
@@ -185,7 +185,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, STEP3RT_ROUTER_CTAS_PER_S
   if (threadIdx.x == 0) {
     mbarrier_init(&shared.arrived, 1);
     fence_mbarrier_init();
-    mbarrier_arrive_expect_tx(&shared.arrived, sizeof(shared.rank_sums));
   }
   __syncwarp();
   barrier_cluster_arrive_relaxed();  // waited for before the first store to another CTA
@@ -230,6 +229,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, STEP3RT_ROUTER_CTAS_PER_S
     }
     if (t == 0) barrier_cluster_wait();
     __syncthreads();
+    // What arrives before this is counted all the same.
+    if (t == 0 && threadIdx.x == 0) {
+      mbarrier_arrive_expect_tx(&shared.arrived, sizeof(shared.rank_sums));
+    }
     share_sums(shared, rank, t);
   }
   if (warp < kOwnTokens) {

@@ -23,7 +23,6 @@ constexpr int kSampleThreads = STEP3RT_SAMPLE_THREADS;
 constexpr int kSampleWarps = kSampleThreads / kWarpThreads;
 constexpr int kSampleCtasPerSm = STEP3RT_SAMPLE_CTAS_PER_SM;
 constexpr int kRowCtas = STEP3RT_ROW_CTAS;
-constexpr int kMaxTop = 32;      // listed tokens of a row
 constexpr int kMaxListed = 256;  // tokens among which a cut is found by comparing them all
 constexpr int kBins = 512;
 constexpr int kFloors = kRowCtas * kSampleWarps;

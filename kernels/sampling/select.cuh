@@ -214,21 +214,34 @@ __device__ Cut find_cut(ClusterRow& row, const Measure& measure, KeyOf key_of,
   barrier_cluster_sync();
   gather_lists(row);
   const int own = threadIdx.x, count = static_cast<int>(crossing.present);
+  if constexpr (Measure::kIsMass) {  // nobody reads the histogram any more
+    if (own < count) {
+      const Mass mass = measure.mass(shared.gathered[own].key);
+      shared.mass_high[own] = mass.high;
+      shared.mass_low[own] = mass.low;
+    }
+    __syncthreads();
+  }
   if (own < count) {
     const ListedToken mine = shared.gathered[own];
-    uint64_t before = 0, weight = 1;
-    if constexpr (Measure::kIsMass) weight = measure.mass(mine.key).total();
+    Mass before;
     for (int i = 0; i < count; ++i) {
       const ListedToken other = shared.gathered[i];
       if (other.key > mine.key || (other.key == mine.key && other.token < mine.token)) {
         if constexpr (Measure::kIsMass) {
-          before += measure.mass(other.key).total();
+          before.high += shared.mass_high[i];
+          before.low += shared.mass_low[i];
         } else {
-          ++before;
+          ++before.low;
         }
       }
     }
-    if (before < crossing.left && crossing.left <= before + weight) shared.cut = mine;
+    uint64_t weight = 1;
+    if constexpr (Measure::kIsMass)
+      weight = Mass{shared.mass_high[own], shared.mass_low[own]}.total();
+    if (before.total() < crossing.left && crossing.left <= before.total() + weight) {
+      shared.cut = mine;
+    }
   }
   __syncthreads();
   return {shared.cut.key, shared.cut.token};

@@ -78,6 +78,7 @@ def test_fp8_rope_rounds_once_and_appends_to_its_slots_alone(
     num_tokens: int, num_heads: int, table: torch.Tensor
 ) -> None:
     tokens = make_tokens(num_tokens, num_heads)
+    tokens.kv.clamp_(-4.4, 4.4)  # below 448 units; saturation has its own test
     kv_scale = (0.02, 0.01)
     cache = torch.full(fp8_cache_shape(NUM_BLOCKS), 0x11, dtype=torch.uint8, device=DEVICE)
     out = torch.empty(tokens.q.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
