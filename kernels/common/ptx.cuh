@@ -48,11 +48,37 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats to packed bf16; `lo` takes the lower half word, that is the lower address.
 __device__ __forceinline__ uint32_t cvt_bf16x2(float lo, float hi) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
   return packed;
+}
+
+// Products of two packed bf16 pairs, each rounded once.
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// The larger of each of two packed bf16 pairs; a number against NaN.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
 }
 
 // Two floats to packed e4m3, saturating at 448; `lo` takes the lower byte.
@@ -65,6 +91,14 @@ __device__ __forceinline__ uint16_t cvt_e4m3x2(float lo, float hi) {
 __device__ __forceinline__ uint32_t cvt_e4m3x4(float b0, float b1, float b2, float b3) {
   return static_cast<uint32_t>(cvt_e4m3x2(b0, b1)) |
          (static_cast<uint32_t>(cvt_e4m3x2(b2, b3)) << 16);
+}
+
+__device__ __forceinline__ float bf16_low_to_float(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float bf16_high_to_float(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
 }
 
 // ---- memory --------------------------------------------------------------------------------

@@ -43,9 +43,10 @@ struct RopeLane {
 struct RopeTask {
   int token;
   int first_head;
-  int slot;         // -1: nothing to append
-  int kv_half;      // 0: append K, 1: append V, otherwise neither
-  RopeLane angles;  // cosines, sines
+  int slot;           // -1: nothing to append
+  int kv_half;        // 0: append K, 1: append V, otherwise neither
+  bool is_last_part;  // of the token's CTAs
+  RopeLane angles;    // cosines, sines
 
   __device__ __forceinline__ bool appends() const { return kv_half < 2 && slot >= 0; }
 };
@@ -62,6 +63,7 @@ __device__ __forceinline__ RopeTask rope_task(const RopeParams& params) {
   task.first_head = part * kRopeHeadsPerCta + warp;
   task.slot = params.slots[task.token];
   task.kv_half = part * kRopeWarps + warp;
+  task.is_last_part = part == ctas_per_token - 1;
   const float* row =
       params.cos_sin + static_cast<int64_t>(params.positions[task.token]) * kRopeHeadDim;
   const float4 cosines = *reinterpret_cast<const float4*>(row + rope_lane_dim());
@@ -76,34 +78,21 @@ __device__ __forceinline__ RopePacked rope_load(const uint16_t* head) {
           *reinterpret_cast<const uint2*>(head + kRopeHalf + rope_lane_dim())};
 }
 
-// The elements of a head that a warp holds, queries first, then K or V.
-struct RopeLoads {
-  RopePacked queries[kRopeHeadsPerWarp];
-  RopePacked kv;
-};
-
-__device__ __forceinline__ RopeLoads rope_load_all(const RopeParams& params, const RopeTask& task) {
-  RopeLoads loads;
+__device__ __forceinline__ void rope_load_queries(const RopeParams& params, const RopeTask& task,
+                                                  RopePacked (&heads)[kRopeHeadsPerWarp]) {
   const uint16_t* queries =
       params.q + static_cast<int64_t>(task.token) * params.num_heads * kRopeHeadDim;
 #pragma unroll
   for (int i = 0; i < kRopeHeadsPerWarp; ++i) {
     const int head = task.first_head + i * kRopeWarps;
-    if (head < params.num_heads) loads.queries[i] = rope_load(queries + head * kRopeHeadDim);
+    if (head < params.num_heads) heads[i] = rope_load(queries + head * kRopeHeadDim);
   }
-  if (task.appends()) {
-    loads.kv = rope_load(params.kv + static_cast<int64_t>(task.token) * params.kv_stride +
-                         task.kv_half * kRopeHeadDim);
-  }
-  return loads;
 }
 
-__device__ __forceinline__ float bf16_low_to_float(uint32_t pair) {
-  return __uint_as_float(pair << 16);
-}
-
-__device__ __forceinline__ float bf16_high_to_float(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
+// K (0) or V (1) of the task's token.
+__device__ __forceinline__ const uint16_t* rope_kv_row(const RopeParams& params,
+                                                       const RopeTask& task, int half) {
+  return params.kv + static_cast<int64_t>(task.token) * params.kv_stride + half * kRopeHeadDim;
 }
 
 __device__ __forceinline__ void rope_unpack(uint2 packed, float (&values)[kRopeDims]) {
@@ -131,11 +120,6 @@ __device__ __forceinline__ RopeLane rope_rotate(const RopePacked& packed, const 
   return turned;
 }
 
-// What to append: K turned, V as it is.
-__device__ __forceinline__ RopeLane rope_kv(const RopeLoads& loads, const RopeTask& task) {
-  return task.kv_half == 0 ? rope_rotate(loads.kv, task.angles) : rope_unpack(loads.kv);
-}
-
 __device__ __forceinline__ uint2 rope_pack_bf16(const float (&values)[kRopeDims]) {
   return make_uint2(cvt_bf16x2(values[0], values[1]), cvt_bf16x2(values[2], values[3]));
 }
@@ -143,15 +127,4 @@ __device__ __forceinline__ uint2 rope_pack_bf16(const float (&values)[kRopeDims]
 __device__ __forceinline__ void rope_store_bf16(uint16_t* head, const RopeLane& lane) {
   *reinterpret_cast<uint2*>(head + rope_lane_dim()) = rope_pack_bf16(lane.low);
   *reinterpret_cast<uint2*>(head + kRopeHalf + rope_lane_dim()) = rope_pack_bf16(lane.high);
-}
-
-// Rotates this warp's heads of the token's query and hands each to `store(head, lane)`.
-template <class Store>
-__device__ __forceinline__ void rope_queries(const RopeParams& params, const RopeTask& task,
-                                             const RopeLoads& loads, Store store) {
-#pragma unroll
-  for (int i = 0; i < kRopeHeadsPerWarp; ++i) {
-    const int head = task.first_head + i * kRopeWarps;
-    if (head < params.num_heads) store(head, rope_rotate(loads.queries[i], task.angles));
-  }
 }

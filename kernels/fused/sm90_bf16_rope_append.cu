@@ -25,14 +25,23 @@ extern "C" __global__ void __launch_bounds__(kRopeThreads, kRopeCtasPerSm)
   const RopeTask task = rope_task(params);
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
-  const RopeLoads loads = rope_load_all(params, task);
+  RopePacked queries[kRopeHeadsPerWarp];
+  rope_load_queries(params, task, queries);
+  RopePacked kv;
+  if (task.appends()) kv = rope_load(rope_kv_row(params, task, task.kv_half));
   if (task.appends()) {
     const int64_t half = static_cast<int64_t>(task.slot / kBlockTokens) * 2 + task.kv_half;
     const int64_t row = half * kBlockTokens + task.slot % kBlockTokens;
-    rope_store_bf16(kv_cache + row * kRopeHeadDim, rope_kv(loads, task));
+    // K turned, V as it is.
+    rope_store_bf16(kv_cache + row * kRopeHeadDim,
+                    task.kv_half == 0 ? rope_rotate(kv, task.angles) : rope_unpack(kv));
   }
   uint16_t* out = q_out + static_cast<int64_t>(task.token) * params.num_heads * kRopeHeadDim;
-  rope_queries(params, task, loads, [&](int head, const RopeLane& lane) {
-    rope_store_bf16(out + head * kRopeHeadDim, lane);
-  });
+#pragma unroll
+  for (int i = 0; i < kRopeHeadsPerWarp; ++i) {
+    const int head = task.first_head + i * kRopeWarps;
+    if (head < params.num_heads) {
+      rope_store_bf16(out + head * kRopeHeadDim, rope_rotate(queries[i], task.angles));
+    }
+  }
 }

@@ -1,4 +1,4 @@
-"""Small launches for compute-sanitizer: splits, tails, empty rows, padded heads, appends, MoE."""
+"""Small launches of every kernel for compute-sanitizer: splits, tails, empty and odd sizes."""
 
 import torch
 
@@ -6,14 +6,26 @@ from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
 from step3rt.ops.linear_fp8_variant import LinearVariant
 from step3rt.ops.quantize import quantize_groups
+from step3rt.ops.quantize_groups import quantize_groups_fp8
+from step3rt.ops.rmsnorm_quantize import (
+    HIDDEN_SIZE,
+    QUERY_RANK,
+    NormOutputs,
+    QuantizedRows,
+    add_rmsnorm_quantize,
+    rmsnorm_quantize,
+)
 from step3rt.ops.rope_append import (
     RopeTokens,
     rope_append_bf16,
     rope_append_fp8,
     rotation_table,
 )
+from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk
+from step3rt.ops.sample import DeviceSamplingRow
 from tests.kernels.mfa_inputs import DEVICE, make_bf16_case, make_fp8_case, relative_error
 from tests.kernels.moe_inputs import make_case
+from tests.kernels.sample_inputs import make_logits, reference_tokens, run
 
 
 def decode() -> None:
@@ -67,12 +79,48 @@ def moe() -> None:
         assert relative_error(case.run(), case.reference()) < 1e-2
 
 
+def norms() -> None:
+    residual = torch.randn(3, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    partial_sums = torch.randn(3, 3, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    rows = QuantizedRows.empty(3, HIDDEN_SIZE, DEVICE)
+    out = NormOutputs(residual, torch.empty_like(residual), rows)
+    add_rmsnorm_quantize(residual, partial_sums, residual[0].clone(), out, 1e-5)
+    latent = residual[:, 512 : 512 + QUERY_RANK]
+    latent_rows = QuantizedRows.empty(3, QUERY_RANK, DEVICE)
+    rmsnorm_quantize(latent, residual[0, :QUERY_RANK].clone(), latent_rows, 1e-5)
+    quantize_groups_fp8(residual, rows)
+
+
+def route() -> None:
+    hidden = torch.randn(19, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    gate = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    ids = torch.empty(19, TOP_K, dtype=torch.int32, device=DEVICE)
+    route_topk(hidden, gate, (ids, torch.empty(19, TOP_K, device=DEVICE)), is_normalised=True)
+
+
+def choose() -> None:
+    rows = [
+        DeviceSamplingRow(num_top=5),
+        DeviceSamplingRow(temperature=1.0),
+        DeviceSamplingRow(temperature=1.0, top_k=7, top_p=0.5),
+        DeviceSamplingRow(presence=1.0, generated={3: 1, 2999: 2}, masked_token_ids=(5,)),
+    ]
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = make_logits(4, 3001, dtype)
+        logits[2].fill_(1.0)
+        assert run(logits, rows).token_ids.tolist() == reference_tokens(logits, rows)
+        run(logits, [DeviceSamplingRow()] * 4)
+
+
 def main() -> None:
     torch.manual_seed(0)
     decode()
     append()
     linear()
     moe()
+    norms()
+    route()
+    choose()
     torch.cuda.synchronize()
 
 

@@ -2,7 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from step3rt.ops.compile import CompileError, compile_kernel, kernel_sources, parse_report
+from step3rt.ops import router_topk
+from step3rt.ops.compile import (
+    CompileError,
+    compile_kernel,
+    kernel_sources,
+    kernels_dir,
+    parse_report,
+)
 
 
 @pytest.fixture
@@ -19,6 +26,15 @@ def test_every_kernel_compiles_without_a_gpu_and_without_spills(source: Path, ca
     assert (report.stack_bytes, report.spill_store_bytes, report.spill_load_bytes) == (0, 0, 0)
     assert not report.is_wgmma_serialized
     assert report.registers > 0
+
+
+@pytest.mark.parametrize("variant", router_topk.VARIANTS, ids=lambda v: str(v.tile_tokens))
+def test_every_variant_of_the_router_compiles_without_spills(
+    variant: router_topk.RouterVariant, cache: Path
+) -> None:
+    kernel = variant.kernel
+    report = compile_kernel(kernels_dir() / kernel.source, kernel.options).report
+    assert (report.stack_bytes, report.spill_store_bytes, report.spill_load_bytes) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda path: path.stem)

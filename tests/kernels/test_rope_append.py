@@ -78,6 +78,7 @@ def test_fp8_rope_rounds_once_and_appends_to_its_slots_alone(
     num_tokens: int, num_heads: int, table: torch.Tensor
 ) -> None:
     tokens = make_tokens(num_tokens, num_heads)
+    tokens.kv.clamp_(-4.4, 4.4)  # below 448 units; saturation has its own test
     kv_scale = (0.02, 0.01)
     cache = torch.full(fp8_cache_shape(NUM_BLOCKS), 0x11, dtype=torch.uint8, device=DEVICE)
     out = torch.empty(tokens.q.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
@@ -101,8 +102,12 @@ def test_fp8_rope_rounds_once_and_appends_to_its_slots_alone(
 
 
 def assert_rounded_once(got: torch.Tensor, want: torch.Tensor, unit: torch.Tensor) -> None:
-    """Within half a step of e4m3: 2^-4 of the value, or 2^-10 units when subnormal."""
-    bound = torch.maximum(want.abs() * 2**-4, unit * 2**-10) * (1 + 1e-4)
+    """Within half a step of e4m3: 2^-4 of the value, or 2^-10 units when subnormal.
+
+    Besides, the fp32 rotation has an error of its own, which can be on the wrong side of the middle
+    between two steps: 2^-22 of the head's largest value, 448 units, is more than it.
+    """
+    bound = torch.maximum(want.abs() * 2**-4, unit * 2**-10) * (1 + 1e-4) + unit * 448 * 2**-22
     assert bool(((got - want).abs() <= bound).all())
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from step3rt.bench.graph_timing import MIN_ROTATED_BYTES, Launch, Row, measure_us
 from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.bench.moe_fp8 import moe_rows
+from step3rt.bench.small_kernels import small_kernel_rows
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_decode import (
     MfaBatch,
@@ -104,6 +105,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
         yield from linear_rows(has_peers=not options.no_peers)
     if options.only in "moe_fp8_gemms":
         yield from moe_rows(has_peers=not options.no_peers)
+
+    yield from small_kernel_rows(options.only, has_peers=not options.no_peers)
 
 
 class _AttentionBench:

@@ -1,0 +1,116 @@
+// Residual add, RMS normalisation of the hidden state, and quantisation to e4m3 in 1x128 groups.
+//
+//   params.residual      bf16[T, 7168]
+//   params.partial_sums  bf16[n, T, 7168]  added in fp32 in order, rounded to bf16, then added to
+//                                          the residual; n = 0: nothing is added
+//   params.weight        bf16[7168]        older than the previous kernel
+//   params.residual_out  bf16[T, 7168]     the sum; may be the residual itself; null: not stored
+//   params.normed        bf16[T, 7168]     null: not stored
+//   params.quantized     e4m3[T, 7168], f32[T, 56]; null: not stored
+//
+// Tile            one token a CTA, 16 values a thread
+// Threads         448, 2 CTAs per SM at least: 256 tokens are resident at once
+// Shared memory   56 bytes
+// Roofline        14,336 bytes times (2 + n + 0.5) per token and 14,336 more for `normed`: at 256
+//                 tokens and n = 1 12.8 MB, 3 us from HBM; the inputs are in L2 in a decode step
+// Reference       step3rt.ops.rmsnorm_quantize.reference_add_rmsnorm_quantize
+
+#include "fused/rmsnorm.cuh"
+
+#ifndef STEP3RT_NORM_THREADS
+#define STEP3RT_NORM_THREADS 448
+#endif
+#ifndef STEP3RT_NORM_CTAS
+#define STEP3RT_NORM_CTAS 2
+#endif
+
+constexpr int kHidden = 7168;
+constexpr int kNormThreads = STEP3RT_NORM_THREADS;
+using Tile = RowTile<kHidden, kNormThreads>;
+
+struct AddNormParams {
+  const uint16_t* residual;
+  const uint16_t* partial_sums;
+  const uint16_t* weight;
+  uint16_t* residual_out;
+  uint16_t* normed;
+  QuantizedRows quantized;
+  int num_partial_sums;
+  int num_tokens;
+  float eps;
+};
+
+struct Totals {
+  float values[Tile::kVectors][kVectorWidth] = {};
+
+  __device__ __forceinline__ void add(const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVectors; ++i) {
+      const uint32_t pairs[] = {tile.packed[i].x, tile.packed[i].y, tile.packed[i].z,
+                                tile.packed[i].w};
+#pragma unroll
+      for (int j = 0; j < kVectorWidth; j += 2) {
+        values[i][j] += bf16_low_to_float(pairs[j / 2]);
+        values[i][j + 1] += bf16_high_to_float(pairs[j / 2]);
+      }
+    }
+  }
+};
+
+// The residual plus the totals rounded to bf16, as the model adds its two bf16 tensors.
+__device__ __forceinline__ uint32_t add_pair(uint32_t residual, float low, float high) {
+  const uint32_t total = cvt_bf16x2(low, high);
+  return cvt_bf16x2(bf16_low_to_float(residual) + bf16_low_to_float(total),
+                    bf16_high_to_float(residual) + bf16_high_to_float(total));
+}
+
+// All in flight before one is used.
+template <int kCount>
+__device__ __forceinline__ void add_tiles(const uint16_t* source, int64_t stride, Totals& totals) {
+  Tile tiles[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) tiles[i].load(source + i * stride);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) totals.add(tiles[i]);
+}
+
+__device__ __forceinline__ void add_partial_sums(const AddNormParams& params, int64_t row,
+                                                 Tile& tile) {
+  const int64_t stride = static_cast<int64_t>(params.num_tokens) * kHidden;
+  const uint16_t* source = params.partial_sums + row;
+  Totals totals;
+  int left = params.num_partial_sums;
+  for (; left > 3; left -= 2, source += 2 * stride) add_tiles<2>(source, stride, totals);
+  if (left == 3) {
+    add_tiles<3>(source, stride, totals);
+  } else if (left == 2) {
+    add_tiles<2>(source, stride, totals);
+  } else {
+    add_tiles<1>(source, stride, totals);
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kVectors; ++i) {
+    const float (&total)[kVectorWidth] = totals.values[i];
+    tile.packed[i].x = add_pair(tile.packed[i].x, total[0], total[1]);
+    tile.packed[i].y = add_pair(tile.packed[i].y, total[2], total[3]);
+    tile.packed[i].z = add_pair(tile.packed[i].z, total[4], total[5]);
+    tile.packed[i].w = add_pair(tile.packed[i].w, total[6], total[7]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kNormThreads, STEP3RT_NORM_CTAS)
+    sm90_bf16_add_rmsnorm_quantize(const __grid_constant__ AddNormParams params) {
+  const int token = blockIdx.x;
+  const int64_t row = static_cast<int64_t>(token) * kHidden;
+  Tile weight;
+  weight.load(params.weight);
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  Tile tile;
+  tile.load(params.residual + row);
+  if (params.num_partial_sums > 0) add_partial_sums(params, row, tile);
+  if (params.residual_out != nullptr) tile.store(params.residual_out + row);
+  tile.normalize(weight, params.eps);
+  if (params.normed != nullptr) tile.store(params.normed + row);
+  if (params.quantized.values != nullptr) tile.quantize(params.quantized, token);
+}
