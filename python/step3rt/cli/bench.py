@@ -17,6 +17,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_scheduler(parts)
     _add_replay(parts)
     _add_kernels(parts)
+    _add_engine(parts)
+    _add_link(parts)
 
 
 def _add_scheduler(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,6 +67,29 @@ def _add_kernels(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(run=run_kernels)
 
 
+def _add_engine(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = parts.add_parser("engine", help="decoding a whole model on this host's GPU")
+    parser.add_argument(
+        "--model", default="nano", help="checkpoint directory, or nano (default: nano)"
+    )
+    parser.add_argument("--sequences", type=int, default=64, help="decoded together (default: 64)")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of each at the start (default: 1024)"
+    )
+    parser.set_defaults(run=run_engine)
+
+
+def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = parts.add_parser("link", help="one-way times of a link between two processes")
+    parser.add_argument("--fabric", choices=("cuda_ipc",), required=True)
+    parser.add_argument(
+        "--bytes", type=int, default=917_504, help="payload of a frame (default: 917504)"
+    )
+    parser.add_argument("--peers", type=int, default=2, help="processes; 2 is what is measured")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(run=run_link)
+
+
 def run_scheduler(arguments: argparse.Namespace) -> int:
     """Prints and returns 0.
 
@@ -108,6 +133,41 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     from step3rt.bench import kernels
 
     return kernels.main(arguments.flags)
+
+
+def run_engine(arguments: argparse.Namespace) -> int:
+    """Prints one line of JSON and returns 0.
+
+    Raises:
+        Step3Error: the model or this host cannot be used.
+    """
+    from step3rt.bench import engine
+    from step3rt.config import resolve_model
+
+    model = resolve_model(Path(arguments.model))
+    print(json.dumps(engine.measure(model, arguments.sequences, arguments.context)))
+    return 0
+
+
+def run_link(arguments: argparse.Namespace) -> int:
+    """Prints and returns 0.
+
+    Raises:
+        InvalidArgument: a flag cannot be used.
+        Unavailable: this host has no such link.
+    """
+    from step3rt.bench import device_link
+
+    if arguments.peers != 2:
+        raise InvalidArgument(
+            f"--peers {arguments.peers} cannot be measured. A link has two ends. Use --peers 2"
+        )
+    report = device_link.measure(arguments.bytes)
+    if not arguments.json:
+        quantiles = ", ".join(f"{key} {us} us" for key, us in report["one_way_us"].items())
+        print(f"{report['fabric']}, {report['bytes']} bytes one way: {quantiles}")
+    print(json.dumps(report))
+    return 0
 
 
 def _parse_peer(text: str) -> tuple[str, Path]:
