@@ -8,13 +8,10 @@
 
 // All threads of the cluster meet; what they wrote before is visible after.
 __device__ __forceinline__ void barrier_cluster_sync() {
-  barrier_cluster_arrive();
-  barrier_cluster_wait();
-}
-
-// Arrives without publishing anything: tells the others only that this CTA runs.
-__device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
 }
 
 // The address, in the cluster's window, of the same shared variable in CTA `rank`.
