@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses its part of this module")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up fails")]
 
+pub(crate) mod doorbell;
 pub(crate) mod instance;
 
 use std::net::SocketAddr;
