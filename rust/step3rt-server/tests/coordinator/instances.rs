@@ -178,6 +178,29 @@ async fn an_instance_without_heartbeats_is_lost_after_its_lease() {
 }
 
 #[tokio::test]
+async fn so_many_steps_of_a_lane_are_sent_before_any_is_answered() {
+    for max_steps_in_flight in [1, 2, 4] {
+        let settings = json!({"max_steps_in_flight": max_steps_in_flight});
+        let cluster = Cluster::start(&settings);
+        let _ffn = cluster.node(NodeOptions::ffn()).await;
+        let stuck = NodeOptions {
+            is_stuck: true,
+            ..NodeOptions::attention()
+        };
+        let stuck = cluster.node(stuck).await;
+        cluster.wait_serving(true).await;
+        let mut client = cluster.client().await;
+        let stream = client.generate(request(&[3], 9)).await.expect("accepted");
+        stuck
+            .wait_until(|seen| seen.num_plans == max_steps_in_flight)
+            .await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(stuck.seen().num_plans, max_steps_in_flight);
+        drop(stream);
+    }
+}
+
+#[tokio::test]
 async fn an_instance_that_does_not_answer_a_step_is_replaced() {
     let settings = json!({"lease_ms": 200, "step_timeout_ms": 300});
     let cluster = Cluster::start(&settings);

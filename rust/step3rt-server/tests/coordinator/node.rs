@@ -149,6 +149,8 @@ pub(crate) struct Seen {
     /// Sequences learnt and not left.
     pub(crate) num_sequences: usize,
     pub(crate) num_steps: usize,
+    /// Steps that it was given, answered or not.
+    pub(crate) num_plans: usize,
     /// For every sequence joined: how many known tokens it came with.
     pub(crate) joined_tokens: Vec<usize>,
 }
@@ -245,8 +247,11 @@ impl Worker {
                 None | Some(Command::Drain(_)) => return Ok(()),
                 Some(Command::Welcome(_)) => panic!("Welcome comes once"),
                 Some(Command::Topology(topology)) => self.link(topology).await,
-                Some(Command::StepPlan(_)) if self.options.is_stuck => {}
                 Some(Command::StepPlan(plan)) => {
+                    self.seen.send_modify(|seen| seen.num_plans += 1);
+                    if self.options.is_stuck {
+                        continue;
+                    }
                     sleep(self.options.step_delay).await;
                     let output = self.compute(plan);
                     send(&self.requests, Event::StepOutput(output)).await;
