@@ -36,7 +36,7 @@ class Shape:
         """A test's name."""
         return (
             f"{self.attention}A{self.ffn}F-{self.lanes}lanes-{self.fabric}-"
-            f"{self.max_tokens_per_micro_batch}-{self.max_steps_in_flight}ahead"
+            f"{self.max_tokens_per_micro_batch}-{self.max_steps_in_flight}steps"
         )
 
 
