@@ -207,6 +207,7 @@ class Settings:
     block_size_tokens: int
     max_model_len: int
     ep_size: int
+    max_steps_in_flight: int
     compute_dtype: str
     a2f_dtype: str
     f2a_dtype: str

@@ -76,6 +76,13 @@ class ServeConfig:
     max_tokens_per_micro_batch: int = setting(
         "tokens of one lane's step, prefill and decode together", 512, minimum=16, maximum=65536
     )
+    max_steps_in_flight: int = setting(
+        "steps of one lane planned and not answered: above 1, the next step starts without "
+        "waiting for the coordinator to hear of the last",
+        2,
+        minimum=1,
+        maximum=4,
+    )
     max_sequences_per_lane: int | None = setting(
         "sequences of one lane; default: 256, or fewer if a micro-batch has fewer tokens",
         None,
@@ -134,8 +141,8 @@ class ServeConfig:
         }
         same = (
             "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
-            "max_sequences_per_lane max_waiting_requests lease_ms step_timeout_ms "
-            "recovery_timeout_ms drain_timeout_s reflection insecure_bind"
+            "max_steps_in_flight max_sequences_per_lane max_waiting_requests lease_ms "
+            "step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind"
         )
         values |= {name: getattr(self, name) for name in same.split()}
         return json.dumps({name: value for name, value in values.items() if value is not None})

@@ -27,8 +27,8 @@ NUM_STREAMS = 200
 # A prompt of 300 tokens holds 5 blocks. Its stream would go on for 700 steps.
 PROMPT = [9] * 300
 MAX_TOKENS = 700
-# The step in flight when the coordinator learns of it is the last. Until then 0 to 3 tokens of the
-# witness were seen to arrive (15 trials, a step of 3 ms), news and looking included; 700 were left.
+# The steps in flight when the coordinator learns of it, two at most, are the last. Until then 1 to
+# 3 tokens of the witness were seen to arrive (15 trials), news and looking included; 700 were left.
 MAX_STEPS_TO_NOTICE = 8
 
 

@@ -30,22 +30,23 @@ class Shape:
     lanes: int
     fabric: str
     max_tokens_per_micro_batch: int
+    max_steps_in_flight: int = 2
 
     def __str__(self) -> str:
         """A test's name."""
         return (
             f"{self.attention}A{self.ffn}F-{self.lanes}lanes-{self.fabric}-"
-            f"{self.max_tokens_per_micro_batch}"
+            f"{self.max_tokens_per_micro_batch}-{self.max_steps_in_flight}steps"
         )
 
 
-# Every topology, every number of lanes, both fabrics, whole and chunked prefill, each of them with
-# different others; the remaining combinations are slow.
+# Every topology, every number of lanes, both fabrics, whole and chunked prefill, one and more steps
+# in flight, each of them with different others; the remaining combinations are slow.
 SHAPES = (
-    Shape(1, 1, 1, "tcp", 512),
-    Shape(2, 2, 3, "shm", 48),
-    Shape(1, 3, 2, "shm", 512),
-    Shape(3, 1, 3, "tcp", 64),
+    Shape(1, 1, 1, "tcp", 512, 2),
+    Shape(2, 2, 3, "shm", 48, 2),
+    Shape(1, 3, 2, "shm", 512, 1),
+    Shape(3, 1, 3, "tcp", 64, 4),
 )
 SLOW_SHAPES = tuple(
     shape
@@ -53,7 +54,8 @@ SLOW_SHAPES = tuple(
     for lanes in (1, 2, 3)
     for fabric in ("shm", "tcp")
     for micro_batch in (48, 512)
-    if (shape := Shape(attention, ffn, lanes, fabric, micro_batch)) not in SHAPES
+    for steps in ((1, 2) if fabric == "shm" and micro_batch == 48 else (2,))
+    if (shape := Shape(attention, ffn, lanes, fabric, micro_batch, steps)) not in SHAPES
 )
 
 
@@ -99,6 +101,7 @@ def cluster(
         lanes=shape.lanes,
         fabric=shape.fabric,
         max_tokens_per_micro_batch=shape.max_tokens_per_micro_batch,
+        max_steps_in_flight=shape.max_steps_in_flight,
     ) as running:
         links = [link for item in running.instances() for link in item["links"]]
         assert [link["fabric"] for link in links] == [shape.fabric] * shape.attention * shape.ffn

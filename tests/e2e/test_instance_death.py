@@ -4,13 +4,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from step3rt import Client, LocalCluster
+from step3rt import Client, LocalCluster, _core
+from step3rt.config import NodeConfig
 from step3rt.errors import Step3Error, Unavailable
+from step3rt.instance.node import connect
+from step3rt.model.checkpoint import Checkpoint
 from tests.e2e.clusters import (
     assert_all_blocks_return,
     pid_of,
@@ -19,7 +24,7 @@ from tests.e2e.clusters import (
     wait_until,
 )
 from tests.e2e.commands import Commands
-from tests.fixtures.checkpoint import Checkpoint
+from tests.fixtures import checkpoint
 
 PROMPTS = [[10 + number] * (20 * number + 1) for number in range(6)]
 NUM_TOKENS = 300
@@ -74,7 +79,7 @@ def streams_in_flight(cluster: LocalCluster, **params: Any) -> Iterator[list[Rea
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_checkpoint: Checkpoint) -> Iterator[LocalCluster]:
+def cluster(tiny_checkpoint: checkpoint.Checkpoint) -> Iterator[LocalCluster]:
     """2A2F; every test here leaves it whole again."""
     with running_cluster(tiny_checkpoint.directory, attention=2, ffn=2, fabric="auto") as running:
         yield running
@@ -194,7 +199,7 @@ def test_a_frozen_instance_is_lost_and_its_streams_go_on(
 
 
 def test_when_no_instance_returns_streams_end_and_the_next_ones_are_told_to_wait(
-    tiny_checkpoint: Checkpoint,
+    tiny_checkpoint: checkpoint.Checkpoint,
 ) -> None:
     with (
         running_cluster(tiny_checkpoint.directory, recovery_timeout_ms=1500) as cluster,
@@ -216,8 +221,44 @@ def test_when_no_instance_returns_streams_end_and_the_next_ones_are_told_to_wait
         assert len(client.generate([10], max_tokens=2).result().outputs[0].token_ids) == 2
 
 
+def join_as_an_ffn_that_nobody_can_link(cluster: LocalCluster, model: Path) -> _core.NodeSession:
+    """Registers slots of another size than the cluster's: every handshake refuses them."""
+    config = NodeConfig(role="ffn", model=model, coordinator=cluster.control_address)
+
+    def join() -> _core.NodeSession:
+        session = connect(config, Checkpoint.open(model))
+        session.bind(64, 64)
+        session.ready(0)
+        return session
+
+    # Not on the main thread, where a session takes over the process's signals.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(join).result()
+
+
+def test_streams_do_not_wait_for_ever_for_an_instance_that_cannot_link(
+    tiny_checkpoint: checkpoint.Checkpoint,
+) -> None:
+    model = tiny_checkpoint.directory
+    with (
+        running_cluster(model, lease_ms=1000, recovery_timeout_ms=1500) as cluster,
+        Client(cluster.address) as client,
+    ):
+        stream = client.generate([10], temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        next(stream)
+        kill(cluster, "ffn")
+        misfit = join_as_an_ffn_that_nobody_can_link(cluster, model)
+        with pytest.raises(Unavailable) as caught:
+            stream.result()
+        assert caught.value.reason == "NODE_LOST"
+        misfit.close()
+        cluster.start_instance("ffn")
+        wait_until(lambda: snapshot(cluster.control_address)["is_serving"], "recovery")
+        assert len(client.generate([10], max_tokens=2).result().outputs[0].token_ids) == 2
+
+
 def test_instances_outlive_a_killed_coordinator_and_join_the_next_one(
-    tiny_checkpoint: Checkpoint, commands: Commands
+    tiny_checkpoint: checkpoint.Checkpoint, commands: Commands
 ) -> None:
     model = tiny_checkpoint.directory
     first = commands.serve(model)
@@ -247,7 +288,7 @@ def test_instances_outlive_a_killed_coordinator_and_join_the_next_one(
 
 
 def test_instances_end_when_their_coordinator_does_not_come_back(
-    tiny_checkpoint: Checkpoint, commands: Commands
+    tiny_checkpoint: checkpoint.Checkpoint, commands: Commands
 ) -> None:
     coordinator = commands.serve(tiny_checkpoint.directory)
     node = commands.node("ffn", tiny_checkpoint.directory, coordinator, "--connect-timeout-s=1")

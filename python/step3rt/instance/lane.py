@@ -1,8 +1,9 @@
-"""Owns one micro-batch lane of an attention instance: a step in progress, and what it waits for.
+"""Owns one micro-batch lane of an attention instance: its steps, and what they wait for.
 
 It never talks to the session; `step_loop` does, and tells the lane what happened.
 """
 
+from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
@@ -63,6 +64,9 @@ class Step:
 class Lane:
     """One lane: its sequences, its step if one is in progress, and the slots that are taken.
 
+    queued holds the plans whose steps come after that one. Those below first_due_step may have been
+    planned before the coordinator knew that a step of this lane had failed.
+
     taken_by_peer holds the instances that have not yet answered this lane's last push. A step may
     fail while they compute; the next one must not write into their slot before they have answered.
     """
@@ -70,4 +74,6 @@ class Lane:
     index: int
     sequences: LaneSequences
     step: Step | None = None
+    queued: deque[_core.StepPlan] = field(default_factory=deque)
+    first_due_step: int = 0
     taken_by_peer: set[int] = field(default_factory=set)

@@ -64,7 +64,7 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
             config.connect_timeout_s,
         )
         try:
-            session = _connect(config, checkpoint)
+            session = connect(config, checkpoint)
         except Cancelled:
             logger.info("Stopped before a coordinator was found")
             return 0
@@ -99,7 +99,14 @@ def load_progress(session: _core.NodeSession) -> Progress:
     return report
 
 
-def _connect(config: NodeConfig, checkpoint: Checkpoint) -> _core.NodeSession:
+def connect(config: NodeConfig, checkpoint: Checkpoint) -> _core.NodeSession:
+    """Opens a session that says what this instance is, looking for `connect_timeout_s`.
+
+    Raises:
+        ConfigError: the coordinator refuses this instance.
+        Unavailable: no coordinator answers in time.
+        Cancelled: a signal came first.
+    """
     model = checkpoint.config
     options = {
         "coordinator": config.coordinator,

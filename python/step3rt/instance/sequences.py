@@ -11,18 +11,30 @@ from step3rt.errors import Internal
 from step3rt.model.batch import Chunk
 from step3rt.ops.logit_adjust import LogitAdjuster
 
+# Stands for the token that a corrupt sequence could not sample. A step that was planned ahead may
+# compute it; nobody is told what that gives.
+PLACEHOLDER_TOKEN_ID = 0
+
+
+class StepNotDueError(Exception):
+    """A chunk starts where its sequence is not; all else that its plan says has taken effect."""
+
 
 @dataclass(slots=True)
 class Sequence:
     """All known tokens of a sequence, how to sample it, and its KV blocks in order.
 
     adjuster has its logit bias and penalties, and counts its tokens for them; most have none.
+    num_computed_tokens: those whose K and V are in the cache. The first chunk says how many are
+    there before it; until then None.
     """
 
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: _core.Sampling
     block_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int | None = None
+    is_corrupt: bool = False
     adjuster: LogitAdjuster | None = None
 
     def append(self, token_id: int) -> None:
@@ -46,12 +58,24 @@ class PlannedChunk:
     num_prompt_rows: int
     samples: bool
 
+    def accept(self, token_id: int | None, is_corrupt: bool) -> None:
+        """Takes what its step gave: the sequence is further, and knows what it sampled.
+
+        A corrupt sequence stays one: its later chunks, if any were planned, mean nothing.
+        """
+        sequence = self.sequence
+        sequence.num_computed_tokens = self.chunk.first_position + len(self.chunk.token_ids)
+        sequence.is_corrupt |= is_corrupt
+        if self.samples:
+            sequence.append(PLACEHOLDER_TOKEN_ID if token_id is None else token_id)
+
 
 class LaneSequences:
     """The sequences of one lane.
 
-    What a plan says of `left`, `joined` and new blocks takes effect when the plan arrives, even if
-    its step then fails; a plan that is sent again changes nothing the second time.
+    What a plan says of `left`, `joined` and new blocks takes effect when its step's turn comes, for
+    good, even if the step then fails; what is said again changes nothing the second time. Chunks
+    take effect when their step has succeeded (`PlannedChunk.accept`), and only then.
     """
 
     def __init__(self, *, num_blocks: int, block_size_tokens: int, vocab_size: int) -> None:
@@ -67,13 +91,21 @@ class LaneSequences:
         """Forgets, learns, grows block tables, and returns what is to be computed.
 
         Raises:
+            StepNotDueError: an earlier step failed, and this one was planned on its success.
             Internal: the plan does not fit what this instance knows.
         """
         for sequence_id in plan.left:
             self._sequences.pop(sequence_id, None)
         for join in plan.joined:
             self._join(join)
-        return [self._plan_chunk(chunk) for chunk in plan.chunks]
+        chunks = [(chunk, self._grow(chunk)) for chunk in plan.chunks]
+        for chunk, sequence in chunks:
+            if chunk.num_computed_tokens != sequence.num_computed_tokens:
+                raise StepNotDueError(
+                    f"a chunk of sequence {chunk.sequence_id} starts at token "
+                    f"{chunk.num_computed_tokens}, and {sequence.num_computed_tokens} are computed"
+                )
+        return [self._plan_chunk(chunk, sequence) for chunk, sequence in chunks]
 
     def _join(self, join: _core.Join) -> None:
         token_ids = join.token_ids
@@ -99,7 +131,8 @@ class LaneSequences:
             adjuster=None if adjustments is None else _adjuster(join, adjustments),
         )
 
-    def _plan_chunk(self, chunk: _core.Chunk) -> PlannedChunk:
+    def _grow(self, chunk: _core.Chunk) -> Sequence:
+        """Extends the block table of the chunk's sequence, and returns that."""
         sequence = self._sequences.get(chunk.sequence_id)
         if sequence is None:
             raise Internal(
@@ -109,6 +142,11 @@ class LaneSequences:
         if chunk.new_block_ids:
             held = set(sequence.block_ids)
             sequence.block_ids.extend(block for block in chunk.new_block_ids if block not in held)
+        if sequence.num_computed_tokens is None:
+            sequence.num_computed_tokens = chunk.num_computed_tokens
+        return sequence
+
+    def _plan_chunk(self, chunk: _core.Chunk, sequence: Sequence) -> PlannedChunk:
         first, num_known = chunk.num_computed_tokens, len(sequence.token_ids)
         end = first + chunk.num_new_tokens
         capacity = len(sequence.block_ids) * self._block_size_tokens

@@ -1,12 +1,14 @@
 """The attention instance's loop: every lane's step advances when its FFN replies are complete.
 
-Owns the order of events; it never blocks while any lane has something to compute, and never
-keeps what the session said for longer than it takes to act on it.
+Owns the order of events: a lane's steps run one after the other, the next one from the moment when
+the last has sampled its tokens. It never blocks while any lane has something to compute.
 """
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,7 +17,7 @@ from step3rt.errors import Internal, Unavailable
 from step3rt.instance.lane import Lane, Step
 from step3rt.instance.node import IDLE_TIMEOUT_S, Outcome
 from step3rt.instance.sampler import ChunkResult, sample_chunks
-from step3rt.instance.sequences import LaneSequences
+from step3rt.instance.sequences import LaneSequences, StepNotDueError
 from step3rt.instance.wire import A2fLayout, F2aLayout, FrameError, slot_tensor
 from step3rt.model.batch import Batch
 from step3rt.model.config import Step3Config
@@ -54,6 +56,9 @@ class StepLoop:
         self._a2f, self._f2a = layouts
         self._ep_size = session.settings.ep_size
         self._max_tokens = session.settings.max_tokens_per_micro_batch
+        self._max_steps_in_flight = session.settings.max_steps_in_flight
+        # Reports of steps that are over, in their order.
+        self._answers: list[Callable[[], None]] = []
         self._peers: dict[int, FfnPeer] = {}
         self._is_draining = False
         self._lanes = [
@@ -97,18 +102,46 @@ class StepLoop:
             self._on_link_down(event)
         elif event.kind == "drain":
             self._is_draining = True
+        while self._answers:
+            # Their lanes are free. What waits there is on its way before anybody is told.
+            answers, self._answers = self._answers, []
+            for lane in self._lanes:
+                self._begin_next(lane)
+            for answer in answers:
+                answer()
 
     def _on_plan(self, plan: _core.StepPlan) -> None:
         lane = self._lanes[plan.lane]
-        if lane.step is not None:
+        num_unanswered = len(lane.queued) + (lane.step is not None)
+        if num_unanswered >= self._max_steps_in_flight:
             raise Internal(
-                f"A plan for step {plan.step} of lane {plan.lane} arrived while step "
-                f"{lane.step.number} is in progress. A lane has one step at a time. "
-                "The coordinator's plan is wrong."
+                f"A plan for step {plan.step} of lane {plan.lane} arrived while {num_unanswered} "
+                f"of its steps are not answered. max_steps_in_flight is "
+                f"{self._max_steps_in_flight}. The coordinator's plan is wrong."
             )
-        planned = lane.sequences.apply(plan)
+        lane.queued.append(plan)
+        self._begin_next(lane)
+
+    def _begin_next(self, lane: Lane) -> None:
+        if lane.step is None and lane.queued:
+            self._begin(lane, lane.queued.popleft())
+
+    def _begin(self, lane: Lane, plan: _core.StepPlan) -> None:
+        try:
+            planned = lane.sequences.apply(plan)
+        except StepNotDueError as error:
+            if plan.step >= lane.first_due_step:
+                raise Internal(
+                    f"Step {plan.step} of lane {plan.lane} cannot start: {error}. No step failed "
+                    "that it could have been planned on. The coordinator's plan is wrong."
+                ) from error
+            reason = f"it was planned before a failure was known: {error}"
+            self._answers.append(partial(self._session.fail_step, plan.lane, plan.step, reason))
+            return
         if not planned:
-            self._session.complete_step(plan.lane, plan.step, [], 0, 0, 0)
+            self._answers.append(
+                partial(self._session.complete_step, plan.lane, plan.step, [], 0, 0, 0)
+            )
             return
         num_tokens = sum(chunk.num_new_tokens for chunk in plan.chunks)
         if num_tokens > self._max_tokens:
@@ -220,24 +253,29 @@ class StepLoop:
         del step.waiting[rank]
 
     def _complete(self, lane: Lane, step: Step, results: list[ChunkResult]) -> None:
-        outputs = []
         for planned, result in zip(step.planned, results, strict=True):
-            if result.token_id is not None:
-                planned.sequence.append(result.token_id)
-            outputs.append(
-                _core.SequenceOutput(
-                    result.sequence_id,
-                    token_id=result.token_id,
-                    logprob=result.logprob,
-                    top=result.top,
-                    prompt_logprobs=result.prompt_logprobs,
-                    is_corrupt=result.is_corrupt,
-                )
-            )
+            planned.accept(result.token_id, result.is_corrupt)
+            result.is_corrupt = planned.sequence.is_corrupt
         lane.step = None
         total_ns = time.perf_counter_ns() - step.started_ns
+        self._answers.append(partial(self._report, lane.index, step, results, total_ns))
+
+    def _report(
+        self, lane_index: int, step: Step, results: list[ChunkResult], total_ns: int
+    ) -> None:
+        outputs = [
+            _core.SequenceOutput(
+                result.sequence_id,
+                token_id=result.token_id,
+                logprob=result.logprob,
+                top=result.top,
+                prompt_logprobs=result.prompt_logprobs,
+                is_corrupt=result.is_corrupt,
+            )
+            for result in results
+        ]
         self._session.complete_step(
-            lane.index, step.number, outputs, step.compute_ns, step.wait_ns, total_ns
+            lane_index, step.number, outputs, step.compute_ns, step.wait_ns, total_ns
         )
 
     def _fail(self, lane: Lane, step: Step, reason: str) -> None:
@@ -245,7 +283,8 @@ class StepLoop:
         logger.warning("Step %d of lane %d fails: %s", step.number, lane.index, reason)
         step.layers.close()
         lane.step = None
-        self._session.fail_step(lane.index, step.number, reason)
+        lane.first_due_step = step.number + self._max_steps_in_flight
+        self._answers.append(partial(self._session.fail_step, lane.index, step.number, reason))
 
     def _on_link_up(self, link: _core.LinkUp) -> None:
         lanes = range(len(self._lanes))

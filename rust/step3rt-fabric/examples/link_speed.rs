@@ -138,7 +138,7 @@ fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> bool {
         for event in events.drain(..) {
             match event {
                 FabricEvent::Arrived { .. } => return true,
-                FabricEvent::LinkDown { .. } => return false,
+                FabricEvent::LinkDown { .. } | FabricEvent::DialFailed { .. } => return false,
                 FabricEvent::LinkUp(_) => {}
             }
         }

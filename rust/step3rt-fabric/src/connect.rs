@@ -7,7 +7,7 @@ use std::sync::Arc;
 use step3rt_core::ids::InstanceId;
 use thiserror::Error;
 
-use crate::address::{ChoiceReason, FabricKind, PeerAddress};
+use crate::address::{ChoiceReason, FabricChoice, FabricKind, PeerAddress, candidates};
 use crate::contract::{Link, LinkIdentity};
 use crate::handshake::{Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
@@ -120,6 +120,48 @@ pub enum ConnectError {
         /// Of the operating system.
         error: io::Error,
     },
+}
+
+/// What an endpoint needs to link peers, in place or on a thread.
+pub(crate) struct Dialer {
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) fabric: FabricChoice,
+    pub(crate) boot_id: String,
+}
+
+impl Dialer {
+    /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
+    pub(crate) fn link(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
+        let mut candidates = candidates(self.fabric, &self.boot_id, peer).into_iter();
+        let mut next = candidates.next();
+        let mut unreachable: Option<ConnectError> = None;
+        while let Some((fabric, choice)) = next {
+            next = candidates.next();
+            match (Attempt {
+                hub: &self.hub,
+                peer,
+                fabric,
+                choice,
+            })
+            .run()
+            {
+                Ok(link) => {
+                    let reason = match unreachable {
+                        Some(error) => format!("{choice}: {error}"),
+                        None => choice.to_string(),
+                    };
+                    return Ok((link, reason));
+                }
+                Err(error @ ConnectError::Unreachable { .. }) if next.is_some() => {
+                    unreachable = Some(error);
+                }
+                // That the last resort is not even offered says less than why the first failed.
+                Err(ConnectError::NotOffered { .. }) if unreachable.is_some() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(unreachable.expect("there is a candidate, and the last one returns its error"))
+    }
 }
 
 /// One attempt to link one peer over one fabric.

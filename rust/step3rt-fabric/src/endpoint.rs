@@ -1,16 +1,18 @@
 //! All links of one process: binds, connects, accepts, and reports what happens.
 //!
-//! It never blocks for a peer except in [`Endpoint::connect`], and never looks into a payload.
+//! It never blocks for a peer except in [`Endpoint::connect`] ([`Endpoint::dial`] does not), and never
+//! looks into a payload.
 
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::JoinHandle;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 
-use crate::address::{DataAddress, PeerAddress, boot_id, candidates};
+use crate::address::{DataAddress, PeerAddress, boot_id};
 pub use crate::config::{BindError, EndpointConfig, LinkSettings};
-use crate::connect::Attempt;
 pub use crate::connect::ConnectError;
+use crate::connect::Dialer;
 use crate::contract::{
     Doorbell, DownReason, Link, LinkEvent, LinkIdentity, PushError, Side, SlotMemory,
 };
@@ -33,9 +35,16 @@ pub struct LinkSummary {
 /// What an endpoint reports. A peer's events are in order: up, arrivals, down.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FabricEvent {
-    /// A peer connected to this endpoint. (What [`Endpoint::connect`] linked is its return value,
-    /// not an event.)
+    /// A peer connected to this endpoint, or was linked by [`Endpoint::dial`]. (What
+    /// [`Endpoint::connect`] linked is its return value, not an event.)
     LinkUp(LinkSummary),
+    /// [`Endpoint::dial`] did not link the peer; nothing of the attempt is left.
+    DialFailed {
+        /// Who was dialled.
+        peer: LinkIdentity,
+        /// [`ConnectError`]'s words.
+        reason: String,
+    },
     /// A checked frame lies in the receive slot of its lane.
     Arrived {
         /// Who sent it.
@@ -65,7 +74,11 @@ pub struct Endpoint {
     scratch: Vec<LinkEvent>,
     hub: Arc<Hub>,
     watcher: Option<JoinHandle<()>>,
+    /// What became of those dialled: from their threads to the next poll.
+    dialled: (SyncSender<Dialled>, Receiver<Dialled>),
 }
+
+type Dialled = (LinkIdentity, Result<(Box<dyn Link>, String), ConnectError>);
 
 struct Entry {
     peer: LinkIdentity,
@@ -90,6 +103,8 @@ impl Endpoint {
             .name("fabric-watch".to_owned())
             .spawn(move || watcher.run())?;
         Ok(Self {
+            // A peer is dialled once at a time, so no thread waits to be heard.
+            dialled: mpsc::sync_channel(config.settings.max_peers),
             // Unknown only where /proc is not mounted; then no host is the same host.
             boot_id: boot_id().unwrap_or_default(),
             config,
@@ -121,7 +136,7 @@ impl Endpoint {
         }
         let instance = peer.identity.instance;
         self.admit(peer.identity)?;
-        match self.attempt(peer) {
+        match self.dialer().link(peer) {
             Ok((link, reason)) => {
                 let (peer, fabric) = (link.peer(), link.fabric());
                 self.insert(link);
@@ -139,6 +154,50 @@ impl Endpoint {
         }
     }
 
+    /// Links to a peer on a thread of its own, within the time that [`Endpoint::connect`] takes. A
+    /// later poll, for which the doorbell rings, says [`FabricEvent::LinkUp`] or
+    /// [`FabricEvent::DialFailed`].
+    pub fn dial(&mut self, peer: PeerAddress) -> Result<(), ConnectError> {
+        if self.config.side == Side::Responder {
+            return Err(ConnectError::WrongSide);
+        }
+        let instance = peer.identity.instance;
+        self.admit(peer.identity)?;
+        let (dialer, dialled) = (self.dialer(), self.dialled.0.clone());
+        let dialling = move || {
+            let outcome = dialer.link(&peer);
+            // The endpoint may be gone; then the link is dropped here.
+            let _ = dialled.send((peer.identity, outcome));
+            dialer.hub.bell.ring();
+        };
+        let thread = std::thread::Builder::new().name("fabric-dial".to_owned());
+        thread.spawn(dialling).map(drop).map_err(|error| {
+            self.hub.dismiss(instance);
+            ConnectError::Resources { instance, error }
+        })
+    }
+
+    fn dialer(&self) -> Dialer {
+        Dialer {
+            hub: Arc::clone(&self.hub),
+            fabric: self.config.fabric,
+            boot_id: self.boot_id.clone(),
+        }
+    }
+
+    fn take_dialled(&mut self) {
+        while let Ok((peer, outcome)) = self.dialled.1.try_recv() {
+            match outcome {
+                Ok((link, reason)) => self.insert_and_report(link, reason),
+                Err(error) => {
+                    self.hub.dismiss(peer.instance);
+                    let reason = error.to_string();
+                    self.notices.push(FabricEvent::DialFailed { peer, reason });
+                }
+            }
+        }
+    }
+
     fn admit(&self, peer: LinkIdentity) -> Result<(), ConnectError> {
         self.hub.admit(peer).map_err(|code| match code {
             RefusalCode::Stale(_) => ConnectError::Stale(peer),
@@ -148,39 +207,6 @@ impl Endpoint {
                 max_peers: self.config.settings.max_peers,
             },
         })
-    }
-
-    /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
-    fn attempt(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
-        let mut candidates = candidates(self.config.fabric, &self.boot_id, peer).into_iter();
-        let mut next = candidates.next();
-        let mut unreachable: Option<ConnectError> = None;
-        while let Some((fabric, choice)) = next {
-            next = candidates.next();
-            match (Attempt {
-                hub: &self.hub,
-                peer,
-                fabric,
-                choice,
-            })
-            .run()
-            {
-                Ok(link) => {
-                    let reason = match unreachable {
-                        Some(error) => format!("{choice}: {error}"),
-                        None => choice.to_string(),
-                    };
-                    return Ok((link, reason));
-                }
-                Err(error @ ConnectError::Unreachable { .. }) if next.is_some() => {
-                    unreachable = Some(error);
-                }
-                // That the last resort is not even offered says less than why the first failed.
-                Err(ConnectError::NotOffered { .. }) if unreachable.is_some() => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Err(unreachable.expect("there is a candidate, and the last one returns its error"))
     }
 
     /// Adopts a link made elsewhere, such as one end of a simulated pair, and reports it as up.
@@ -199,6 +225,7 @@ impl Endpoint {
         for Accepted { link, reason } in self.hub.take_accepted() {
             self.insert_and_report(link, reason);
         }
+        self.take_dialled();
         out.append(&mut self.notices);
         for Entry {
             peer,

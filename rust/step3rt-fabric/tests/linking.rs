@@ -75,6 +75,30 @@ fn a_peer_that_is_gone_cannot_be_reached() {
 }
 
 #[test]
+fn dialling_returns_at_once_and_a_poll_says_how_it_went() {
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        let gone = Node::ffn(fabric, 3, geometry(1, 64)).address();
+        let mut ffn = Node::ffn(fabric, 2, geometry(1, 64));
+        let mut attention = Node::attention(fabric, 1, geometry(1, 64));
+        attention.endpoint.dial(ffn.address()).unwrap();
+        attention.expect_up(ffn.identity());
+        ffn.expect_up(attention.identity());
+        attention.push((FFN, LANE), 0, b"over a dialled link");
+        ffn.expect_arrival();
+
+        let error = attention.endpoint.connect(&gone).unwrap_err().to_string();
+        attention.endpoint.dial(gone.clone()).unwrap();
+        let failed = FabricEvent::DialFailed {
+            peer: gone.identity,
+            reason: error,
+        };
+        assert_eq!(attention.next(), failed);
+        let refused = ffn.endpoint.dial(gone);
+        assert!(matches!(refused, Err(ConnectError::WrongSide)));
+    }
+}
+
+#[test]
 fn one_host_is_linked_by_shm_and_by_tcp_when_that_is_out_of_reach() {
     let bind = |side, instance| {
         let config = EndpointConfig {

@@ -152,6 +152,7 @@ fn ffn_child(fabric: Fabric, forks: bool) {
                 }
             }
             FabricEvent::LinkDown { .. } => say("lost its peer"),
+            other @ FabricEvent::DialFailed { .. } => panic!("{other:?} of one that dials nobody"),
         }
     }
 }

@@ -4,9 +4,9 @@
 //! only peers that the coordinator has named. Links never decide what a lost peer means for a step.
 //!
 //! ```text
-//!   topology names it    not linked ──connect──▶ up ──down──▶ lost (told to the coordinator;
-//!                            ▲ │                  │            only a new epoch comes back)
-//!                            └─┘ retry            └─ topology drops it ──▶ gone
+//!   topology names it    not linked ──dial──▶ up ──down──▶ lost (told to the coordinator;
+//!                            ▲ │               │            only a new epoch comes back)
+//!                            └─┘ retry         └─ topology drops it ──▶ gone
 //! ```
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use step3rt_core::ids::InstanceId;
 use step3rt_fabric::contract::{Doorbell, DownReason, LinkIdentity};
-use step3rt_fabric::endpoint::{Endpoint, FabricEvent};
+use step3rt_fabric::endpoint::{Endpoint, FabricEvent, LinkSummary};
 use step3rt_proto::v1;
 use step3rt_proto::v1::session_request::Event;
 
@@ -63,8 +63,10 @@ struct PeerState {
 }
 
 enum LinkState {
-    /// To be connected, not before `at`.
+    /// To be dialled, not before `at`.
     Wanted { at: Instant, pause: Duration },
+    /// Being dialled; if that fails, again after `pause`.
+    Dialling { pause: Duration },
     /// To be accepted.
     Awaited,
     /// Usable.
@@ -150,11 +152,11 @@ impl Links {
         }
     }
 
-    /// Connects what is wanted and due, and takes what the fabric reports.
+    /// Dials what is wanted and due, and takes what the fabric reports.
     pub fn poll(&mut self, now: Instant, out: &mut LinkNews) {
         self.take_news(out);
         if self.role == Role::Attention {
-            self.connect_due(now, out);
+            self.dial_due(now, out);
             self.report_ready(out);
         }
         if out.status.is_none() && out.events.iter().any(is_about_a_link) {
@@ -210,22 +212,35 @@ impl Links {
                     self.unnamed.push(event);
                 }
             }
-            FabricEvent::LinkUp(ref link) => match self.peers.get_mut(&link.peer.instance) {
-                Some(state) if state.identity == link.peer => {
+            FabricEvent::LinkUp(link) => self.take_up(link, out),
+            FabricEvent::DialFailed { peer, reason } => self.retry(peer, &reason, out),
+            FabricEvent::LinkDown { peer, reason } => self.take_down(peer, &reason, out),
+        }
+    }
+
+    fn take_up(&mut self, link: LinkSummary, out: &mut LinkNews) {
+        let instance = link.peer.instance;
+        match self.peers.get_mut(&instance) {
+            Some(state) if state.identity == link.peer => match state.link {
+                LinkState::Awaited | LinkState::Dialling { .. } => {
                     out.events.push(NodeEvent::LinkUp {
-                        peer: link.peer.instance,
+                        peer: instance,
                         role_rank: state.role_rank,
                         fabric: link.fabric,
                         reason: link.reason.clone(),
                     });
                     state.link = LinkState::Up {
                         fabric: link.fabric,
-                        reason: link.reason.clone(),
+                        reason: link.reason,
                     };
                 }
-                _ => self.unnamed.push(event),
+                // A lost peer was reported and must register again. Were it to come up as it was,
+                // this instance would believe in a link whose other end the coordinator ends.
+                _ => self.endpoint.disconnect(instance),
             },
-            FabricEvent::LinkDown { peer, reason } => self.take_down(peer, &reason, out),
+            // The topology has dropped it since it was dialled.
+            _ if self.role == Role::Attention => self.endpoint.disconnect(instance),
+            _ => self.unnamed.push(FabricEvent::LinkUp(link)),
         }
     }
 
@@ -236,7 +251,7 @@ impl Links {
                 peer: source,
                 header,
             } => (*source, header.epoch) != (peer.instance, peer.epoch),
-            FabricEvent::LinkDown { .. } => true,
+            FabricEvent::LinkDown { .. } | FabricEvent::DialFailed { .. } => true,
         });
         let Some(state) = self.peers.get_mut(&peer.instance) else {
             return;
@@ -257,40 +272,44 @@ impl Links {
         });
     }
 
-    /// Connecting blocks for the peer's handshake thread, never for its loop. While a peer is
-    /// missing this instance has no step to delay, because experts are incomplete without it.
-    fn connect_due(&mut self, now: Instant, out: &mut LinkNews) {
+    /// Threads of the fabric dial, so that a peer that is out of reach holds up nobody else.
+    fn dial_due(&mut self, now: Instant, out: &mut LinkNews) {
+        let mut failed = Vec::new();
         for state in self.peers.values_mut() {
-            let LinkState::Wanted { at, pause } = &mut state.link else {
+            let LinkState::Wanted { at, pause } = state.link else {
                 continue;
             };
             let Some(peer) = self.topology.find(state.identity) else {
                 continue;
             };
-            if *at > now {
+            if at > now {
                 continue;
             }
-            match self.endpoint.connect(&peer.address) {
-                Ok(link) => {
-                    out.events.push(NodeEvent::LinkUp {
-                        peer: state.identity.instance,
-                        role_rank: state.role_rank,
-                        fabric: link.fabric,
-                        reason: link.reason.clone(),
-                    });
-                    state.link = LinkState::Up {
-                        fabric: link.fabric,
-                        reason: link.reason,
-                    };
-                }
-                Err(error) => {
-                    let instance = state.identity.instance;
-                    tracing::warn!(peer = instance.0, %error, "cannot link; trying again");
-                    out.status = Some(format!("cannot link to FFN instance {instance}: {error}"));
-                    *at = Instant::now() + *pause;
-                    *pause = (*pause * 2).min(LONGEST_RETRY);
-                }
+            state.link = LinkState::Dialling { pause };
+            if let Err(error) = self.endpoint.dial(peer.address.clone()) {
+                failed.push((state.identity, error.to_string()));
             }
+        }
+        for (peer, reason) in failed {
+            self.retry(peer, &reason, out);
+        }
+    }
+
+    /// Notes that a peer could not be linked, and wants it again after a pause.
+    fn retry(&mut self, peer: LinkIdentity, reason: &str, out: &mut LinkNews) {
+        let instance = peer.instance;
+        let Some(state) = self.peers.get_mut(&instance) else {
+            return;
+        };
+        if let LinkState::Dialling { pause } = state.link
+            && state.identity == peer
+        {
+            tracing::warn!(peer = instance.0, reason, "cannot link; trying again");
+            out.status = Some(format!("cannot link to FFN instance {instance}: {reason}"));
+            state.link = LinkState::Wanted {
+                at: Instant::now() + pause,
+                pause: (pause * 2).min(LONGEST_RETRY),
+            };
         }
     }
 

@@ -25,12 +25,16 @@ use crate::options::NodeOptions;
 use crate::pulse::Pulse;
 use crate::topology::Topology;
 
-/// Most commands that wait for the loop: a plan per lane, and a few topologies. When it is full the
-/// coordinator's flow control holds the rest back, and heartbeats tell it that the loop is stuck.
+/// Most commands that wait for the loop: four plans for each of 8 lanes, and topologies. When it is
+/// full the coordinator's flow control holds the rest back, and heartbeats tell it that the loop is
+/// stuck.
 const MAX_QUEUED_COMMANDS: usize = 64;
 
 /// How often the wait for the first Welcome looks whether it is still wanted.
 const INTERRUPT_CHECK: Duration = Duration::from_millis(50);
+
+/// What the loop is told when the session's thread ends without a word.
+const PANICKED: &str = "the session thread panicked, which its error output explains";
 
 /// How long closing waits for the coordinator to take what is queued.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
@@ -54,6 +58,8 @@ pub struct Session {
     pulse: Arc<Pulse>,
     reports: Option<mpsc::Sender<v1::SessionRequest>>,
     commands: mpsc::Receiver<Command>,
+    /// Whether the loop has been told that the session is over.
+    is_lost: bool,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -74,7 +80,10 @@ impl Session {
         let thread_pulse = Arc::clone(&pulse);
         let thread = thread::Builder::new()
             .name("step3rt-session".to_owned())
-            .spawn(move || run(&dialer, &thread_pulse, stopped, &opened_tx))
+            .spawn(move || {
+                let _last = RingAtEnd(&thread_pulse);
+                run(&dialer, &thread_pulse, stopped, &opened_tx);
+            })
             .map_err(|source| NodeError::System {
                 action: "start the session thread",
                 source,
@@ -83,8 +92,11 @@ impl Session {
             match opened_rx.recv_timeout(INTERRUPT_CHECK) {
                 Ok(opened) => break opened?,
                 Err(std_mpsc::RecvTimeoutError::Timeout) if !is_interrupted() => {}
+                Err(std_mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(NodeError::SessionOver(PANICKED.to_owned()));
+                }
                 // Dropping `stop` ends the thread, whatever it is waiting for.
-                Err(_) => {
+                Err(std_mpsc::RecvTimeoutError::Timeout) => {
                     return Err(NodeError::Interrupted(
                         options.coordinator.as_str().to_owned(),
                     ));
@@ -96,6 +108,7 @@ impl Session {
             pulse,
             reports: Some(opened.reports),
             commands: opened.commands,
+            is_lost: false,
             stop: Some(stop),
             thread: Some(thread),
         })
@@ -118,7 +131,16 @@ impl Session {
 
     /// The next command, if one has come. Never waits.
     pub fn next_command(&mut self) -> Option<Command> {
-        self.commands.try_recv().ok()
+        let command = match self.commands.try_recv() {
+            Ok(command) => command,
+            // The thread's last word is the reason why it ends; without one it panicked.
+            Err(mpsc::error::TryRecvError::Disconnected) if !self.is_lost => {
+                Command::Lost(PANICKED.to_owned())
+            }
+            Err(_) => return None,
+        };
+        self.is_lost |= matches!(command, Command::Lost(_));
+        Some(command)
     }
 
     /// Queues a report. Never waits.
@@ -148,6 +170,7 @@ impl Session {
     }
 
     fn hang_up(&mut self) {
+        self.is_lost = true; // by this instance, which need not be told
         self.reports = None;
         self.stop = None;
         self.commands.close();
@@ -159,6 +182,15 @@ impl Drop for Session {
     /// may hold a lock that others need.
     fn drop(&mut self) {
         self.hang_up();
+    }
+}
+
+/// Wakes the loop when the session's thread is over, so that it sees even a panic.
+struct RingAtEnd<'a>(&'a Pulse);
+
+impl Drop for RingAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.ring();
     }
 }
 

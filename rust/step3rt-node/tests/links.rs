@@ -6,9 +6,12 @@ mod scripted;
 
 use std::time::{Duration, Instant};
 
-use scripted::instance::{A2F_SLOT_BYTES, Instance, LANE, frame, linked_pair};
+use scripted::instance::{A2F_SLOT_BYTES, F2A_SLOT_BYTES, Instance, LANE, frame, linked_pair};
 use scripted::{Coordinator, PATIENCE, ReservedPort};
-use step3rt_core::ids::{InstanceId, LaneId};
+use step3rt_core::ids::{Epoch, InstanceId, LaneId};
+use step3rt_fabric::address::{DataAddress, FabricChoice, PeerAddress};
+use step3rt_fabric::contract::{Geometry, LinkIdentity, Side};
+use step3rt_fabric::endpoint::{Endpoint, EndpointConfig, FabricEvent, LinkSettings};
 use step3rt_fabric::frame::Frame;
 use step3rt_node::error::NodeErrorKind;
 use step3rt_node::event::NodeEvent;
@@ -231,6 +234,116 @@ fn an_unreachable_peer_is_tried_again_and_people_are_told() {
         }
     };
     assert_eq!(status, "ready, linked to 1 of 1 peers");
+}
+
+#[test]
+fn a_peer_that_does_not_answer_holds_up_neither_the_loop_nor_other_peers() {
+    let mut coordinator = Coordinator::start();
+    let mut ffn = Instance::start(&mut coordinator, v1::Role::Ffn, 3, "tcp");
+    let mut attention = Instance::start(&mut coordinator, v1::Role::Attention, 4, "tcp");
+    // It accepts and says nothing: a handshake with it takes its whole time, which is 3 s.
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = |instance_id| v1::Peer {
+        instance_id,
+        epoch: 100,
+        addresses: vec![v1::DataAddress {
+            fabric: "tcp".to_owned(),
+            address: mute.local_addr().unwrap().to_string(),
+        }],
+        ..ffn.peer.clone()
+    };
+    let started = Instant::now();
+    attention.send_topology(7, &[&silent(1), &silent(2), &ffn.peer, &attention.peer]);
+    ffn.send_topology(7, &[&ffn.peer, &attention.peer]);
+    assert!(matches!(
+        attention.event(),
+        NodeEvent::LinkUp {
+            peer: InstanceId(3),
+            ..
+        }
+    ));
+    attention.node.push(ffn.id(), LANE, frame(0, 0)).unwrap();
+    assert!(matches!(ffn.events(2)[1], NodeEvent::Arrival { .. }));
+    let elapsed = started.elapsed();
+    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
+    // What was dialled in vain is dropped with the topology that named it.
+    attention.send_topology(8, &[&ffn.peer, &attention.peer]);
+    let deadline = Instant::now() + PATIENCE;
+    let mut events = vec![];
+    loop {
+        let pause = Duration::from_millis(20);
+        attention.node.poll(pause, &mut events).unwrap();
+        if let Some(Event::LinksReady(ready)) = attention.scripted.try_next_report() {
+            assert_eq!((ready.topology_version, ready.links.len()), (8, 1));
+            break;
+        }
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(events, []);
+}
+
+#[test]
+fn a_lost_peer_does_not_come_back_with_its_old_epoch() {
+    let mut coordinator = Coordinator::start();
+    let mut ffn = Instance::start(&mut coordinator, v1::Role::Ffn, 1, "tcp");
+    let identity = LinkIdentity {
+        instance: InstanceId(2),
+        epoch: Epoch(102),
+    };
+    let mut attention = Endpoint::bind(EndpointConfig {
+        identity,
+        side: Side::Initiator,
+        geometry: Geometry {
+            num_lanes: 2,
+            a2f_slot_bytes: A2F_SLOT_BYTES,
+            f2a_slot_bytes: F2A_SLOT_BYTES,
+        },
+        fabric: FabricChoice::Tcp,
+        listen_shm: false,
+        listen_tcp: None,
+        advertise_host: None,
+        settings: LinkSettings::default(),
+    })
+    .unwrap();
+    let named = v1::Peer {
+        instance_id: 2,
+        role: v1::Role::Attention.into(),
+        epoch: 102,
+        ..ffn.peer.clone()
+    };
+    ffn.send_topology(7, &[&ffn.peer, &named]);
+    let address = PeerAddress {
+        identity: LinkIdentity {
+            instance: InstanceId(1),
+            epoch: Epoch(101),
+        },
+        boot_id: ffn.peer.boot_id.clone(),
+        addresses: attention_view(&ffn.peer),
+    };
+    attention.connect(&address).unwrap();
+    assert!(matches!(ffn.event(), NodeEvent::LinkUp { .. }));
+    // The new link takes the place of the old one, which is lost with that.
+    attention.connect(&address).unwrap();
+    assert!(matches!(ffn.event(), NodeEvent::LinkDown { .. }));
+    assert!(matches!(ffn.scripted.next_report(), Some(Event::PeerLost(lost)) if lost.epoch == 102));
+
+    let (deadline, mut news, mut events) = (Instant::now() + PATIENCE, vec![], vec![]);
+    let is_down = |event: &FabricEvent| matches!(event, FabricEvent::LinkDown { .. });
+    while news.iter().filter(|event| is_down(event)).count() < 2 {
+        assert!(Instant::now() < deadline, "only {news:?}");
+        ffn.node
+            .poll(Duration::from_millis(10), &mut events)
+            .unwrap();
+        attention.poll(&mut news);
+    }
+    assert_eq!(events, [], "the loop is not told of a link that is none");
+}
+
+fn attention_view(peer: &v1::Peer) -> Vec<DataAddress> {
+    let addresses = peer.addresses.iter().cloned();
+    addresses
+        .map(|v1::DataAddress { fabric, address }| DataAddress { fabric, address })
+        .collect()
 }
 
 #[test]

@@ -5,10 +5,10 @@
 mod scripted;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use scripted::doorbell::Counter;
 use scripted::{Coordinator, PATIENCE, ReservedPort, ScriptedSession, options, welcome};
 use step3rt_core::ids::{Epoch, InstanceId, LaneId, SequenceId, StepId};
 use step3rt_core::step::StepKey;
@@ -220,21 +220,9 @@ fn heartbeats_keep_coming_and_tell_status_and_progress() {
 
 #[test]
 fn commands_come_in_order_and_ring_the_doorbell() {
-    struct Counter(AtomicU32);
-    impl Doorbell for Counter {
-        fn current(&self) -> u32 {
-            self.0.load(Ordering::SeqCst)
-        }
-        fn ring(&self) {
-            self.0.fetch_add(1, Ordering::SeqCst);
-        }
-        fn wait(&self, _seen: u32, _timeout: Duration) -> bool {
-            true
-        }
-    }
     let mut coordinator = Coordinator::start();
     let (mut session, scripted) = open_welcomed(&mut coordinator);
-    let doorbell = Arc::new(Counter(AtomicU32::new(0)));
+    let doorbell = Arc::new(Counter::default());
     session.ring(Arc::clone(&doorbell) as Arc<dyn Doorbell>);
     scripted.send(plan(9, 0));
     scripted.send(session_response::Command::Topology(v1::Topology {
@@ -256,15 +244,24 @@ fn commands_come_in_order_and_ring_the_doorbell() {
     assert_eq!(first.left, [SequenceId(17)]);
     assert!(matches!(next_command(&mut session), Command::Topology(t) if t.version == 5));
     assert_eq!(next_command(&mut session), Command::Drain);
-    let deadline = Instant::now() + PATIENCE;
-    while doorbell.current() < 3 {
-        assert!(
-            Instant::now() < deadline,
-            "the doorbell rang {} times",
-            doorbell.current()
-        );
-        thread::sleep(Duration::from_millis(1));
-    }
+    doorbell.wait_for(3);
+}
+
+#[test]
+fn a_panic_of_the_session_thread_ends_the_session_and_wakes_the_loop() {
+    let mut coordinator = Coordinator::start();
+    let (mut session, scripted) = open_welcomed(&mut coordinator);
+    let doorbell = Arc::new(Counter::panicking());
+    session.ring(Arc::clone(&doorbell) as Arc<dyn Doorbell>);
+    scripted.send(session_response::Command::Drain(v1::Drain {}));
+    assert_eq!(next_command(&mut session), Command::Drain);
+    let reason = lost_reason(&mut session);
+    assert!(reason.contains("the session thread panicked"), "{reason}");
+    assert_eq!(session.next_command(), None, "it is lost once");
+    doorbell.wait_for(2);
+    let error = session.send(Event::Leaving(v1::Leaving {})).unwrap_err();
+    assert_eq!(error.kind(), NodeErrorKind::Unavailable);
+    session.close();
 }
 
 #[test]
@@ -294,6 +291,7 @@ fn a_killed_coordinator_is_noticed_at_once() {
     drop(coordinator);
     let killed = Instant::now();
     lost_reason(&mut session);
+    assert_eq!(session.next_command(), None, "nothing follows");
     assert!(
         killed.elapsed() < Duration::from_secs(1),
         "{:?}",

@@ -28,6 +28,8 @@ pub(crate) struct Settings {
     block_size_tokens: u32,
     max_model_len: u32,
     ep_size: u32,
+    /// At least 1.
+    max_steps_in_flight: u32,
     compute_dtype: String,
     a2f_dtype: String,
     f2a_dtype: String,
@@ -43,6 +45,7 @@ impl Settings {
             block_size_tokens: settings.block_size_tokens,
             max_model_len: settings.max_model_len,
             ep_size: settings.ep_size,
+            max_steps_in_flight: settings.max_steps_in_flight.max(1),
             compute_dtype: settings.compute_dtype.clone(),
             a2f_dtype: settings.a2f_dtype.clone(),
             f2a_dtype: settings.f2a_dtype.clone(),

@@ -88,13 +88,14 @@ pub struct CoordinatorConfig {
     /// How long running requests may go on after a stop signal.
     #[serde(default = "default_drain_timeout_s")]
     pub drain_timeout_s: f64,
+    /// Steps of a lane that are planned and not answered: the token that a step samples is known
+    /// to the instance before it is known here, so the next step need not wait for its way.
+    #[serde(default = "default_max_steps_in_flight")]
+    pub max_steps_in_flight: u8,
     /// How log lines look.
     #[serde(default)]
     pub log_format: LogFormat,
 }
-
-/// Instances take one step of a lane at a time.
-const MAX_STEPS_IN_FLIGHT: u8 = 1;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
@@ -148,6 +149,9 @@ fn default_max_waiting_requests() -> u32 {
 }
 fn default_drain_timeout_s() -> f64 {
     30.0
+}
+fn default_max_steps_in_flight() -> u8 {
+    2
 }
 
 /// A configuration that cannot be used.
@@ -323,6 +327,7 @@ impl CoordinatorConfig {
             f2a_dtype: self.f2a_dtype.clone(),
             kv_dtype: self.kv_dtype.clone(),
             fabric: self.fabric.clone(),
+            max_steps_in_flight: self.max_steps_in_flight.into(),
         }
     }
 
@@ -333,7 +338,7 @@ impl CoordinatorConfig {
             block_size_tokens: self.block_size_tokens,
             max_model_len,
             max_tokens_per_micro_batch: self.max_tokens_per_micro_batch,
-            max_steps_in_flight: MAX_STEPS_IN_FLIGHT,
+            max_steps_in_flight: self.max_steps_in_flight,
             max_sequences_per_lane: self
                 .max_sequences_per_lane
                 .min(self.max_tokens_per_micro_batch),

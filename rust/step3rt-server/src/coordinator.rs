@@ -191,6 +191,8 @@ impl Coordinator {
                 num_attention: config.num_attention,
                 lease_ms: config.lease_ms.into(),
                 max_standstill_ms: config.step_timeout_ms,
+                // A handshake takes time, however little is left for a recovery.
+                max_unlinked_ms: config.recovery_timeout_ms.max(config.lease_ms.into()),
                 vocab_size: limits.vocab_size,
                 max_model_len: limits.max_model_len,
                 first_epoch: unix_time_ms(),

@@ -19,6 +19,7 @@ pub use self::admission::{Admission, HelloError};
 mod admission;
 #[cfg(test)]
 mod histories;
+mod overdue;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,9 @@ pub struct RegistryConfig {
     pub lease_ms: u64,
     /// How long an instance's loop may stand still while its heartbeats go on.
     pub max_standstill_ms: u64,
+    /// How long an attention instance that takes steps may be without links to a complete set of
+    /// experts: its steps wait for them.
+    pub max_unlinked_ms: u64,
     /// The vocabulary that requests are checked against.
     pub vocab_size: u32,
     /// The context that requests are checked against.
@@ -98,6 +102,8 @@ struct Instance {
     linked_version: u64,
     /// Whether the scheduler knows it.
     is_schedulable: bool,
+    /// Since when its steps have been waiting for links that it could make.
+    unlinked_since: Option<TimeNs>,
     lease_end: TimeNs,
 }
 
@@ -245,22 +251,6 @@ impl Registry {
         actions
     }
 
-    /// Ends the sessions whose lease has run out.
-    pub fn expire(&mut self, now: TimeNs) -> Vec<Action> {
-        let lease_ms = self.config.lease_ms;
-        let expired: Vec<_> = self
-            .instances
-            .iter()
-            .filter(|(_, entry)| entry.lease_end <= now)
-            .map(|(instance, _)| *instance)
-            .collect();
-        let reason = format!("no heartbeat for lease_ms = {lease_ms}");
-        expired
-            .into_iter()
-            .flat_map(|instance| self.close(instance, &reason))
-            .collect()
-    }
-
     /// Ends the instance's session from this side.
     pub fn close(&mut self, instance: InstanceId, reason: &str) -> Vec<Action> {
         if !self.instances.contains_key(&instance) {
@@ -285,11 +275,6 @@ impl Registry {
             .values()
             .next()
             .map_or_else(String::new, |entry| entry.hello.model_fingerprint.clone())
-    }
-
-    /// When [`Self::expire`] must be called even if nothing happens.
-    pub fn next_timer(&self) -> Option<TimeNs> {
-        self.instances.values().map(|entry| entry.lease_end).min()
     }
 
     fn topology_changed(&mut self, are_experts_concerned: bool) -> Vec<Action> {

@@ -3,7 +3,7 @@
 //!
 //! It never decides who may join or what is planned.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use step3rt_core::ids::{InstanceId, LaneId, TimeNs};
 use step3rt_core::step::{StepKey, StepPlan};
@@ -12,8 +12,8 @@ use step3rt_proto::v1::{Drain, SessionResponse, Topology};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
-/// Commands that may wait for an instance's socket. A lane has one step in flight, so this holds
-/// a step for each of 8 lanes and a topology for each of 120 membership changes.
+/// Commands that may wait for an instance's socket: four steps for each of 8 lanes, the most that
+/// can be in flight, and a topology for each of 96 membership changes.
 pub const COMMAND_BOUND: usize = 128;
 
 /// What flows to an instance.
@@ -24,8 +24,18 @@ struct Session {
     commands: CommandSender,
     /// Dropped with the session, which ends the task that reads from the instance.
     _reader_stop: oneshot::Sender<()>,
+    /// In order, for all lanes.
     held_plans: Vec<StepPlan>,
-    steps_in_flight: HashMap<LaneId, (StepKey, TimeNs)>,
+    steps_in_flight: HashMap<LaneId, StepsInFlight>,
+}
+
+/// The steps that a lane was given and has not answered; never none.
+#[derive(Debug)]
+struct StepsInFlight {
+    /// Oldest first: that one runs, and the others wait for it.
+    keys: VecDeque<StepKey>,
+    /// Of the oldest, from when it could begin: a step that waits for another has not begun.
+    deadline: TimeNs,
 }
 
 /// All sessions.
@@ -108,7 +118,8 @@ impl Sessions {
             .collect()
     }
 
-    /// Gives `plan` to its instance at once, or keeps it until [`Self::release`].
+    /// Gives `plan` to its instance at once, or keeps it until [`Self::release`], as it does when
+    /// others wait already: the plans of a lane stay in their order.
     pub fn dispatch(
         &mut self,
         now: TimeNs,
@@ -118,14 +129,23 @@ impl Sessions {
         let Some(session) = self.sessions.get_mut(&plan.key.instance) else {
             return Ok(());
         };
-        if !is_linked {
+        if !is_linked || !session.held_plans.is_empty() {
             session.held_plans.push(plan);
             return Ok(());
         }
-        let deadline = now.plus_ms(self.step_timeout_ms);
-        session
-            .steps_in_flight
-            .insert(plan.key.lane, (plan.key, deadline));
+        self.give(now, plan)
+    }
+
+    fn give(&mut self, now: TimeNs, plan: StepPlan) -> Result<(), NotTaken> {
+        let Some(session) = self.sessions.get_mut(&plan.key.instance) else {
+            return Ok(());
+        };
+        let lane = session.steps_in_flight.entry(plan.key.lane);
+        let lane = lane.or_insert_with(|| StepsInFlight {
+            keys: VecDeque::new(),
+            deadline: now.plus_ms(self.step_timeout_ms),
+        });
+        lane.keys.push_back(plan.key);
         self.send(plan.key.instance, Command::StepPlan(plan.into()))
     }
 
@@ -135,20 +155,26 @@ impl Sessions {
             return Ok(());
         };
         for plan in std::mem::take(&mut session.held_plans) {
-            self.dispatch(now, plan, true)?;
+            self.give(now, plan)?;
         }
         Ok(())
     }
 
-    /// The instance answered a step. An answer of another epoch is none, as for the scheduler: the
-    /// step stays due, or its lane would wait for ever.
-    pub fn step_answered(&mut self, key: StepKey) {
-        if let Some(session) = self.sessions.get_mut(&key.instance)
-            && session
-                .steps_in_flight
-                .get(&key.lane)
-                .is_some_and(|(in_flight, _)| *in_flight == key)
-        {
+    /// The instance answered a step, and the next one of the lane may take its time from now on. An
+    /// answer of another epoch, or out of turn, is none, as for the scheduler: the step stays due,
+    /// or its lane would wait for ever.
+    pub fn step_answered(&mut self, now: TimeNs, key: StepKey) {
+        let Some(session) = self.sessions.get_mut(&key.instance) else {
+            return;
+        };
+        let Some(lane) = session.steps_in_flight.get_mut(&key.lane) else {
+            return;
+        };
+        if lane.keys.pop_front_if(|oldest| *oldest == key).is_none() {
+            return;
+        }
+        lane.deadline = now.plus_ms(self.step_timeout_ms);
+        if lane.keys.is_empty() {
             session.steps_in_flight.remove(&key.lane);
         }
     }
@@ -158,10 +184,8 @@ impl Sessions {
         self.sessions
             .iter()
             .filter(|(_, session)| {
-                session
-                    .steps_in_flight
-                    .values()
-                    .any(|(_, deadline)| *deadline <= now)
+                let mut lanes = session.steps_in_flight.values();
+                lanes.any(|lane| lane.deadline <= now)
             })
             .map(|(instance, _)| *instance)
             .collect()
@@ -172,7 +196,7 @@ impl Sessions {
         self.sessions
             .values()
             .flat_map(|session| session.steps_in_flight.values())
-            .map(|(_, deadline)| *deadline)
+            .map(|lane| lane.deadline)
             .min()
     }
 
@@ -235,14 +259,51 @@ mod tests {
             .expect("sent");
         let deadline = TimeNs(0).plus_ms(100);
         let asked = plan(1, 5).key;
-        sessions.step_answered(plan(1, 4).key);
-        sessions.step_answered(plan(0, 5).key);
+        sessions.step_answered(TimeNs(1), plan(1, 4).key);
+        sessions.step_answered(TimeNs(1), plan(0, 5).key);
         let epoch = Epoch(2);
-        sessions.step_answered(StepKey { epoch, ..asked });
+        sessions.step_answered(TimeNs(1), StepKey { epoch, ..asked });
         assert_eq!(sessions.overdue(deadline), [INSTANCE]);
         assert!(sessions.overdue(TimeNs(deadline.0 - 1)).is_empty());
-        sessions.step_answered(asked);
+        sessions.step_answered(TimeNs(1), asked);
         assert!(sessions.overdue(deadline).is_empty());
+        assert_eq!(sessions.next_timer(), None);
+    }
+
+    #[test]
+    fn a_step_that_waits_for_another_has_its_time_from_that_ones_answer() {
+        let (mut sessions, _receiver) = opened(8);
+        for step in [5, 6] {
+            let sent = sessions.dispatch(TimeNs(0), plan(1, step), true);
+            sent.expect("sent");
+        }
+        let answered = TimeNs(0).plus_ms(90);
+        sessions.step_answered(answered, plan(1, 6).key); // out of turn: no answer
+        sessions.step_answered(answered, plan(1, 5).key);
+        let deadline = answered.plus_ms(100);
+        assert!(sessions.overdue(TimeNs(deadline.0 - 1)).is_empty());
+        assert_eq!(sessions.next_timer(), Some(deadline));
+        assert_eq!(sessions.overdue(deadline), [INSTANCE]);
+        sessions.step_answered(deadline, plan(1, 6).key);
+        assert_eq!(sessions.next_timer(), None);
+    }
+
+    #[test]
+    fn a_plan_never_overtakes_one_that_waits_for_links() {
+        let (mut sessions, mut receiver) = opened(8);
+        for (step, is_linked) in [(1, false), (2, true)] {
+            let held = sessions.dispatch(TimeNs(0), plan(0, step), is_linked);
+            held.expect("held");
+        }
+        assert!(receiver.try_recv().is_err());
+        sessions.release(TimeNs(0), INSTANCE).expect("sent");
+        let steps = std::iter::from_fn(|| receiver.try_recv().ok()).map(|sent| {
+            let Some(Command::StepPlan(plan)) = sent.expect("a command").command else {
+                panic!("only plans were sent");
+            };
+            plan.step
+        });
+        assert_eq!(steps.collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]

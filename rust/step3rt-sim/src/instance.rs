@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::{BlockId, LaneId, SequenceId, StepId, TokenId};
 use step3rt_core::step::{SamplingState, SequenceChunk, SequenceJoin, SequenceOutput, StepPlan};
-use step3rt_core::step::{StepOutput, TokenLogprob};
+use step3rt_core::step::{StepKey, StepOutput, TokenLogprob};
 
 use crate::model::Prefix;
 use crate::violation::{Violation, ensure};
@@ -22,6 +22,8 @@ pub(crate) struct SimInstance {
     known: BTreeMap<SequenceId, Known>,
     ever_known: BTreeSet<SequenceId>,
     next_steps: BTreeMap<LaneId, u64>,
+    /// Steps below these may have been planned before a failure was known.
+    first_due_steps: BTreeMap<LaneId, u64>,
     /// By block and offset; `None` was never written.
     memory: Vec<Option<Tag>>,
     /// Breaks it on purpose: a step's samples are taken over twice.
@@ -65,6 +67,7 @@ impl SimInstance {
             known: BTreeMap::new(),
             ever_known: BTreeSet::new(),
             next_steps: BTreeMap::new(),
+            first_due_steps: BTreeMap::new(),
             memory: vec![None; num_slots],
             applies_twice: false,
         }
@@ -85,6 +88,13 @@ impl SimInstance {
     pub(crate) fn run(&mut self, plan: &StepPlan) -> Result<Answer, Violation> {
         self.take_deltas(plan)?;
         if !self.can_start(plan) {
+            let StepKey { lane, step, .. } = plan.key;
+            let first_due = self.first_due_steps.get(&lane).copied().unwrap_or(0);
+            ensure!(
+                step.0 < first_due,
+                "step {step} of lane {lane} starts where its sequences are not, and none failed \
+                 that it could have been planned on"
+            );
             return Ok(Answer::Failed("an earlier step failed".to_owned()));
         }
         let outputs: Result<Vec<_>, _> = plan.chunks.iter().map(|c| self.compute(c)).collect();
@@ -95,6 +105,9 @@ impl SimInstance {
     /// Fails half way: deltas are taken, some KV is written, and nothing else has happened.
     pub(crate) fn fail(&mut self, plan: &StepPlan, reason: &str) -> Result<Answer, Violation> {
         self.take_deltas(plan)?;
+        let StepKey { lane, step, .. } = plan.key;
+        let first_due = step.0 + u64::from(self.config.max_steps_in_flight);
+        self.first_due_steps.insert(lane, first_due);
         if self.can_start(plan) {
             for chunk in plan.chunks.iter().step_by(2) {
                 self.write_kv(chunk)?;

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses its part of this module")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot set up fails")]
 
+pub(crate) mod doorbell;
 pub(crate) mod instance;
 
 use std::net::SocketAddr;
@@ -178,6 +179,7 @@ pub(crate) fn welcome(instance_id: u32, epoch: u64, fabric: &str) -> v1::Welcome
             f2a_dtype: "float32".to_owned(),
             kv_dtype: "float32".to_owned(),
             fabric: fabric.to_owned(),
+            max_steps_in_flight: 2,
         }),
     }
 }

@@ -91,7 +91,7 @@ impl Drive {
         }
         match output_from_wire(instance, output) {
             Ok(output) => {
-                self.sessions.step_answered(output.key);
+                self.sessions.step_answered(now, output.key);
                 self.scheduler.handle(now, Event::StepDone(output));
                 Vec::new()
             }
@@ -108,7 +108,7 @@ impl Drive {
         match key_from_wire(instance, failed.epoch, failed.lane, failed.step) {
             Ok(key) => {
                 warn!(%instance, lane = failed.lane, step = failed.step, reason = failed.reason, "step failed");
-                self.sessions.step_answered(key);
+                self.sessions.step_answered(now, key);
                 let reason = failed.reason;
                 self.scheduler
                     .handle(now, Event::StepFailed { key, reason });

@@ -113,6 +113,7 @@ impl Registry {
                 links: Vec::new(),
                 linked_version: 0,
                 is_schedulable: false,
+                unlinked_since: None,
                 lease_end: now.plus_ms(self.config.lease_ms),
             },
         );

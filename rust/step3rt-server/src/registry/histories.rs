@@ -196,6 +196,7 @@ proptest! {
             num_attention: 1,
             lease_ms: LEASE_MS,
             max_standstill_ms: 1_000,
+            max_unlinked_ms: 150,
             vocab_size: 10,
             max_model_len: 10,
             first_epoch: 1,

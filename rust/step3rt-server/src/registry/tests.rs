@@ -10,13 +10,14 @@ fn registry(ep_size: u32, num_attention: u32) -> Registry {
         num_attention,
         lease_ms: LEASE_MS,
         max_standstill_ms: 5_000,
+        max_unlinked_ms: 3_000,
         vocab_size: 100,
         max_model_len: 64,
         first_epoch: 7,
     })
 }
 
-fn hello(role: v1::Role) -> v1::Hello {
+pub(super) fn hello(role: v1::Role) -> v1::Hello {
     v1::Hello {
         protocol_version: step3rt_proto::PROTOCOL_VERSION,
         role: role.into(),
@@ -31,20 +32,20 @@ fn hello(role: v1::Role) -> v1::Hello {
     }
 }
 
-fn join(registry: &mut Registry, role: v1::Role) -> Admission {
+pub(super) fn join(registry: &mut Registry, role: v1::Role) -> Admission {
     registry
         .hello(TimeNs(0), hello(role))
         .expect("nothing speaks against it")
 }
 
-fn ready(num_kv_blocks: u32) -> v1::Ready {
+pub(super) fn ready(num_kv_blocks: u32) -> v1::Ready {
     v1::Ready {
         num_kv_blocks,
         ..Default::default()
     }
 }
 
-fn links(topology_version: u64) -> v1::LinksReady {
+pub(super) fn links(topology_version: u64) -> v1::LinksReady {
     v1::LinksReady {
         topology_version,
         ..Default::default()
@@ -52,7 +53,7 @@ fn links(topology_version: u64) -> v1::LinksReady {
 }
 
 /// Actions without the topologies, which follow every change.
-fn decisions(actions: Vec<Action>) -> Vec<Action> {
+pub(super) fn decisions(actions: Vec<Action>) -> Vec<Action> {
     actions
         .into_iter()
         .filter(|action| !matches!(action, Action::AnnounceTopology(_)))
@@ -68,7 +69,7 @@ fn attention_ready(admission: Admission) -> Action {
 }
 
 /// One instance of each role, linked.
-fn serving() -> (Registry, Admission, Admission) {
+pub(super) fn serving() -> (Registry, Admission, Admission) {
     let mut registry = registry(1, 1);
     let attention = join(&mut registry, v1::Role::Attention);
     let ffn = join(&mut registry, v1::Role::Ffn);

@@ -88,6 +88,59 @@ async fn a_stream_survives_the_death_and_return_of_an_ffn_instance() {
 }
 
 #[tokio::test]
+async fn streams_leave_an_instance_that_cannot_link_to_a_replaced_ffn_instance() {
+    let settings = json!({"lease_ms": 300, "recovery_timeout_ms": 500});
+    let cluster = Cluster::start(&settings);
+    let ffn = cluster.node(NodeOptions::ffn()).await;
+    let links_once = NodeOptions {
+        links_once: true,
+        ..slow_attention()
+    };
+    let unlinked = cluster.node(links_once).await;
+    cluster.wait_serving(true).await;
+    let mut client = cluster.client().await;
+    let moved = client.generate(request(&[3], 60)).await.expect("accepted");
+    unlinked.wait_until(|seen| seen.num_steps > 5).await;
+    ffn.crash();
+    cluster.wait_serving(false).await;
+    let _back = cluster.node(NodeOptions::ffn()).await;
+    let other = cluster.node(slow_attention()).await;
+    let status = unlinked.exited().await.expect_err("closed");
+    assert_eq!(status.code(), Code::Aborted);
+    assert!(
+        status
+            .message()
+            .contains("not linked to every FFN instance for 500 ms"),
+        "{status}"
+    );
+    let collected = collect(moved.into_inner(), 1).await.expect("moved");
+    assert_eq!(collected[0].token_ids, continuation(&[3], 60));
+    assert!(other.seen().joined_tokens[0] > 1, "generated tokens travel");
+}
+
+#[tokio::test]
+async fn when_no_instance_can_link_to_a_replaced_ffn_instance_streams_end_as_node_lost() {
+    let settings = json!({"lease_ms": 300, "recovery_timeout_ms": 500});
+    let cluster = Cluster::start(&settings);
+    let ffn = cluster.node(NodeOptions::ffn()).await;
+    let links_once = NodeOptions {
+        links_once: true,
+        ..slow_attention()
+    };
+    let unlinked = cluster.node(links_once).await;
+    cluster.wait_serving(true).await;
+    let mut client = cluster.client().await;
+    let stream = client.generate(request(&[3], 60)).await.expect("accepted");
+    unlinked.wait_until(|seen| seen.num_steps > 5).await;
+    ffn.crash();
+    cluster.wait_serving(false).await;
+    let _back = cluster.node(NodeOptions::ffn()).await;
+    let status = collect(stream.into_inner(), 1).await.expect_err("lost");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("500 ms"), "{}", status.message());
+}
+
+#[tokio::test]
 async fn when_nobody_comes_back_streams_end_as_node_lost() {
     let cluster = Cluster::start(&json!({"recovery_timeout_ms": 300}));
     let _ffn = cluster.node(NodeOptions::ffn()).await;
@@ -122,6 +175,29 @@ async fn an_instance_without_heartbeats_is_lost_after_its_lease() {
         "{status}"
     );
     cluster.wait_serving(false).await;
+}
+
+#[tokio::test]
+async fn so_many_steps_of_a_lane_are_sent_before_any_is_answered() {
+    for max_steps_in_flight in [1, 2, 4] {
+        let settings = json!({"max_steps_in_flight": max_steps_in_flight});
+        let cluster = Cluster::start(&settings);
+        let _ffn = cluster.node(NodeOptions::ffn()).await;
+        let stuck = NodeOptions {
+            is_stuck: true,
+            ..NodeOptions::attention()
+        };
+        let stuck = cluster.node(stuck).await;
+        cluster.wait_serving(true).await;
+        let mut client = cluster.client().await;
+        let stream = client.generate(request(&[3], 9)).await.expect("accepted");
+        stuck
+            .wait_until(|seen| seen.num_plans == max_steps_in_flight)
+            .await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(stuck.seen().num_plans, max_steps_in_flight);
+        drop(stream);
+    }
 }
 
 #[tokio::test]

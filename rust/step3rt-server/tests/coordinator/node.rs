@@ -47,6 +47,8 @@ pub(crate) struct NodeOptions {
     pub(crate) is_stuck: bool,
     /// Sends no heartbeats.
     pub(crate) is_silent: bool,
+    /// Links to the first FFN instances it hears of, and to none that replaces one.
+    pub(crate) links_once: bool,
     /// Logits are not finite for sequences with this token.
     pub(crate) corrupts: Option<u32>,
 }
@@ -59,6 +61,7 @@ impl NodeOptions {
             step_delay: Duration::ZERO,
             is_stuck: false,
             is_silent: false,
+            links_once: false,
             corrupts: None,
         }
     }
@@ -146,6 +149,8 @@ pub(crate) struct Seen {
     /// Sequences learnt and not left.
     pub(crate) num_sequences: usize,
     pub(crate) num_steps: usize,
+    /// Steps that it was given, answered or not.
+    pub(crate) num_plans: usize,
     /// For every sequence joined: how many known tokens it came with.
     pub(crate) joined_tokens: Vec<usize>,
 }
@@ -171,6 +176,7 @@ impl TestNode {
             sequences: HashMap::new(),
             seen: seen_sender,
             ep_size: settings.ep_size,
+            has_linked: false,
         };
         let lease = Duration::from_millis(settings.lease_ms.into());
         Self {
@@ -213,6 +219,7 @@ struct Worker {
     sequences: HashMap<u64, SequenceState>,
     seen: watch::Sender<Seen>,
     ep_size: u32,
+    has_linked: bool,
 }
 
 struct SequenceState {
@@ -240,8 +247,11 @@ impl Worker {
                 None | Some(Command::Drain(_)) => return Ok(()),
                 Some(Command::Welcome(_)) => panic!("Welcome comes once"),
                 Some(Command::Topology(topology)) => self.link(topology).await,
-                Some(Command::StepPlan(_)) if self.options.is_stuck => {}
                 Some(Command::StepPlan(plan)) => {
+                    self.seen.send_modify(|seen| seen.num_plans += 1);
+                    if self.options.is_stuck {
+                        continue;
+                    }
                     sleep(self.options.step_delay).await;
                     let output = self.compute(plan);
                     send(&self.requests, Event::StepOutput(output)).await;
@@ -257,7 +267,9 @@ impl Worker {
             .filter(|peer| peer.role() == v1::Role::Ffn)
             .collect();
         let is_complete = ffn.len() == self.ep_size as usize;
-        if self.options.role == v1::Role::Attention && is_complete {
+        let can_link = !(self.options.links_once && self.has_linked);
+        if self.options.role == v1::Role::Attention && is_complete && can_link {
+            self.has_linked = true;
             let links = ffn
                 .iter()
                 .map(|peer| v1::LinkInfo {
