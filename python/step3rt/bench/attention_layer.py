@@ -5,20 +5,29 @@ residual, norm and quantise; q, k and v; norm of the low-rank query; wq; rotary 
 decode attention; quantise; o_proj; residual, norm and quantise; router.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from step3rt.bench.graph_timing import Row, measure_us
 from step3rt.model.config import Step3Config
 from step3rt.model.gpu_layer import LayerBuffers, LayerRunner
+from step3rt.model.gpu_weights import Fp8Matrix
 from step3rt.model.random_weights import random_gpu_weights
 from step3rt.ops.kv_cache import fp8_cache_shape
 from step3rt.ops.mfa_decode import MfaBatch
-from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, allocate_schedule, mfa_schedule
+from step3rt.ops.mfa_schedule import (
+    BLOCK_SIZE_TOKENS,
+    HEAD_DIM,
+    allocate_schedule,
+    mfa_schedule,
+)
 from step3rt.ops.rope_append import rotation_table
 
 SHAPES = ((128, 4096), (256, 4096))
+LAUNCHES_PER_CACHE = 8
 NUM_CACHES = 2  # 268 MB and more each: what one launch leaves in L2 is gone before it is used again
 ONE_MOE_LAYER = {
     "model_type": "step3_text",
@@ -41,8 +50,9 @@ ONE_MOE_LAYER = {
 }
 
 
-def layers(device: torch.device) -> Iterator[tuple[str, list[Callable[[], None]]]]:
-    """Yields a shape, `SEQUENCESxTOKENS`, and launches of the layer over rotated KV caches."""
+def attention_layer_rows() -> Iterator[Row]:
+    """Yields a row per shape, `SEQUENCESxTOKENS`; bytes are those of weights and of K and V."""
+    device = torch.device("cuda", torch.cuda.current_device())
     config = Step3Config.from_json(ONE_MOE_LAYER, Path("config.json"))
     weights = random_gpu_weights(config, device)
     layer = weights.layers[0]
@@ -76,7 +86,16 @@ def layers(device: torch.device) -> Iterator[tuple[str, list[Callable[[], None]]
             runner.launch_next_norm(buffers, layer.input_norm)
             runner.launch_attention(buffers, batch, places)
 
-        yield (
+        launches = [partial(launch, runner) for runner in runners]
+        us = measure_us(launches * LAUNCHES_PER_CACHE)
+        matrices = (layer.qkv, layer.wq, layer.o_proj)
+        num_bytes = sum(m.values.numel() for m in matrices if isinstance(m, Fp8Matrix))
+        kv_bytes = 2 * num_sequences * num_tokens * HEAD_DIM
+        products = 2.0 * num_bytes * num_sequences + 2.0 * kv_bytes * config.num_heads
+        yield Row(
+            "attention_layer_fp8",
             f"{num_sequences}x{num_tokens}",
-            [lambda runner=runner: launch(runner) for runner in runners],  # type: ignore[misc]
+            round(us, 1),
+            round((num_bytes + kv_bytes) / us / 1e3),
+            products / us / 1e6,
         )

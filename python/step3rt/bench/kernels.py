@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from step3rt.bench.attention_layer import attention_layer_rows
 from step3rt.bench.graph_timing import MIN_ROTATED_BYTES, Launch, Row, measure_us
 from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.bench.moe_fp8 import moe_rows
@@ -71,17 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("No GPU of compute capability 9.0 found. The kernels are for Hopper.\n")
         return 1
     rows = []
-    for row in _measure(options):
-        rows.append(row)
-        if not options.json:
-            sys.stdout.write(_format(row))
-            sys.stdout.flush()
+    status = 0
+    try:
+        for row in _measure(options):
+            rows.append(row)
+            if not options.json:
+                sys.stdout.write(_format(row))
+                sys.stdout.flush()
+    except RuntimeError as error:  # a wrong result; what was measured before it stands
+        sys.stderr.write(f"{error}\n")
+        status = 1
     document = json.dumps(_document(rows, argv), indent=1)
     if options.out is not None:
         options.out.write_text(document + "\n")
     if options.json:
         sys.stdout.write(document + "\n")
-    return 0
+    return status
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Row]:
@@ -101,6 +107,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
             for num_tokens in ROPE_TOKENS:
                 yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)
             yield _rope_row(kv_format, num_tokens, f"T{num_tokens} from HBM", ROPE_HBM_BATCHES)
+    if options.only in "attention_layer_fp8":
+        yield from attention_layer_rows()
     if options.only in "proj_fp8":
         yield from linear_rows(has_peers=not options.no_peers)
     if options.only in "moe_fp8_gemms":
