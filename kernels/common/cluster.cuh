@@ -59,14 +59,6 @@ __device__ __forceinline__ void mbarrier_arrive_relaxed_cluster(uint64_t* barrie
                : "memory");
 }
 
-// As mbarrier_arrive_cluster, where there is nothing but reads to wait for: releases no writes to
-// the other CTA, and so needs no fence of the whole GPU.
-__device__ __forceinline__ void mbarrier_arrive_cluster_read(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                   mapa_shared_cluster(shared_address(barrier), rank))
-               : "memory");
-}
-
 // As cp_async_bulk, to the same place in every CTA whose rank's bit is set in `ctas`: each of them
 // gets the bytes and the completion on its own barrier.
 __device__ __forceinline__ void cp_async_bulk_multicast(void* destination, const void* source,

@@ -54,7 +54,9 @@ struct MoeShared {
   float row_scales[kStages][kMaxRows];
   int2 groups[kMaxGroups];
   uint64_t full[kStages];   // completes when weights, rows and scales have landed
-  uint64_t empty[kStages];  // completes when the consumers of both CTAs are done
+  uint64_t empty[kStages];  // completes when the consumers of this CTA are done
+  uint64_t
+      neighbour_empty[kStages];  // the same of the cluster's other CTA, which is copied to, too
 };
 
 // ---- tiles -----------------------------------------------------------------------------------
@@ -63,6 +65,7 @@ struct MoeShared {
 // same weights for the next 128 rows, or the next weights for the same rows. What both need is
 // fetched once, each CTA copying its half to both.
 struct MoeTile {
+  int rank;  // of this CTA
   int group;
   int first_row;
   int num_rows;  // 1...kMaxRows
@@ -133,6 +136,7 @@ struct MoeWalk {
       tile.n = 2 * index + rank;
     }
     tile.is_real = tile.n < num_tiles;
+    tile.rank = rank;
     tile.group = group;
     tile.first_row = shared.groups[group].x + block * kTileRows;
     tile.num_rows = num_rows - block * kTileRows;
@@ -152,7 +156,8 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   if (thread == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       mbarrier_init(&shared.full[i], 2);  // the two producer threads
-      mbarrier_init(&shared.empty[i], kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
+      mbarrier_init(&shared.empty[i], Shared::kConsumers * kWarpgroupWarps);
+      mbarrier_init(&shared.neighbour_empty[i], Shared::kConsumers * kWarpgroupWarps);
     }
     fence_mbarrier_init();
   }
@@ -166,6 +171,15 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
 }
 
 // ---- producers ---------------------------------------------------------------------------------
+
+// Both CTAs are done with the stage, whichever of them the next copy goes to: a barrier whose phases
+// are not all waited for becomes ambiguous.
+template <class Shared>
+__device__ __forceinline__ void moe_wait_empty(Shared& shared,
+                                               const RingCursor<Shared::kStages>& cursor) {
+  mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+  mbarrier_wait(&shared.neighbour_empty[cursor.stage], cursor.parity ^ 1);
+}
 
 template <class Shared>
 __device__ __forceinline__ void moe_produce_weights(Shared& shared, const MoeGemmParams& params,
@@ -185,7 +199,7 @@ __device__ __forceinline__ void moe_produce_weights(Shared& shared, const MoeGem
     for (int k = tile.k_begin; k < tile.k_end; ++k) {
       uint64_t* full = &shared.full[cursor.stage];
       uint8_t* destination = shared.weights[cursor.stage];
-      mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+      moe_wait_empty(shared, cursor);
       mbarrier_arrive_expect_tx(full, tile_bytes);
       if (tile.shares_weights) {
         const int half = tile_bytes / 2;
@@ -222,7 +236,7 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
       uint64_t* full = &shared.full[cursor.stage];
       uint8_t* destination = shared.rows[cursor.stage] + first * kBlockK;
       const uint8_t* source = params.rows + (at + first) * kBlockK;
-      mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
+      moe_wait_empty(shared, cursor);
       mbarrier_arrive_expect_tx(full, num_periods * kRowGroup * kBlockK + scale_bytes);
       if (tile.shares_weights) {
         cp_async_bulk(destination, source, count * kBlockK, full, kEvictLast);
@@ -251,10 +265,12 @@ __device__ __forceinline__ void moe_acquire(Shared& shared,
 // warp's own wait only proves that its own rows have been read.
 template <class Shared>
 __device__ __forceinline__ void moe_release(Shared& shared,
-                                            const RingCursor<Shared::kStages>& cursor) {
+                                            const RingCursor<Shared::kStages>& cursor, int rank) {
   __syncwarp();
-  const int lane = threadIdx.x % kWarpThreads;
-  if (lane < kClusterCtas) mbarrier_arrive_cluster_read(&shared.empty[cursor.stage], lane);
+  if (threadIdx.x % kWarpThreads == 0) {
+    mbarrier_arrive(&shared.empty[cursor.stage]);
+    mbarrier_arrive_relaxed_cluster(&shared.neighbour_empty[cursor.stage], 1 - rank);
+  }
 }
 
 // A consumer without work of its own in this tile keeps the ring turning.
@@ -263,7 +279,7 @@ __device__ __forceinline__ void moe_skip(Shared& shared, const MoeTile& tile,
                                          RingCursor<Shared::kStages>& cursor) {
   for (int k = tile.k_begin; k < tile.k_end; ++k) {
     moe_acquire(shared, cursor);
-    moe_release(shared, cursor);
+    moe_release(shared, cursor, tile.rank);
     cursor.advance();
   }
 }

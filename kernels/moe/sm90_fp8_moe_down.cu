@@ -51,7 +51,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& 
                  shared.rows[cursor.stage], product);
     wgmma_wait_group<0>(product);
     moe_promote(product, shared.row_scales[cursor.stage], scale, acc);
-    moe_release(shared, cursor);
+    moe_release(shared, cursor, tile.rank);
     cursor.advance();
   }
 }

@@ -102,7 +102,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& 
       const float scale[2] = {shared.row_scales[cursor.stage][b * kBlockRows + row],
                               shared.row_scales[cursor.stage][b * kBlockRows + row + 8]};
       wgmma_wait_group<0>(product);
-      if (b == kBlocks - 1 && !kHasExtra) moe_release(shared, cursor);
+      if (b == kBlocks - 1 && !kHasExtra) moe_release(shared, cursor, tile.rank);
       const float factors[2][2] = {{scale[0] * weight[0], scale[1] * weight[0]},
                                    {scale[0] * weight[1], scale[1] * weight[1]}};
 #pragma unroll
@@ -121,7 +121,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& 
       moe_promote(gate, row_scales, weight[0], extra[0]);
       wgmma_wait_group<0>(up);
       moe_promote(up, row_scales, weight[1], extra[1]);
-      moe_release(shared, cursor);
+      moe_release(shared, cursor, tile.rank);
     }
     cursor.advance();
   }

@@ -22,9 +22,15 @@ from tests.kernels.moe_inputs import (  # noqa: E402
     relative_error,
 )
 
-# Output and expert rows are BF16 (2^-9 each), and a SwiGLU value near a rounding boundary of e4m3
-# may fall to the other side of it than in the reference (2^-4 of a few values).
-BOUND = 1e-2
+
+def bound(num_tokens: int) -> float:
+    """Relative error to allow for the outputs of so many tokens together.
+
+    BF16 outputs are 2^-9; the rest is SwiGLU values that fall to the other side of a rounding
+    boundary of e4m3 than in the reference. A large one is worth 2^-4 of itself, so tokens differ:
+    with sums exact to 3e-4, 200 simulated ones had 2e-3 to 1.1e-2, 5e-3 together.
+    """
+    return 1e-2 * (1 + num_tokens**-0.5)
 
 
 def distinct_ids(num_tokens: int, num_columns: int, num_experts: int) -> torch.Tensor:
@@ -39,7 +45,7 @@ def only_shared(num_tokens: int) -> torch.Tensor:
 
 def check(case: MoeCase) -> None:
     out = case.run()
-    assert relative_error(out, case.reference()) < BOUND
+    assert relative_error(out, case.reference()) < bound(out.shape[0])
     groups, token_rows = reference_dispatch(
         case.tokens.topk_ids,
         case.experts.first_expert,
@@ -70,7 +76,7 @@ def test_tokens_without_a_local_expert_get_zero() -> None:
     mixed = make_case(torch.tensor([[9, 8, -1], [9, 2, 7]], dtype=torch.int32), 4, 4)
     out = mixed.run()
     assert bool((out[0] == 0).all())
-    assert relative_error(out, mixed.reference()) < BOUND
+    assert relative_error(out, mixed.reference()) < bound(1)
 
 
 def test_all_48_experts_and_the_shared_one() -> None:
@@ -154,7 +160,7 @@ def test_layers_replay_in_a_cuda_graph_with_new_counts() -> None:
         graph.replay()
         reference = case.reference()
         for out in outs:
-            assert float((out.double() - reference).norm()) <= BOUND * float(reference.norm())
+            assert float((out.double() - reference).norm()) <= bound(300) * float(reference.norm())
 
 
 def test_no_tokens_are_no_work() -> None:

@@ -29,7 +29,8 @@ MIN_ROTATED_BYTES = 512 << 20
 """Launches of one graph cycle through this many bytes of weights, many times the L2."""
 NUM_LAUNCHES = 8
 NUM_CHECKED_TOKENS = 8
-ERROR_BOUND = 1e-2
+ERROR_BOUND = 2e-2
+"""Of one token; tests/kernels/test_moe_fp8.py has the reasons."""
 BLOCK = (128, 128)
 
 
