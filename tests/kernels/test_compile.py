@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from step3rt.ops import router_topk
+from step3rt.ops import launch, rmsnorm_quantize, router_topk
 from step3rt.ops.compile import (
     CompileError,
     compile_kernel,
@@ -28,11 +28,14 @@ def test_every_kernel_compiles_without_a_gpu_and_without_spills(source: Path, ca
     assert report.registers > 0
 
 
-@pytest.mark.parametrize("variant", router_topk.VARIANTS, ids=lambda v: str(v.tile_tokens))
-def test_every_variant_of_the_router_compiles_without_spills(
-    variant: router_topk.RouterVariant, cache: Path
+@pytest.mark.parametrize(
+    "kernel",
+    [*(variant.kernel for variant in router_topk.VARIANTS), *rmsnorm_quantize.ADD_KERNELS],
+    ids=lambda kernel: " ".join(kernel.options),
+)
+def test_every_build_that_a_launcher_chooses_has_no_spills(
+    kernel: launch.Kernel, cache: Path
 ) -> None:
-    kernel = variant.kernel
     report = compile_kernel(kernels_dir() / kernel.source, kernel.options).report
     assert (report.stack_bytes, report.spill_store_bytes, report.spill_load_bytes) == (0, 0, 0)
 

@@ -125,7 +125,8 @@ def test_the_latent_query_is_normed_from_a_slice(num_tokens: int) -> None:
     # On the CPU: torch divides by a number on the GPU as if multiplying with its reciprocal.
     _, _, want = reference_add_rmsnorm_quantize(latent.cpu(), nothing, weight.cpu(), EPS)
     # One bf16 step of the largest value moves a scale by 2^-7 of it at most.
-    torch.testing.assert_close(rows.scales.cpu(), want.scales, rtol=2**-7, atol=0)
+    # A quotient one bf16 step off, 2^-7 of it at most, and then the product's half step.
+    torch.testing.assert_close(rows.scales.cpu(), want.scales, rtol=2**-7 + 2**-8, atol=0)
     assert float((rows.scales.cpu() != want.scales).float().mean()) < 1e-2
     got = rows.values.float().view(num_tokens, -1, 128) * rows.scales[..., None]
     exact = latent.double()

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from step3rt.ops.logit_adjust import LogitAdjuster
 from step3rt.ops.sample import MAX_TOP, DeviceSamplingRow, SamplingBatch, pack_rows
 from step3rt.ops.sampling import gumbel_noise
+from tests.kernels.sample_inputs import edited_logits
 
 CPU = torch.device("cpu")
 EDIT = np.dtype([("token", "i4"), ("count", "i4"), ("bias", "f4"), ("flags", "i4")])
@@ -78,3 +80,27 @@ def test_the_estimate_of_the_noise_stays_within_its_bound() -> None:
     noise = gumbel_noise(5, 6, 100_000)
     assert noise.min() > LEAST_NOISE
     assert noise.max() < MOST_NOISE
+
+
+def test_the_edits_that_the_gpu_tests_expect_are_those_of_the_adjuster() -> None:
+    logits = torch.linspace(-9, 9, 500)
+    row = DeviceSamplingRow(
+        presence=0.75,
+        frequency=-0.5,
+        repetition=1.25,
+        generated={3: 2, 40: 1, 499: 7},
+        prompt_token_ids=[40, 41, 250],
+        bias={41: 2.5, 60: -1.0},
+        masked_token_ids=[60, 61],
+    )
+    adjuster = LogitAdjuster(
+        presence=row.presence,
+        frequency=row.frequency,
+        repetition=row.repetition,
+        bias=(list(row.bias), list(row.bias.values())),
+        token_ids=[40, 41, 250] + [3] * 2 + [40] + [499] * 7,
+        num_prompt_tokens=3,
+    )
+    want = adjuster.apply(logits)
+    want[[60, 61]] = -torch.inf
+    assert torch.equal(edited_logits(logits, row), want)

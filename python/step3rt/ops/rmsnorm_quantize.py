@@ -17,9 +17,16 @@ QUERY_RANK = 2048
 
 _ADD_THREADS = 448
 _LATENT_THREADS = 256
-_ADD_KERNEL = launch.Kernel(
-    "fused/sm90_bf16_add_rmsnorm_quantize.cu", num_threads=_ADD_THREADS, is_dependent=True
+ADD_KERNELS = tuple(
+    launch.Kernel(
+        "fused/sm90_bf16_add_rmsnorm_quantize.cu",
+        num_threads=_ADD_THREADS,
+        is_dependent=True,
+        options=(f"-DSTEP3RT_NORM_SINGLE={is_single}",),
+    )
+    for is_single in (0, 1)
 )
+"""Builds for any number of partial sums, and for exactly one."""
 _LATENT_KERNEL = launch.Kernel(
     "fused/sm90_bf16_rmsnorm_quantize.cu", num_threads=_LATENT_THREADS, is_dependent=True
 )
@@ -96,7 +103,7 @@ def add_rmsnorm_quantize(
     weight: torch.Tensor,
     out: NormOutputs,
     eps: float,
-    kernel: launch.Kernel = _ADD_KERNEL,
+    kernel: launch.Kernel | None = None,
 ) -> None:
     """Adds n tensors to the residual, normalises the sum and quantises it.
 
@@ -109,7 +116,7 @@ def add_rmsnorm_quantize(
         weight: bf16[7168]; older than the previous kernel of the stream.
         out: Where the results go.
         eps: Added to the mean square.
-        kernel: A variant, for measurements.
+        kernel: A variant, for measurements; chosen by n if None.
 
     Raises:
         ValueError: a shape, dtype, device or layout does not fit, or T is 0.
@@ -136,6 +143,8 @@ def add_rmsnorm_quantize(
     params["num_partial_sums"] = partial_sums.shape[0]
     params["num_tokens"] = num_tokens
     params["eps"] = eps
+    if kernel is None:
+        kernel = ADD_KERNELS[partial_sums.shape[0] == 1]
     kernel.launch(device, num_tokens, (params,))
 
 
