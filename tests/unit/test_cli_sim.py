@@ -119,10 +119,10 @@ def test_a_peer_is_measured_from_its_sources_and_leaves_no_modules(tmp_path, cap
     (engine / "sequence.py").write_text(NANO_VLLM_SEQUENCE)
     (tmp_path / "nanovllm" / "sampling_params.py").write_text(NANO_VLLM_SAMPLING)
     load = scheduler.Load(num_sequences=30, num_attention=2, num_lanes=3)
-    peers = {"nano-vllm": tmp_path}
+    peers = {"nano-vllm": str(tmp_path)}
     report = scheduler.measure(load, num_steps=10, has_scaling=False, peers=peers)
     (peer,) = report["peers"]
-    assert peer["ratio_p50"] == peer["p50_us"] / report["schedule_apply_us"]["p50"]
+    assert peer["ratio_p50"] == peer["p50_us"] / report["schedule_apply_cpu_us"]["p50"]
     with pytest.raises(ModuleNotFoundError):
         __import__("nanovllm")
 
@@ -134,14 +134,22 @@ def test_lives_are_those_that_the_rust_side_computes():
 
 def test_an_absent_peer_is_skipped_with_a_reason(tmp_path: Path):
     load = scheduler.Load(num_sequences=30, num_attention=2, num_lanes=3)
-    peers = {"nano-vllm": tmp_path}
+    peers = {"nano-vllm": str(tmp_path)}
     report = scheduler.measure(load, num_steps=3, has_scaling=False, peers=peers)
     assert "scheduler.py" in report["peers"][0]["skipped"]
+
+
+def test_a_peer_whose_interpreter_is_absent_is_skipped_with_a_reason(tmp_path: Path):
+    load = scheduler.Load(num_sequences=30, num_attention=2, num_lanes=3)
+    peers = {"vllm": str(tmp_path / "python")}
+    report = scheduler.measure(load, num_steps=3, has_scaling=False, peers=peers)
+    assert "cannot be run" in report["peers"][0]["skipped"]
 
 
 def test_an_unknown_peer_is_refused(capsys):
     assert main(["bench", "scheduler", "--peer", "other=/tmp"]) == 2
     assert "nano-vllm=DIR" in capsys.readouterr().err
+    assert main(["bench", "scheduler", "--peer", "nano-vllm"]) == 2
 
 
 @pytest.mark.parametrize("trace", ["bursty", "reasoning", "mixed"])

@@ -1,10 +1,12 @@
 """Measures the scheduler, and beside it those that people use, with the same trace.
 
-A peer's code is never part of this project: it is loaded from a directory that the caller names.
+A peer's code is never part of this project: it is loaded from where the caller says. Ours and
+theirs are compared in CPU time of one thread, which other processes do not lengthen.
 """
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -44,7 +46,7 @@ def life_steps(request: int) -> int:
 
 
 def measure(
-    load: Load, *, num_steps: int, has_scaling: bool, peers: Mapping[str, Path]
+    load: Load, *, num_steps: int, has_scaling: bool, peers: Mapping[str, str]
 ) -> dict[str, Any]:
     """The report of `_core.bench_scheduler` with `peers`: per peer its time and the ratio to ours.
 
@@ -52,7 +54,8 @@ def measure(
         load: how much runs at a time.
         num_steps: lane steps to measure.
         has_scaling: whether to measure other sizes as well.
-        peers: directories with sources, by name; only "nano-vllm" is known.
+        peers: where each is, by name: "nano-vllm", a directory with its sources, and "vllm", an
+            interpreter that has it, or "" for this one.
 
     Raises:
         InvalidArgument: the load cannot be measured.
@@ -68,29 +71,60 @@ def measure(
     }
     report: dict[str, Any] = json.loads(_core.bench_scheduler(json.dumps(options)))
     report["peers"] = []
-    for name, directory in peers.items():
-        ours_us = report["schedule_apply_us"]["p50"]
-        report["peers"].append(_measure_nano_vllm(name, directory, load, ours_us))
+    ours_us = report["schedule_apply_cpu_us"]["p50"]
+    measure_peer = {"nano-vllm": _measure_nano_vllm, "vllm": _measure_vllm}
+    for name, where in peers.items():
+        try:
+            version, times_us = measure_peer[name](where, load.sequences_per_lane_step)
+        except _UnmeasuredError as error:
+            report["peers"].append({"name": name, "skipped": str(error)})
+            continue
+        times_us.sort()
+        p50_us, p99_us = times_us[len(times_us) // 2], times_us[len(times_us) * 99 // 100]
+        figures = {"p50_us": p50_us, "p99_us": p99_us, "steps": len(times_us)}
+        ratio = {"ratio_p50": p50_us / ours_us}
+        report["peers"].append({"name": name, "version": version, **figures, **ratio})
     return report
 
 
-def _measure_nano_vllm(name: str, directory: Path, load: Load, ours_us: float) -> dict[str, Any]:
+class _UnmeasuredError(Exception):
+    """A peer is not there or does not run; says why."""
+
+
+def _measure_vllm(python: str, num_sequences: int) -> tuple[str, list[float]]:
+    num_steps = MEAN_LIFE_STEPS + _PEER_STEPS
+    load = {
+        "lives": [life_steps(request) for request in range(num_sequences + 2 * num_steps)],
+        "num_sequences": num_sequences,
+        "num_prompt_tokens": NUM_PROMPT_TOKENS,
+        "num_warmup": MEAN_LIFE_STEPS,
+        "num_steps": _PEER_STEPS,
+    }
+    program = Path(__file__).with_name("vllm_scheduler.py")
+    # -P: this directory's modules are not to be found in place of that interpreter's own.
+    command = [python or sys.executable, "-P", str(program)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(load), capture_output=True, text=True, check=True
+        )
+    except OSError as error:
+        raise _UnmeasuredError(f"{command[0]} cannot be run: {error}") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip() or "no output").splitlines()[-1]
+        raise _UnmeasuredError(f"{command[0]} cannot run vLLM's scheduler: {last}") from error
+    report = json.loads(done.stdout.splitlines()[-1])
+    return report["version"], report["times_us"]
+
+
+def _measure_nano_vllm(where: str, num_sequences: int) -> tuple[str, list[float]]:
+    directory = Path(where)
     if not (directory / "nanovllm" / "engine" / "scheduler.py").is_file():
-        return {"name": name, "skipped": f"{directory} has no nanovllm/engine/scheduler.py"}
+        raise _UnmeasuredError(f"{directory} has no nanovllm/engine/scheduler.py")
     try:
         with _nano_vllm(directory) as (scheduler, sequence):
-            times_us = _run_nano_vllm(scheduler, sequence, load.sequences_per_lane_step)
+            return "sources", _run_nano_vllm(scheduler, sequence, num_sequences)
     except ImportError as error:
-        return {"name": name, "skipped": f"its sources cannot be imported: {error}"}
-    times_us.sort()
-    p50_us, p99_us = times_us[len(times_us) // 2], times_us[len(times_us) * 99 // 100]
-    return {
-        "name": name,
-        "p50_us": p50_us,
-        "p99_us": p99_us,
-        "steps": len(times_us),
-        "ratio_p50": p50_us / ours_us,
-    }
+        raise _UnmeasuredError(f"its sources cannot be imported: {error}") from error
 
 
 @contextmanager
@@ -117,7 +151,7 @@ def _nano_vllm(directory: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
 
 
 def _run_nano_vllm(scheduler: Any, sequence: Any, num_sequences: int) -> list[float]:
-    """Microseconds per step of `num_sequences` sequences, of which 1 % end and join in each."""
+    """CPU microseconds per step of `num_sequences` sequences, of which 1 % end and join in each."""
     parameters = importlib.import_module("nanovllm.sampling_params").SamplingParams
     block_size_tokens = sequence.Sequence.block_size
     config = SimpleNamespace(
@@ -140,11 +174,11 @@ def _run_nano_vllm(scheduler: Any, sequence: Any, num_sequences: int) -> list[fl
     times_us = []
     for _ in range(MEAN_LIFE_STEPS + _PEER_STEPS):
         spare = [new_sequence() for _ in range(num_sequences // 8 + 8)]
-        started = time.perf_counter()
+        started = time.thread_time()
         num_ended = _lane_step(engine)
         for joining in spare[:num_ended]:
             engine.add(joining)
-        times_us.append((time.perf_counter() - started) * 1e6)
+        times_us.append((time.thread_time() - started) * 1e6)
     return times_us[MEAN_LIFE_STEPS:]
 
 

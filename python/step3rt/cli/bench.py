@@ -37,8 +37,9 @@ def _add_scheduler(parts: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--peer",
         action="append",
         default=[],
-        metavar="NAME=DIR",
-        help="measure another scheduler's sources beside it (nano-vllm=DIR), with the same trace",
+        metavar="NAME=WHERE",
+        help="measure another scheduler beside it, with the same trace: nano-vllm=DIR with its "
+        "sources, vllm, or vllm=PYTHON, an interpreter that has vLLM",
     )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(run=run_scheduler)
@@ -170,14 +171,15 @@ def run_link(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_peer(text: str) -> tuple[str, Path]:
-    name, separator, directory = text.partition("=")
-    if not separator or name != "nano-vllm":
+def _parse_peer(text: str) -> tuple[str, str]:
+    name, _, where = text.partition("=")
+    if name != "vllm" and not (name == "nano-vllm" and where):
         raise InvalidArgument(
-            f"--peer {text!r} names no peer. Only nano-vllm's scheduler can be measured beside "
-            "ours, from a directory with its sources. Use --peer nano-vllm=DIR"
+            f"--peer {text!r} names no peer. The schedulers of nano-vllm, from a directory with "
+            "its sources, and of vLLM, from an interpreter that has it, can be measured beside "
+            "ours. Use --peer nano-vllm=DIR, --peer vllm or --peer vllm=PYTHON"
         )
-    return name, Path(directory)
+    return name, where
 
 
 def _print_scheduler(report: dict[str, Any]) -> None:
@@ -195,7 +197,7 @@ def _print_scheduler(report: dict[str, Any]) -> None:
             print(f"  {peer['name']}: skipped: {peer['skipped']}")
         else:
             cost = f"p50 {peer['p50_us']:.0f} us, {peer['ratio_p50']:.1f} times ours"
-            print(f"  {peer['name']}: {cost}")
+            print(f"  {peer['name']} ({peer['version']}), on a core: {cost}")
 
 
 def _print_replay(report: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 
 use hashbrown::HashTable;
 
@@ -37,17 +38,10 @@ pub enum NodeId {
 struct Node {
     id: NodeId,
     parent: NodeId,
-    tokens: Box<[TokenId]>,
     /// Of `parent` and `tokens`.
     hash: u64,
     /// Its place in `idle`, while nobody uses the block.
     idle_since: Option<u64>,
-}
-
-impl Node {
-    fn is(&self, parent: NodeId, tokens: &[TokenId]) -> bool {
-        self.parent == parent && *self.tokens == *tokens
-    }
 }
 
 /// Which blocks hold which beginnings.
@@ -55,6 +49,9 @@ impl Node {
 pub(crate) struct PrefixCache {
     /// By block; no longer than the blocks that ever held something.
     nodes: Vec<Option<Node>>,
+    /// What those blocks hold, one after the other. All blocks are of one size.
+    tokens: Vec<TokenId>,
+    block_size_tokens: usize,
     /// The blocks in `nodes`, by parent and tokens.
     by_content: HashTable<BlockId>,
     /// Clients choose tokens, so nobody may know which ones collide. It is only ever searched, so
@@ -72,7 +69,10 @@ impl PrefixCache {
     /// The block that holds `tokens` after the content of `parent`, and the node of both.
     pub(crate) fn find(&self, parent: NodeId, tokens: &[TokenId]) -> Option<(BlockId, NodeId)> {
         let hash = self.hash_key.hash_one((parent, tokens));
-        let holds = |&block: &BlockId| self.node(block).is_some_and(|n| n.is(parent, tokens));
+        let holds = |&block: &BlockId| {
+            let is_child = self.node(block).is_some_and(|node| node.parent == parent);
+            is_child && self.tokens[self.range(block)] == *tokens
+        };
         let &block = self.by_content.find(hash, holds)?;
         Some((block, self.node(block)?.id))
     }
@@ -90,14 +90,16 @@ impl PrefixCache {
         self.num_nodes_ever += 1;
         let id = NodeId::Content(self.num_nodes_ever);
         let hash = self.hash_key.hash_one((parent, tokens));
-        let index = block.0 as usize;
+        self.block_size_tokens = tokens.len();
+        let (index, range) = (block.0 as usize, self.range(block));
         if self.nodes.len() <= index {
             self.nodes.resize_with(index + 1, || None);
+            self.tokens.resize(range.end, TokenId(0));
         }
+        self.tokens[range].copy_from_slice(tokens);
         self.nodes[index] = Some(Node {
             id,
             parent,
-            tokens: tokens.into(),
             hash,
             idle_since: None,
         });
@@ -158,6 +160,12 @@ impl PrefixCache {
 
     fn node(&self, block: BlockId) -> Option<&Node> {
         self.nodes.get(block.0 as usize)?.as_ref()
+    }
+
+    /// Where in `tokens` those of `block` are.
+    fn range(&self, block: BlockId) -> Range<usize> {
+        let start = block.0 as usize * self.block_size_tokens;
+        start..start + self.block_size_tokens
     }
 
     fn is_idle_since(&self, block: BlockId, since: u64) -> bool {

@@ -28,7 +28,7 @@ mod traces;
 mod traffic;
 mod trouble;
 mod violation;
-mod workload;
+pub mod workload;
 mod world;
 
 pub use violation::Violation;

@@ -22,15 +22,14 @@ pub(crate) fn life_steps(id: u32) -> u32 {
 }
 
 /// The size of the load.
-#[expect(
-    clippy::struct_field_names,
-    reason = "counts start with num_ in this project"
-)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Load {
-    pub(crate) num_sequences: u32,
-    pub(crate) num_attention: u32,
-    pub(crate) num_lanes: u8,
+pub struct Load {
+    /// That run at a time, all lanes together.
+    pub num_sequences: u32,
+    /// Attention instances.
+    pub num_attention: u32,
+    /// Micro-batch lanes per instance.
+    pub num_lanes: u8,
 }
 
 impl Load {
@@ -41,7 +40,8 @@ impl Load {
 }
 
 /// The scheduler in a steady state, with instances that answer whatever they are asked.
-pub(crate) struct Workload {
+#[derive(Debug)]
+pub struct Workload {
     scheduler: Scheduler,
     /// Per lane, one plan per instance.
     in_flight: Vec<Vec<StepPlan>>,
@@ -52,21 +52,24 @@ pub(crate) struct Workload {
 }
 
 /// What instances and clients ask in one lane step, prepared outside of what is measured.
-pub(crate) struct LaneStep {
+#[derive(Debug)]
+pub struct LaneStep {
     outputs: Vec<StepOutput>,
     requests: Vec<Request>,
-    pub(crate) num_sequences: usize,
+    /// How many sequences it is one step of.
+    pub num_sequences: usize,
 }
 
 /// What they get in one lane step; looked at outside of what is measured.
-pub(crate) struct Answers {
+#[derive(Debug)]
+pub struct Answers {
     plans: Vec<StepPlan>,
     events: Vec<(RequestId, RequestEvent)>,
 }
 
 impl Workload {
     /// Sequences at ages spread over their lives.
-    pub(crate) fn new(load: Load) -> Self {
+    pub fn new(load: Load) -> Self {
         let per_lane = load.sequences_per_lane();
         let mut scheduler = Scheduler::new(SchedulerConfig {
             num_lanes: load.num_lanes,
@@ -111,7 +114,7 @@ impl Workload {
     }
 
     /// What the instances answer to lane `lane`'s steps in flight, one per instance.
-    pub(crate) fn prepare(&mut self, lane: usize) -> LaneStep {
+    pub fn prepare(&mut self, lane: usize) -> LaneStep {
         let answered = std::mem::take(&mut self.in_flight[lane]);
         let num_sequences = answered.iter().map(|plan| plan.chunks.len()).sum();
         self.now = self.now.plus_ms(1);
@@ -124,7 +127,7 @@ impl Workload {
 
     /// Everything that the drive loop asks of the scheduler for one lane step: take the outputs and
     /// as many requests as ended in the step before, plan, and take the events.
-    pub(crate) fn run(&mut self, step: LaneStep) -> Answers {
+    pub fn run(&mut self, step: LaneStep) -> Answers {
         for output in step.outputs {
             self.scheduler.handle(self.now, Event::StepDone(output));
         }
@@ -138,7 +141,7 @@ impl Workload {
     }
 
     /// Keeps in mind what the next lane steps start from.
-    pub(crate) fn note(&mut self, answers: Answers) {
+    pub fn note(&mut self, answers: Answers) {
         let is_end = |event: &RequestEvent| matches!(event, RequestEvent::Finished { .. });
         let ends = answers.events.iter().filter(|(_, event)| is_end(event));
         self.num_ended = ends.count();
