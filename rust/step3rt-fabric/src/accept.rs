@@ -17,6 +17,8 @@ use crate::handshake::{Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::hub::{Accepted, Hub, Watch};
 use crate::lane::LinkTerms;
 use crate::memory::MapError;
+use crate::rdma::{self, OFFER_BYTES};
+use crate::rdma_status::RdmaError;
 use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
@@ -33,7 +35,7 @@ enum PendingSocket {
     Shm(OwnedFd),
     Tcp {
         stream: TcpStream,
-        bytes: [u8; MESSAGE_BYTES],
+        bytes: Box<[u8; MESSAGE_BYTES + OFFER_BYTES]>,
         num_bytes: usize,
     },
 }
@@ -54,6 +56,8 @@ enum AcceptError {
     Memory(#[from] MapError),
     #[error("it was refused: {0:?}")]
     Refused(RefusalCode),
+    #[error("it cannot be linked by RDMA: {0}")]
+    Rdma(#[from] RdmaError),
     #[error("{0}")]
     System(#[from] io::Error),
 }
@@ -64,6 +68,7 @@ impl AcceptError {
         match self {
             Self::Hello(HandshakeError::Version(_)) => Some(RefusalCode::Version),
             Self::Refused(code) => Some(*code),
+            Self::Rdma(_) => Some(RefusalCode::NoRdma),
             Self::System(_) => Some(RefusalCode::Resources),
             Self::Hello(_) | Self::Memory(_) => None,
         }
@@ -81,7 +86,7 @@ impl Pending {
     pub(crate) fn tcp(stream: TcpStream, deadline: Instant) -> Self {
         let socket = PendingSocket::Tcp {
             stream,
-            bytes: [0; MESSAGE_BYTES],
+            bytes: Box::new([0; MESSAGE_BYTES + OFFER_BYTES]),
             num_bytes: 0,
         };
         Self { deadline, socket }
@@ -135,7 +140,7 @@ struct Admitted {
 
 fn admit(hub: &Hub, hello: Message) -> Result<Admitted, AcceptError> {
     let Message { from, kind } = hello;
-    let Kind::Hello { wanted, choice } = kind else {
+    let Kind::Hello { wanted, choice, .. } = kind else {
         return Err(HandshakeError::Unexpected("message other than a hello").into());
     };
     let verdict = hub.introduction.judge(&from, wanted);
@@ -179,6 +184,9 @@ fn advance_shm(hub: &Hub, socket: &OwnedFd) -> Result<Option<Accepted>, AcceptEr
         return Err(HandshakeError::Size(received.num_bytes).into());
     }
     let hello = Message::decode(&received.bytes)?;
+    if is_for_rdma(&hello) {
+        return Err(HandshakeError::Unexpected("hello for RDMA").into());
+    }
     let fds: [OwnedFd; NUM_PASSED_FDS] = received
         .fds
         .try_into()
@@ -210,24 +218,76 @@ fn link_shm(
     Ok(Box::new(link))
 }
 
+fn is_for_rdma(hello: &Message) -> bool {
+    matches!(
+        hello.kind,
+        Kind::Hello {
+            is_for_rdma: true,
+            ..
+        }
+    )
+}
+
 fn advance_tcp(
     hub: &Hub,
     stream: &mut TcpStream,
-    bytes: &mut [u8; MESSAGE_BYTES],
+    bytes: &mut [u8; MESSAGE_BYTES + OFFER_BYTES],
     num_bytes: &mut usize,
 ) -> Result<Option<Accepted>, AcceptError> {
-    while *num_bytes < MESSAGE_BYTES {
-        match stream.read(&mut bytes[*num_bytes..]) {
+    if !read_up_to(MESSAGE_BYTES, stream, bytes, num_bytes)? {
+        return Ok(None);
+    }
+    let hello = Message::decode(&bytes[..MESSAGE_BYTES])?;
+    if !is_for_rdma(&hello) {
+        let admitted = admit(hub, hello)?;
+        let link = link_tcp(hub, hub.terms(admitted.peer), stream);
+        return admitted.finish(hub, link);
+    }
+    if !read_up_to(bytes.len(), stream, bytes, num_bytes)? {
+        return Ok(None);
+    }
+    let admitted = admit(hub, hello)?;
+    let link = link_rdma(
+        hub,
+        hub.terms(admitted.peer),
+        stream,
+        &bytes[MESSAGE_BYTES..],
+    );
+    admitted.finish(hub, link)
+}
+
+/// Reads what has come, up to `wanted` bytes from the start; whether all of them are here.
+fn read_up_to(
+    wanted: usize,
+    stream: &mut TcpStream,
+    bytes: &mut [u8],
+    num_bytes: &mut usize,
+) -> Result<bool, AcceptError> {
+    while *num_bytes < wanted {
+        match stream.read(&mut bytes[*num_bytes..wanted]) {
             Ok(0) => return Err(HandshakeError::Size(*num_bytes).into()),
             Ok(more) => *num_bytes += more,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let admitted = admit(hub, Message::decode(bytes)?)?;
-    let link = link_tcp(hub, hub.terms(admitted.peer), stream);
-    admitted.finish(hub, link)
+    Ok(true)
+}
+
+fn link_rdma(
+    hub: &Hub,
+    terms: LinkTerms,
+    stream: &TcpStream,
+    offer: &[u8],
+) -> Result<Box<dyn Link>, AcceptError> {
+    let mut stream = stream.try_clone()?;
+    let control = stream.local_addr()?.ip();
+    let end = rdma::Prepared::answer(&hub.rdma_devices, terms, control, offer)?;
+    tcp_socket::prepare(&stream, hub.settings.peer_timeout)?;
+    // As for TCP, no refusal may follow. From here on the peer may write.
+    stream.write_all(&[&hub.message(Kind::Welcome)[..], &end.offer()].concat())?;
+    Ok(end.into_link(stream.into(), hub.new_state(), &hub.settings)?)
 }
 
 fn link_tcp(hub: &Hub, terms: LinkTerms, stream: &TcpStream) -> io::Result<Box<dyn Link>> {

@@ -17,6 +17,8 @@ pub enum FabricKind {
     Shm,
     /// Frames over TCP.
     Tcp,
+    /// Slots that the peer's device writes.
+    Rdma,
 }
 
 impl FabricKind {
@@ -25,6 +27,7 @@ impl FabricKind {
         match self {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Rdma => "rdma",
         }
     }
 }
@@ -38,10 +41,11 @@ impl fmt::Display for FabricKind {
 /// One way to reach an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataAddress {
-    /// `"shm"` or `"tcp"`. A name that this build does not know is passed over, not an error: a
+    /// `"shm"`, `"rdma"` or `"tcp"`. A name that this build does not know is passed over, not an error: a
     /// newer peer may offer more.
     pub fabric: String,
-    /// shm: the abstract Unix socket's name after an `@`; tcp: `host:port`.
+    /// shm: the abstract Unix socket's name after an `@`; tcp: `host:port`; rdma: the same, of the
+    /// control connection.
     pub address: String,
 }
 
@@ -70,18 +74,20 @@ impl PeerAddress {
 /// The setting `fabric`: which fabrics a connection may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FabricChoice {
-    /// Shared memory within a host, TCP otherwise.
+    /// Shared memory within a host, otherwise RDMA where both ends have it, otherwise TCP.
     #[default]
     Auto,
     /// Only shared memory.
     Shm,
     /// Only TCP.
     Tcp,
+    /// Only RDMA, also within a host.
+    Rdma,
 }
 
 /// A `fabric` setting that is none of its values.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("fabric {0:?} is not known. It is \"auto\", \"shm\" or \"tcp\"")]
+#[error("fabric {0:?} is not known. It is \"auto\", \"shm\", \"rdma\" or \"tcp\"")]
 pub struct UnknownFabric(pub String);
 
 impl FromStr for FabricChoice {
@@ -92,6 +98,7 @@ impl FromStr for FabricChoice {
             "auto" => Ok(Self::Auto),
             "shm" => Ok(Self::Shm),
             "tcp" => Ok(Self::Tcp),
+            "rdma" => Ok(Self::Rdma),
             other => Err(UnknownFabric(other.to_owned())),
         }
     }
@@ -110,15 +117,27 @@ pub enum ChoiceReason {
     ShmUnreachable,
     /// The setting says so.
     Setting,
+    /// Different hosts, and both ends have an RDMA device.
+    RdmaAtBothEnds,
+    /// Shared memory cannot be had, and both ends have an RDMA device.
+    RdmaWithinHost,
+    /// Different hosts, and the accepting end does not offer RDMA.
+    RdmaNotOffered,
+    /// Both ends have an RDMA device, but no link came about over them.
+    RdmaFailed,
 }
 
 impl ChoiceReason {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::SameHost,
         Self::DifferentHosts,
         Self::ShmNotOffered,
         Self::ShmUnreachable,
         Self::Setting,
+        Self::RdmaAtBothEnds,
+        Self::RdmaWithinHost,
+        Self::RdmaNotOffered,
+        Self::RdmaFailed,
     ];
 
     pub(crate) fn code(self) -> u32 {
@@ -138,31 +157,52 @@ impl fmt::Display for ChoiceReason {
             Self::ShmNotOffered => "one host, but the peer does not offer shm",
             Self::ShmUnreachable => "one host, but the peer's shm socket is out of reach",
             Self::Setting => "chosen by the `fabric` setting",
+            Self::RdmaAtBothEnds => "the ends run on different hosts, both with RDMA",
+            Self::RdmaWithinHost => "one host, but no shared memory, and both ends have RDMA",
+            Self::RdmaNotOffered => "the ends run on different hosts, and only one has RDMA",
+            Self::RdmaFailed => "both ends have RDMA, but cannot be linked by it",
         })
     }
 }
 
 /// The fabrics to try, in order, each with the reason that holds if it succeeds. A later one is
 /// tried only when the one before is out of reach.
+///
+/// Within a host shared memory comes before RDMA: a slot that both ends map moves no byte, while a
+/// device would read and write each payload once.
 pub(crate) fn candidates(
     choice: FabricChoice,
     local_boot_id: &str,
+    has_rdma: bool,
     peer: &PeerAddress,
 ) -> Vec<(FabricKind, ChoiceReason)> {
     let is_same_host = !local_boot_id.is_empty() && local_boot_id == peer.boot_id;
+    let offers_rdma = peer.address_of(FabricKind::Rdma).is_some();
+    let offers_shm = peer.address_of(FabricKind::Shm).is_some();
+    let without_shm = if offers_shm {
+        ChoiceReason::ShmUnreachable
+    } else {
+        ChoiceReason::ShmNotOffered
+    };
+    let (rdma, tcp) = match (is_same_host, has_rdma && offers_rdma) {
+        (true, true) => (Some(ChoiceReason::RdmaWithinHost), ChoiceReason::RdmaFailed),
+        (false, true) => (Some(ChoiceReason::RdmaAtBothEnds), ChoiceReason::RdmaFailed),
+        (true, false) => (None, without_shm),
+        (false, false) if has_rdma || offers_rdma => (None, ChoiceReason::RdmaNotOffered),
+        (false, false) => (None, ChoiceReason::DifferentHosts),
+    };
     match choice {
         FabricChoice::Shm => vec![(FabricKind::Shm, ChoiceReason::Setting)],
         FabricChoice::Tcp => vec![(FabricKind::Tcp, ChoiceReason::Setting)],
-        FabricChoice::Auto if !is_same_host => {
-            vec![(FabricKind::Tcp, ChoiceReason::DifferentHosts)]
+        FabricChoice::Rdma => vec![(FabricKind::Rdma, ChoiceReason::Setting)],
+        FabricChoice::Auto => {
+            let shm = (is_same_host && offers_shm).then_some(ChoiceReason::SameHost);
+            let all = [(FabricKind::Shm, shm), (FabricKind::Rdma, rdma)];
+            let possible = all
+                .into_iter()
+                .filter_map(|(kind, reason)| Some((kind, reason?)));
+            possible.chain([(FabricKind::Tcp, tcp)]).collect()
         }
-        FabricChoice::Auto if peer.address_of(FabricKind::Shm).is_none() => {
-            vec![(FabricKind::Tcp, ChoiceReason::ShmNotOffered)]
-        }
-        FabricChoice::Auto => vec![
-            (FabricKind::Shm, ChoiceReason::SameHost),
-            (FabricKind::Tcp, ChoiceReason::ShmUnreachable),
-        ],
     }
 }
 
@@ -196,43 +236,66 @@ mod tests {
 
     #[test]
     fn one_host_takes_shm_and_keeps_tcp_in_reserve() {
-        let found = candidates(FabricChoice::Auto, "b", &peer("b", &["rdma", "shm", "tcp"]));
+        let peer = peer("b", &["pigeon", "rdma", "shm", "tcp"]);
         let shm = (FabricKind::Shm, ChoiceReason::SameHost);
         assert_eq!(
-            found,
+            candidates(FabricChoice::Auto, "b", false, &peer),
             [shm, (FabricKind::Tcp, ChoiceReason::ShmUnreachable)]
+        );
+        let rdma = (FabricKind::Rdma, ChoiceReason::RdmaWithinHost);
+        assert_eq!(
+            candidates(FabricChoice::Auto, "b", true, &peer),
+            [shm, rdma, (FabricKind::Tcp, ChoiceReason::RdmaFailed)]
         );
     }
 
     #[test]
     fn different_or_unknown_hosts_take_tcp() {
         for (local, theirs) in [("b", "c"), ("", "")] {
-            let found = candidates(FabricChoice::Auto, local, &peer(theirs, &["shm", "tcp"]));
+            let peer = peer(theirs, &["shm", "tcp"]);
+            let found = candidates(FabricChoice::Auto, local, false, &peer);
             assert_eq!(found, [(FabricKind::Tcp, ChoiceReason::DifferentHosts)]);
         }
     }
 
     #[test]
+    fn different_hosts_take_rdma_where_both_have_it() {
+        let found = |has_rdma, fabrics: &[&str]| {
+            candidates(FabricChoice::Auto, "b", has_rdma, &peer("c", fabrics))
+        };
+        assert_eq!(
+            found(true, &["shm", "rdma", "tcp"]),
+            [
+                (FabricKind::Rdma, ChoiceReason::RdmaAtBothEnds),
+                (FabricKind::Tcp, ChoiceReason::RdmaFailed)
+            ]
+        );
+        let tcp = [(FabricKind::Tcp, ChoiceReason::RdmaNotOffered)];
+        assert_eq!(found(true, &["shm", "tcp"]), tcp);
+        assert_eq!(found(false, &["shm", "rdma", "tcp"]), tcp);
+    }
+
+    #[test]
     fn a_peer_without_shm_is_reached_by_tcp() {
-        let found = candidates(FabricChoice::Auto, "b", &peer("b", &["tcp"]));
+        let found = candidates(FabricChoice::Auto, "b", false, &peer("b", &["tcp"]));
         assert_eq!(found, [(FabricKind::Tcp, ChoiceReason::ShmNotOffered)]);
     }
 
     #[test]
-    fn the_setting_overrides_and_has_three_values() {
+    fn the_setting_overrides_and_has_four_values() {
         let peer = peer("c", &["shm", "tcp"]);
-        for (text, fabric) in [("shm", FabricKind::Shm), ("tcp", FabricKind::Tcp)] {
-            let choice = text.parse().unwrap();
+        for fabric in [FabricKind::Shm, FabricKind::Tcp, FabricKind::Rdma] {
+            let choice = fabric.as_str().parse().unwrap();
             assert_eq!(
-                candidates(choice, "b", &peer),
+                candidates(choice, "b", false, &peer),
                 [(fabric, ChoiceReason::Setting)]
             );
         }
         assert_eq!("auto".parse(), Ok(FabricChoice::Auto));
-        let error = "rdma".parse::<FabricChoice>().unwrap_err();
+        let error = "pigeon".parse::<FabricChoice>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            r#"fabric "rdma" is not known. It is "auto", "shm" or "tcp""#
+            r#"fabric "pigeon" is not known. It is "auto", "shm", "rdma" or "tcp""#
         );
     }
 }

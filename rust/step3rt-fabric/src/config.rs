@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::address::{DataAddress, FabricChoice, FabricKind};
 use crate::contract::{Geometry, GeometryError, LinkIdentity, Side};
+use crate::rdma_status::RdmaError;
 use crate::shm;
 use crate::watcher::Listeners;
 
@@ -26,7 +27,8 @@ pub struct EndpointConfig {
     pub fabric: FabricChoice,
     /// Whether to accept links over shared memory.
     pub listen_shm: bool,
-    /// Where to accept links over TCP; port 0 lets the system choose. None: nowhere.
+    /// Where to accept links over TCP, and the control connections of those over RDMA where `fabric`
+    /// allows them; port 0 lets the system choose. None: nowhere.
     pub listen_tcp: Option<SocketAddr>,
     /// The host name or address that peers use for `listen_tcp`. Needed when that is a wildcard.
     pub advertise_host: Option<String>,
@@ -44,6 +46,7 @@ pub struct LinkSettings {
     pub handshake_timeout: Duration,
     /// How long a TCP peer's host may be silent, or leave untaken what was sent, before the link is
     /// down. Its resolution is a second; what must be noticed sooner needs a deadline at the waiter.
+    /// RDMA has shorter times of its own and takes this one for its own device's.
     pub peer_timeout: Duration,
     /// Whether pushes carry a CRC-32 of their payload, for debugging.
     pub payload_checksum: bool,
@@ -85,6 +88,9 @@ pub enum BindError {
     /// The Unix socket cannot be made.
     #[error("cannot listen for shared memory: {0}")]
     Shm(io::Error),
+    /// The setting asks for RDMA, which cannot be used here.
+    #[error("fabric \"rdma\" cannot be used: {0}. Or set `fabric` to \"auto\"")]
+    Rdma(#[from] RdmaError),
     /// No descriptors, memory or threads.
     #[error("cannot make the endpoint: {0}")]
     System(#[from] io::Error),
@@ -92,7 +98,10 @@ pub enum BindError {
 
 impl EndpointConfig {
     /// Binds the listeners; returns them with the addresses that peers are told.
-    pub(crate) fn listen(&self) -> Result<(Listeners, Vec<DataAddress>), BindError> {
+    pub(crate) fn listen(
+        &self,
+        has_rdma: bool,
+    ) -> Result<(Listeners, Vec<DataAddress>), BindError> {
         let mut listeners = Listeners {
             shm: None,
             tcp: None,
@@ -115,10 +124,13 @@ impl EndpointConfig {
                 .and_then(|listener| Ok((listener.local_addr()?, listener)));
             let (bound, listener) = bound.map_err(|error| BindError::Tcp { address, error })?;
             listeners.tcp = Some(listener);
-            publish(
-                FabricKind::Tcp,
-                advertised(self.advertise_host.as_deref(), bound)?,
-            );
+            let address = advertised(self.advertise_host.as_deref(), bound)?;
+            if has_rdma {
+                publish(FabricKind::Rdma, address.clone());
+            }
+            if self.fabric != FabricChoice::Rdma {
+                publish(FabricKind::Tcp, address);
+            }
         }
         Ok((listeners, addresses))
     }

@@ -1,6 +1,6 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -12,6 +12,8 @@ use crate::contract::{Link, LinkIdentity};
 use crate::handshake::{Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
 use crate::memory::MapError;
+use crate::rdma;
+use crate::rdma_status::RdmaError;
 use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
@@ -109,6 +111,14 @@ pub enum ConnectError {
         /// What is wrong.
         error: MapError,
     },
+    /// No link over RDMA came about.
+    #[error("instance {instance} cannot be linked over rdma: {error}")]
+    Rdma {
+        /// Whom it was to link.
+        instance: InstanceId,
+        /// What is missing, and the fix.
+        error: RdmaError,
+    },
     /// This end could not make the slots or threads of the link.
     #[error(
         "this end cannot make the link to instance {instance}: {error}. Raise its limit of memory, \
@@ -122,17 +132,34 @@ pub enum ConnectError {
     },
 }
 
+impl ConnectError {
+    /// Whether another fabric may do what this one could not.
+    pub(crate) fn is_out_of_reach(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Rdma { .. }
+                | Self::Refused {
+                    refusal: Refusal::NoRdma,
+                    ..
+                }
+        )
+    }
+}
+
 /// What an endpoint needs to link peers, in place or on a thread.
 pub(crate) struct Dialer {
     pub(crate) hub: Arc<Hub>,
     pub(crate) fabric: FabricChoice,
     pub(crate) boot_id: String,
+    pub(crate) has_rdma: bool,
 }
 
 impl Dialer {
     /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
     pub(crate) fn link(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
-        let mut candidates = candidates(self.fabric, &self.boot_id, peer).into_iter();
+        let mut candidates =
+            candidates(self.fabric, &self.boot_id, self.has_rdma, peer).into_iter();
         let mut next = candidates.next();
         let mut unreachable: Option<ConnectError> = None;
         while let Some((fabric, choice)) = next {
@@ -152,7 +179,7 @@ impl Dialer {
                     };
                     return Ok((link, reason));
                 }
-                Err(error @ ConnectError::Unreachable { .. }) if next.is_some() => {
+                Err(error) if next.is_some() && error.is_out_of_reach() => {
                     unreachable = Some(error);
                 }
                 // That the last resort is not even offered says less than why the first failed.
@@ -185,6 +212,7 @@ impl Attempt<'_> {
         match self.fabric {
             FabricKind::Shm => self.link_shm(address),
             FabricKind::Tcp => self.link_tcp(address),
+            FabricKind::Rdma => self.link_rdma(address),
         }
     }
 
@@ -245,10 +273,39 @@ impl Attempt<'_> {
             .map_err(|error| self.resources(error))
     }
 
+    fn link_rdma(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
+        let timeout = self.hub.settings.handshake_timeout;
+        let mut stream = tcp_socket::connect(address, timeout)
+            .map_err(|error| self.unreachable(address, error))?;
+        let control = stream
+            .local_addr()
+            .map_err(|error| self.interrupted(error))?;
+        let terms = self.hub.terms(self.peer.identity);
+        let devices = &self.hub.rdma_devices;
+        let mut end =
+            rdma::Prepared::new(devices, terms, control.ip()).map_err(|error| self.rdma(error))?;
+        stream
+            .write_all(&[&self.hello()[..], &end.offer()].concat())
+            .map_err(|error| self.interrupted(error))?;
+        let bytes =
+            tcp_socket::read_message(&stream, timeout).map_err(|error| self.interrupted(error))?;
+        self.check_answer(&bytes)?;
+        let mut offer = [0; rdma::OFFER_BYTES];
+        // Sent with the welcome, and so under the timeout that was left of it.
+        stream
+            .read_exact(&mut offer)
+            .map_err(|error| self.interrupted(error))?;
+        end.connect(&offer).map_err(|error| self.rdma(error))?;
+        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
+            .and_then(|()| end.into_link(stream.into(), self.hub.new_state(), &self.hub.settings))
+            .map_err(|error| self.resources(error))
+    }
+
     fn hello(&self) -> [u8; MESSAGE_BYTES] {
         self.hub.message(Kind::Hello {
             wanted: self.peer.identity,
             choice: self.choice,
+            is_for_rdma: self.fabric == FabricKind::Rdma,
         })
     }
 
@@ -309,6 +366,11 @@ impl Attempt<'_> {
             fabric: self.fabric,
             error,
         }
+    }
+
+    fn rdma(&self, error: RdmaError) -> ConnectError {
+        let instance = self.instance();
+        ConnectError::Rdma { instance, error }
     }
 
     fn resources(&self, error: io::Error) -> ConnectError {

@@ -147,8 +147,13 @@ pub trait Link: Send {
     /// Who is at the other end.
     fn peer(&self) -> LinkIdentity;
 
-    /// The kind of fabric, for people: `"shm"`, `"tcp"`, `"sim"`.
+    /// The kind of fabric, for people: `"shm"`, `"rdma"`, `"tcp"`, `"sim"`.
     fn fabric(&self) -> &'static str;
+
+    /// By which of several devices and addresses it goes, for people.
+    fn path(&self) -> Option<&str> {
+        None
+    }
 
     /// Where the next outgoing payload of `lane` is written. Written by the caller only while the
     /// lane has credit. `None` when the link has no such lane.

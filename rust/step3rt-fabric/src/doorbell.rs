@@ -18,7 +18,7 @@ use crate::contract::Doorbell;
 use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing};
 
 /// Longest busy wait. A futex wake-up costs about 20 µs, so spinning longer saves nothing.
-const MAX_SPIN_US: u32 = 50;
+pub(crate) const MAX_SPIN_US: u32 = 50;
 
 /// Most waits that go straight to sleep after a busy wait in vain, before the next one is tried.
 /// It makes the cost of trying 0.2 µs a wait where spinning never pays, as with more ranks than
@@ -43,13 +43,13 @@ pub(crate) struct FutexDoorbell {
 /// Whether to spin before sleeping: as long as it pays, and after each time that it did not, not
 /// again for twice as many waits as the last time.
 #[derive(Default)]
-struct SpinPatience {
+pub(crate) struct SpinPatience {
     waits_until_spin: AtomicU32,
     last_pause_waits: AtomicU32,
 }
 
 impl SpinPatience {
-    fn may_spin(&self) -> bool {
+    pub(crate) fn may_spin(&self) -> bool {
         // Several threads may wait on one doorbell; then each counts for all.
         let left = self.waits_until_spin.load(Ordering::Relaxed);
         self.waits_until_spin
@@ -57,7 +57,7 @@ impl SpinPatience {
         left == 0
     }
 
-    fn learn(&self, has_paid: bool) {
+    pub(crate) fn learn(&self, has_paid: bool) {
         let last = self.last_pause_waits.load(Ordering::Relaxed);
         let pause = if has_paid {
             0

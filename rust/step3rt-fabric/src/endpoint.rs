@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 
-use crate::address::{DataAddress, PeerAddress, boot_id};
+use crate::address::{DataAddress, FabricChoice, PeerAddress, boot_id};
 pub use crate::config::{BindError, EndpointConfig, LinkSettings};
 pub use crate::connect::ConnectError;
 use crate::connect::Dialer;
@@ -19,6 +19,8 @@ use crate::contract::{
 use crate::frame::{Frame, FrameHeader};
 use crate::handshake::{Introduction, RefusalCode};
 use crate::hub::{Accepted, Hub};
+use crate::rdma;
+use crate::rdma_status::RdmaError;
 use crate::watcher::Watcher;
 
 /// A new link, for people and reports.
@@ -26,7 +28,7 @@ use crate::watcher::Watcher;
 pub struct LinkSummary {
     /// Who is at the other end.
     pub peer: LinkIdentity,
-    /// `"shm"`, `"tcp"` or `"sim"`.
+    /// `"shm"`, `"rdma"`, `"tcp"` or `"sim"`.
     pub fabric: &'static str,
     /// Why this fabric and no other.
     pub reason: String,
@@ -66,6 +68,7 @@ pub enum FabricEvent {
 pub struct Endpoint {
     config: EndpointConfig,
     boot_id: String,
+    has_rdma: bool,
     addresses: Vec<DataAddress>,
     links: Vec<Entry>,
     /// Events of this end's own doing, for the next poll.
@@ -96,7 +99,8 @@ impl Endpoint {
             side: config.side,
             geometry: config.geometry,
         };
-        let (listeners, addresses) = config.listen()?;
+        let has_rdma = has_rdma(config.fabric)?;
+        let (listeners, addresses) = config.listen(has_rdma)?;
         let hub = Arc::new(Hub::new(introduction, config.settings)?);
         let watcher = Watcher::new(Arc::clone(&hub), listeners);
         let watcher = std::thread::Builder::new()
@@ -107,6 +111,7 @@ impl Endpoint {
             dialled: mpsc::sync_channel(config.settings.max_peers),
             // Unknown only where /proc is not mounted; then no host is the same host.
             boot_id: boot_id().unwrap_or_default(),
+            has_rdma,
             config,
             addresses,
             links: Vec::new(),
@@ -138,6 +143,7 @@ impl Endpoint {
         self.admit(peer.identity)?;
         match self.dialer().link(peer) {
             Ok((link, reason)) => {
+                let reason = with_path(reason, &*link);
                 let (peer, fabric) = (link.peer(), link.fabric());
                 self.insert(link);
                 tracing::info!(%instance, epoch = %peer.epoch, fabric, reason, "linked");
@@ -182,6 +188,7 @@ impl Endpoint {
             hub: Arc::clone(&self.hub),
             fabric: self.config.fabric,
             boot_id: self.boot_id.clone(),
+            has_rdma: self.has_rdma,
         }
     }
 
@@ -288,6 +295,7 @@ impl Endpoint {
     }
 
     fn insert_and_report(&mut self, link: Box<dyn Link>, reason: String) {
+        let reason = with_path(reason, &*link);
         let (peer, fabric) = (link.peer(), link.fabric());
         self.insert(link);
         tracing::info!(instance = %peer.instance, epoch = %peer.epoch, fabric, reason, "linked");
@@ -338,5 +346,30 @@ impl Drop for Endpoint {
         {
             tracing::error!("the fabric's watcher panicked");
         }
+    }
+}
+
+/// Whether this end may offer and try RDMA. What the setting asks for must be there.
+fn has_rdma(setting: FabricChoice) -> Result<bool, RdmaError> {
+    if matches!(setting, FabricChoice::Shm | FabricChoice::Tcp) {
+        return Ok(false);
+    }
+    let Err(error) = rdma::usable() else {
+        return Ok(true);
+    };
+    match error {
+        error if setting == FabricChoice::Rdma => return Err(error),
+        RdmaError::NoDevice | RdmaError::NotBuilt => {
+            tracing::debug!(%error, "links to other hosts go over TCP");
+        }
+        error => tracing::warn!(%error, "there is an RDMA device that cannot be used"),
+    }
+    Ok(false)
+}
+
+fn with_path(reason: String, link: &dyn Link) -> String {
+    match link.path() {
+        Some(path) => format!("{reason}; {path}"),
+        None => reason,
     }
 }

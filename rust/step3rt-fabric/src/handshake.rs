@@ -5,9 +5,11 @@
 //!
 //! ```text
 //!  0     4   6    7    8        12    16    24       32       40              44   48           56   60   64
-//!  │magic│ver│kind│side│instance│lanes│epoch│a2f slot│f2a slot│other instance │code│ other epoch│  0 │ crc│
+//!  │magic│ver│kind│side│instance│lanes│epoch│a2f slot│f2a slot│other instance │code│ other epoch│ by │ crc│
 //! ```
-//! "Other" is whom a hello wants to reach, and the epoch that a refusal holds against it.
+//! "Other" is whom a hello wants to reach, and the epoch that a refusal holds against it. Where a
+//! "by" stands as 0, the link goes over the socket that the hello came by; 1 is RDMA, and then an
+//! offer of queue pairs follows the hello and the welcome.
 
 use step3rt_core::ids::{Epoch, InstanceId};
 
@@ -38,6 +40,7 @@ pub(crate) enum Kind {
     Hello {
         wanted: LinkIdentity,
         choice: ChoiceReason,
+        is_for_rdma: bool,
     },
     /// The link exists.
     Welcome,
@@ -55,6 +58,7 @@ pub(crate) enum RefusalCode {
     Stale(Epoch),
     Full,
     Resources,
+    NoRdma,
 }
 
 /// One message of the handshake.
@@ -71,7 +75,7 @@ impl Message {
             epoch: Epoch(0),
         };
         let (kind, code, other) = match self.kind {
-            Kind::Hello { wanted, choice } => (0, choice.code(), wanted),
+            Kind::Hello { wanted, choice, .. } => (0, choice.code(), wanted),
             Kind::Welcome => (1, 0, nobody),
             Kind::Refusal(RefusalCode::Version) => (2, 0, nobody),
             Kind::Refusal(RefusalCode::NotMe) => (2, 1, nobody),
@@ -80,6 +84,7 @@ impl Message {
             Kind::Refusal(RefusalCode::Stale(epoch)) => (2, 4, LinkIdentity { epoch, ..nobody }),
             Kind::Refusal(RefusalCode::Full) => (2, 5, nobody),
             Kind::Refusal(RefusalCode::Resources) => (2, 6, nobody),
+            Kind::Refusal(RefusalCode::NoRdma) => (2, 7, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -101,6 +106,14 @@ impl Message {
         out[40..44].copy_from_slice(&other.instance.0.to_le_bytes());
         out[44..48].copy_from_slice(&u32::to_le_bytes(code));
         out[48..56].copy_from_slice(&other.epoch.0.to_le_bytes());
+        let is_for_rdma = matches!(
+            self.kind,
+            Kind::Hello {
+                is_for_rdma: true,
+                ..
+            }
+        );
+        out[56..60].copy_from_slice(&u32::from(is_for_rdma).to_le_bytes());
         let crc = crc32fast::hash(&out[..CRC_AT]);
         out[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
         out
@@ -121,9 +134,10 @@ impl Message {
         if u32_at(bytes, CRC_AT) != crc32fast::hash(&bytes[..CRC_AT]) {
             return Err(HandshakeError::Checksum);
         }
-        let reserved = u32_at(bytes, 56);
-        if reserved != 0 {
-            return Err(field("reserved", reserved));
+        let by = u32_at(bytes, 56);
+        let is_hello = bytes[6] == 0;
+        if by > u32::from(is_hello) {
+            return Err(field("by", by));
         }
         let other = LinkIdentity {
             instance: InstanceId(u32_at(bytes, 40)),
@@ -131,17 +145,22 @@ impl Message {
         };
         Ok(Self {
             from: introduction(bytes)?,
-            kind: kind(bytes[6], u32_at(bytes, 44), other)?,
+            kind: kind(bytes[6], u32_at(bytes, 44), (other, by == 1))?,
         })
     }
 }
 
-fn kind(kind: u8, code: u32, other: LinkIdentity) -> Result<Kind, HandshakeError> {
+fn kind(
+    kind: u8,
+    code: u32,
+    (other, is_for_rdma): (LinkIdentity, bool),
+) -> Result<Kind, HandshakeError> {
     match (kind, code) {
         (0, _) => match ChoiceReason::from_code(code) {
             Some(choice) => Ok(Kind::Hello {
                 wanted: other,
                 choice,
+                is_for_rdma,
             }),
             None => Err(field("choice", code)),
         },
@@ -153,6 +172,7 @@ fn kind(kind: u8, code: u32, other: LinkIdentity) -> Result<Kind, HandshakeError
         (2, 4) => Ok(Kind::Refusal(RefusalCode::Stale(other.epoch))),
         (2, 5) => Ok(Kind::Refusal(RefusalCode::Full)),
         (2, 6) => Ok(Kind::Refusal(RefusalCode::Resources)),
+        (2, 7) => Ok(Kind::Refusal(RefusalCode::NoRdma)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }
@@ -239,7 +259,12 @@ mod tests {
             instance: InstanceId(1),
             epoch: Epoch(2),
         };
-        let hellos = ChoiceReason::ALL.map(|choice| Kind::Hello { wanted, choice });
+        let hello = |choice, is_for_rdma| Kind::Hello {
+            wanted,
+            choice,
+            is_for_rdma,
+        };
+        let hellos = [false, true].map(|by| ChoiceReason::ALL.map(|choice| hello(choice, by)));
         let refusals = [
             RefusalCode::Version,
             RefusalCode::NotMe,
@@ -248,9 +273,10 @@ mod tests {
             RefusalCode::Stale(Epoch(9)),
             RefusalCode::Full,
             RefusalCode::Resources,
+            RefusalCode::NoRdma,
         ];
         let refusals = refusals.map(Kind::Refusal);
-        [&hellos[..], &[Kind::Welcome], &refusals].concat()
+        [&hellos.concat()[..], &[Kind::Welcome], &refusals].concat()
     }
 
     #[test]
@@ -309,8 +335,9 @@ mod tests {
             bytes[7] %= 3;
             bytes[13..16].fill(0);
             bytes[45..48].fill(0);
-            bytes[44] %= 8;
-            bytes[56..60].fill(0);
+            bytes[44] %= 10;
+            bytes[56] %= 3;
+            bytes[57..60].fill(0);
             let crc = crc32fast::hash(&bytes[..CRC_AT]);
             bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
             if let Ok(message) = Message::decode(&bytes) {

@@ -16,6 +16,7 @@ use crate::contract::{Doorbell, Link, LinkIdentity};
 use crate::doorbell::FutexDoorbell;
 use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
+use crate::rdma;
 use crate::state::LinkState;
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
@@ -47,6 +48,7 @@ pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
     pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) rdma_devices: rdma::Devices,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
     accepted: Mutex<Vec<Accepted>>,
@@ -64,6 +66,7 @@ impl Hub {
             introduction,
             settings,
             bell: Arc::new(bell),
+            rdma_devices: rdma::Devices::default(),
             bell_fd,
             registry: Mutex::default(),
             accepted: Mutex::default(),

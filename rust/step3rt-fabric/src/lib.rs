@@ -73,7 +73,8 @@
 //! # }
 //! ```
 //!
-//! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, [`sim`]).
+//! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
+//! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
 //! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `connect`,
 //! `accept`, `watcher`, `hub`.
@@ -93,6 +94,12 @@ mod handshake;
 mod hub;
 mod lane;
 mod memory;
+#[cfg(feature = "rdma")]
+mod rdma;
+#[cfg(not(feature = "rdma"))]
+#[path = "rdma_absent.rs"]
+mod rdma;
+mod rdma_status;
 mod refusal;
 mod region;
 mod shm;
@@ -105,4 +112,5 @@ mod watcher;
 mod hostile;
 
 pub use memory::MapError;
+pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};
 pub use refusal::{HandshakeError, Refusal};

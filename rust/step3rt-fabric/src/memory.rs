@@ -1,12 +1,12 @@
 //! Memory that slots lie in: sealed memfds shared between processes, and private memory.
 //!
-//! The one module with `unsafe`. It never forms a reference to slot bytes: other processes, the
+//! With `rdma`'s calls of libibverbs, all of the crate's `unsafe`. It never forms a reference to slot bytes: other processes, the
 //! kernel and the embedding program write them, so they are reached by raw pointer, by system call
 //! or through atomics only.
 
 #![allow(
     unsafe_code,
-    reason = "maps memory and does I/O on it; all of the crate's unsafe is here"
+    reason = "maps memory and does I/O on it; all of the crate's unsafe but the verbs is here"
 )]
 
 use std::ffi::c_void;
@@ -119,6 +119,17 @@ impl Mapping {
 
     /// Maps private, zeroed memory.
     pub(crate) fn private(len: usize) -> io::Result<Self> {
+        Self::anonymous(len, MapFlags::PRIVATE)
+    }
+
+    /// Maps zeroed memory for a device to read and write. Shared, because after a fork a first store
+    /// to private memory moves it to other pages, which the device does not know.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn for_device(len: usize) -> io::Result<Self> {
+        Self::anonymous(len, MapFlags::SHARED)
+    }
+
+    fn anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice aliases nothing.
         let base = unsafe {
@@ -126,7 +137,7 @@ impl Mapping {
                 std::ptr::null_mut(),
                 len,
                 protection,
-                MapFlags::PRIVATE | MapFlags::POPULATE,
+                flags | MapFlags::POPULATE,
             )?
         };
         Self::from_mmap(base, len, true)
@@ -223,6 +234,12 @@ impl Mapping {
         // does all the same sees torn bytes and no more.
         let received = unsafe { libc::recv(socket, pointer.cast(), range.len(), 0) };
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// The first byte of `range`, for a device. Panics outside of the mapping.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn pointer(&self, range: &Range<usize>) -> *mut u8 {
+        self.at(range.start, range.len(), 1)
     }
 
     fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {

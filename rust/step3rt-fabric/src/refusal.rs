@@ -51,6 +51,9 @@ pub enum Refusal {
     /// It could not make the slots.
     #[error("it has no memory, threads or descriptors for another link. See its log")]
     Resources,
+    /// It cannot link by RDMA.
+    #[error("it cannot be linked by RDMA. See its log, and `step3rt doctor` on its host")]
+    NoRdma,
 }
 
 /// Why bytes are not a handshake message.
@@ -104,6 +107,7 @@ impl Introduction {
             },
             RefusalCode::Full => Refusal::Full,
             RefusalCode::Resources => Refusal::Resources,
+            RefusalCode::NoRdma => Refusal::NoRdma,
         }
     }
 }

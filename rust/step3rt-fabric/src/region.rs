@@ -95,6 +95,32 @@ impl Region {
         })
     }
 
+    /// Makes slots that this process and its device see.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn for_device(geometry: &Geometry, direction: Direction) -> io::Result<Self> {
+        let layout = layout(geometry, direction);
+        let mapping = Arc::new(Mapping::for_device(layout.total_bytes())?);
+        Ok(Self { mapping, layout })
+    }
+
+    /// What keeps the memory mapped.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn shared_mapping(&self) -> Arc<Mapping> {
+        Arc::clone(&self.mapping)
+    }
+
+    /// All headers and slots, without the flags: what a device may touch.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn frames_range(&self) -> Range<usize> {
+        self.layout.header_at(LaneId(0))..self.layout.total_bytes()
+    }
+
+    /// Bytes of a full slot with its header.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn max_frame_bytes(&self) -> usize {
+        HEADER_BYTES + self.slot_bytes()
+    }
+
     /// The payload bytes of a lane, `None` when there is no such lane.
     pub(crate) fn slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
         let start = self.layout.payload_at(lane);

@@ -18,6 +18,12 @@ macro_rules! on_every_fabric {
         $(fn $name($fabric: Fabric) $body)*
         mod shm { $(#[test] fn $name() { super::$name(super::Fabric::Shm) })* }
         mod tcp { $(#[test] fn $name() { super::$name(super::Fabric::Tcp) })* }
+        #[cfg(feature = "rdma")]
+        mod rdma { $(
+            #[test]
+            #[ignore = "needs an RDMA device: make test-rdma"]
+            fn $name() { super::$name(super::Fabric::Rdma) }
+        )* }
         mod sim { $(#[test] fn $name() { super::$name(super::Fabric::Sim) })* }
     };
 }

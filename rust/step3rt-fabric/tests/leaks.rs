@@ -1,6 +1,6 @@
 //! That links leave no descriptor, thread, mapping or socket behind.
 //!
-//! The only test of its process, because it counts what the process has.
+//! Each the only test of its process, because it counts what the process has.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
 
@@ -56,7 +56,8 @@ fn live_and_die(fabric: Fabric) {
         let gone = Node::ffn(fabric, 4, geometry(2, 4096)).address();
         newer.endpoint.connect(&gone).unwrap_err();
     }
-    let _half_open = (fabric == Fabric::Tcp)
+    let _half_open = fabric
+        .listens_on_tcp()
         .then(|| TcpStream::connect(&ffn.endpoint.addresses()[0].address).unwrap());
     newer.endpoint.disconnect(InstanceId(2));
     newer.expect_down();
@@ -64,14 +65,24 @@ fn live_and_die(fabric: Fabric) {
 
 #[test]
 fn links_leave_nothing_behind() {
+    check(&[Fabric::Shm, Fabric::Tcp, Fabric::Sim]);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn links_over_rdma_leave_nothing_behind() {
+    check(&[Fabric::Rdma]);
+}
+
+fn check(fabrics: &[Fabric]) {
     // Once before counting: the standard library and libc keep a little for themselves.
-    for fabric in [Fabric::Shm, Fabric::Tcp, Fabric::Sim] {
+    for &fabric in fabrics {
         live_and_die(fabric);
     }
     let before = holdings();
     assert_eq!((before["mappings"], before["sockets"]), (0, 0));
     for _ in 0..5 {
-        for fabric in [Fabric::Shm, Fabric::Tcp, Fabric::Sim] {
+        for &fabric in fabrics {
             live_and_die(fabric);
         }
     }

@@ -1,6 +1,6 @@
 //! That carrying a frame allocates nothing, in any thread.
 //!
-//! The only test of its process, because it counts what the process allocates.
+//! Each the only test of its process, because it counts what the process allocates.
 
 #![allow(unsafe_code, reason = "an allocator that counts")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
@@ -55,11 +55,21 @@ fn await_frame(node: &mut Node, events: &mut Vec<FabricEvent>) {
 #[test]
 fn a_frame_is_carried_without_an_allocation() {
     // The larger one does not fit a socket's buffer, so that the sender thread has work too.
-    for (fabric, payload_bytes) in [
+    check(&[
         (Fabric::Shm, 4096),
         (Fabric::Tcp, 4096),
         (Fabric::Tcp, 16 << 20),
-    ] {
+    ]);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_frame_is_carried_over_rdma_without_an_allocation() {
+    check(&[(Fabric::Rdma, 4096), (Fabric::Rdma, 4 << 20)]);
+}
+
+fn check(cases: &[(Fabric, usize)]) {
+    for &(fabric, payload_bytes) in cases {
         let (mut attention, mut ffn) = linked(fabric, geometry(1, payload_bytes));
         let mut events = Vec::with_capacity(4);
         let mut before = 0;

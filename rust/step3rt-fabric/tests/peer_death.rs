@@ -116,10 +116,10 @@ fn child_process() {
         return;
     };
     let role: Vec<_> = role.split(' ').collect();
-    let fabric = if role[1] == "Shm" {
-        Fabric::Shm
-    } else {
-        Fabric::Tcp
+    let fabric = match role[1] {
+        "Shm" => Fabric::Shm,
+        "Tcp" => Fabric::Tcp,
+        _ => Fabric::Rdma,
     };
     let epoch = role[2].parse().unwrap();
     if role[0] == "ffn" {
@@ -196,9 +196,22 @@ fn attention_child(fabric: Fabric, epoch: u64, address: &str) {
     attention.next();
 }
 
-#[test]
-fn a_killed_ffn_instance_is_reported_whatever_it_was_doing() {
-    for fabric in [Fabric::Shm, Fabric::Tcp] {
+macro_rules! on_every_process_fabric {
+    ($(fn $name:ident($fabric:ident: Fabric) $body:block)*) => {
+        $(fn $name($fabric: Fabric) $body)*
+        mod shm { $(#[test] fn $name() { super::$name(super::Fabric::Shm) })* }
+        mod tcp { $(#[test] fn $name() { super::$name(super::Fabric::Tcp) })* }
+        #[cfg(feature = "rdma")]
+        mod rdma { $(
+            #[test]
+            #[ignore = "needs an RDMA device: make test-rdma"]
+            fn $name() { super::$name(super::Fabric::Rdma) }
+        )* }
+    };
+}
+
+on_every_process_fabric! {
+    fn a_killed_ffn_instance_is_reported_whatever_it_was_doing(fabric: Fabric) {
         let mut fastest = Duration::MAX;
         for point in ["is linked", "holds a frame", "answered"] {
             let (mut other, address) = Other::ffn(fabric);
@@ -237,11 +250,8 @@ fn a_killed_ffn_instance_is_reported_whatever_it_was_doing() {
             "death was noticed after {fastest:?}"
         );
     }
-}
 
-#[test]
-fn a_killed_attention_instance_is_reported_and_may_come_back() {
-    for fabric in [Fabric::Shm, Fabric::Tcp] {
+    fn a_killed_attention_instance_is_reported_and_may_come_back(fabric: Fabric) {
         let mut ffn = Node::ffn(fabric, FFN.instance.0, sizes());
         let address = ffn.endpoint.addresses()[0].address.clone();
         for epoch in 1..4 {
@@ -258,11 +268,8 @@ fn a_killed_attention_instance_is_reported_and_may_come_back() {
             assert_eq!(ffn.expect_down(), (peer, DownReason::PeerClosed));
         }
     }
-}
 
-#[test]
-fn a_push_to_a_stopped_peer_does_not_block_and_arrives_when_it_goes_on() {
-    for fabric in [Fabric::Shm, Fabric::Tcp] {
+    fn a_push_to_a_stopped_peer_does_not_block_and_arrives_when_it_goes_on(fabric: Fabric) {
         let (mut other, address) = Other::ffn(fabric);
         let mut attention = Node::attention(fabric, 1, sizes());
         attention.endpoint.connect(&address).unwrap();
@@ -284,11 +291,8 @@ fn a_push_to_a_stopped_peer_does_not_block_and_arrives_when_it_goes_on() {
             );
         }
     }
-}
 
-#[test]
-fn an_endpoint_whose_peer_is_stopped_in_the_middle_of_a_frame_closes_at_once() {
-    for fabric in [Fabric::Shm, Fabric::Tcp] {
+    fn an_endpoint_whose_peer_is_stopped_in_the_middle_of_a_frame_closes_at_once(fabric: Fabric) {
         let (mut other, address) = Other::ffn(fabric);
         let mut attention = Node::attention(fabric, 1, sizes());
         attention.endpoint.connect(&address).unwrap();
@@ -300,11 +304,8 @@ fn an_endpoint_whose_peer_is_stopped_in_the_middle_of_a_frame_closes_at_once() {
         other.signal(Signal::CONT);
         other.expect("lost its peer");
     }
-}
 
-#[test]
-fn a_peer_killed_in_the_middle_of_a_frame_is_reported() {
-    for fabric in [Fabric::Shm, Fabric::Tcp] {
+    fn a_peer_killed_in_the_middle_of_a_frame_is_reported(fabric: Fabric) {
         let (mut other, address) = Other::ffn(fabric);
         let mut attention = Node::attention(fabric, 1, sizes());
         attention.endpoint.connect(&address).unwrap();

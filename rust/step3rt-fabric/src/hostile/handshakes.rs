@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use super::*;
 use crate::handshake::RefusalCode;
 use crate::memory::{Mapping, PAGE_BYTES, Sharing};
+use crate::rdma::OFFER_BYTES;
 
 /// Connects over TCP, says `bytes`, and returns all of the answer.
 fn answer_over_tcp(victim: &Endpoint, bytes: &[u8]) -> Vec<u8> {
@@ -33,6 +34,20 @@ fn a_hello_that_is_none_is_hung_up_on_and_one_of_another_version_answered() {
     let refusal = Message::decode(&answer_over_tcp(&victim, &newer)).unwrap();
     assert_eq!(refusal.kind, Kind::Refusal(RefusalCode::Version));
     assert_eq!(refusal.from.identity, VICTIM);
+    Forger::link(&mut victim, FabricKind::Tcp);
+}
+
+#[test]
+fn a_hello_for_rdma_that_no_queue_pairs_follow_is_refused() {
+    let mut victim = victim(Duration::from_millis(100));
+    let nonsense = [&hello_for(true)[..], &[b'x'; OFFER_BYTES]].concat();
+    let refusal = Message::decode(&answer_over_tcp(&victim, &nonsense)).unwrap();
+    assert_eq!(refusal.kind, Kind::Refusal(RefusalCode::NoRdma));
+    #[cfg(feature = "rdma")]
+    assert_eq!(answer_over_tcp(&victim, &nonsense[..=MESSAGE_BYTES]), []);
+    let socket = shm::connect(&address(&victim, FabricKind::Shm), PATIENCE).unwrap();
+    shm::send(&socket, &hello_for(true), &[]).unwrap();
+    assert_eq!(shm::receive(&socket).unwrap().num_bytes, 0);
     Forger::link(&mut victim, FabricKind::Tcp);
 }
 

@@ -94,9 +94,14 @@ fn introduction() -> Introduction {
 }
 
 fn hello() -> [u8; MESSAGE_BYTES] {
+    hello_for(false)
+}
+
+fn hello_for(is_for_rdma: bool) -> [u8; MESSAGE_BYTES] {
     let kind = Kind::Hello {
         wanted: VICTIM,
         choice: ChoiceReason::Setting,
+        is_for_rdma,
     };
     Message {
         from: introduction(),

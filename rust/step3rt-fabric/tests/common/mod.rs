@@ -20,14 +20,22 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) enum Fabric {
     Shm,
     Tcp,
+    /// Needs a device, so that the tests of it are ignored unless asked for: `make test-rdma`.
+    Rdma,
     Sim,
 }
 
 impl Fabric {
+    /// Whether its listeners are TCP sockets.
+    pub(crate) fn listens_on_tcp(self) -> bool {
+        matches!(self, Self::Tcp | Self::Rdma)
+    }
+
     pub(crate) fn choice(self) -> FabricChoice {
         match self {
             Self::Shm => FabricChoice::Shm,
             Self::Tcp => FabricChoice::Tcp,
+            Self::Rdma => FabricChoice::Rdma,
             Self::Sim => FabricChoice::Auto,
         }
     }
@@ -85,15 +93,16 @@ impl Node {
         side: Side,
         geometry: Geometry,
     ) -> Self {
-        let listens = |on| side == Side::Responder && fabric == on;
+        let is_responder = side == Side::Responder;
         Self::new(
             Endpoint::bind(EndpointConfig {
                 identity,
                 side,
                 geometry,
                 fabric: fabric.choice(),
-                listen_shm: listens(Fabric::Shm),
-                listen_tcp: listens(Fabric::Tcp).then(|| "127.0.0.1:0".parse().unwrap()),
+                listen_shm: is_responder && fabric == Fabric::Shm,
+                listen_tcp: (is_responder && fabric.listens_on_tcp())
+                    .then(|| "127.0.0.1:0".parse().unwrap()),
                 advertise_host: None,
                 settings: LinkSettings::default(),
             })
