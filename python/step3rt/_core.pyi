@@ -24,6 +24,7 @@ __all__ = [
     "bench_scheduler",
     "host_capabilities",
     "list_instances",
+    "rdma_findings",
     "replay_traffic",
     "serve",
     "simulate",
@@ -42,6 +43,9 @@ def serve(config_json: str) -> int:
 
 def host_capabilities() -> dict[str, tuple[bool, str]]:
     """What this host's fabrics can do, by trying: "shm", "tcp", "limits" -> (usable, why)."""
+
+def rdma_findings() -> list[tuple[bool, str, str]]:
+    """What decides whether this host can use RDMA: (is as it must be, what it is, what to do)."""
 
 def list_instances(control_address: str, timeout_s: float) -> str:
     """`ListInstances` of the coordinator at `control_address`, as JSON.

@@ -78,7 +78,7 @@ def test_precision_names_the_types_on_the_way() -> None:
     ("values", "words"),
     [
         ({"dtype": "float16"}, r"'dtype' is 'float16' \(LLM\)"),
-        ({"fabric": "rdma"}, r"'fabric' is 'rdma' \(LLM\)"),
+        ({"fabric": "pigeon"}, r"'fabric' is 'pigeon' \(LLM\)"),
         ({"attention": "2"}, "must be of type int"),
         ({"lanes": 9}, "from 1 to 8"),
     ],

@@ -17,7 +17,6 @@ Check this host: packages, processors, fabrics, and, when asked, a checkpoint an
 Every line that is not ok says what to do. Exits with 1 if something that step3rt needs is missing.
 """
 
-_MIN_MEMLOCK_BYTES = 64 << 20
 _MARKS = {"ok": "ok  ", "note": "note", "missing": "FAIL"}
 
 
@@ -96,22 +95,8 @@ def _fabrics() -> Iterator[Finding]:
 
     for name, (is_usable, why) in _core.host_capabilities().items():
         yield Finding("ok" if is_usable else "missing", name, why)
-    devices = sorted(Path("/sys/class/infiniband").glob("*"))
-    if not devices:
-        yield Finding("note", "rdma", "no RDMA device; peers on other hosts are reached over TCP")
-        return
-    names = ", ".join(device.name for device in devices)
-    yield Finding("note", "rdma", f"{names}; this version does not use it yet")
-    import resource
-
-    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft != resource.RLIM_INFINITY and soft < _MIN_MEMLOCK_BYTES:
-        yield Finding(
-            "note",
-            "memlock",
-            f"{soft} bytes; registered slots need more",
-            "set LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited`",
-        )
+    for is_good, found, fix in _core.rdma_findings():
+        yield Finding("ok" if is_good else "note", "rdma", found, fix)
 
 
 def _accelerators() -> Iterator[Finding]:

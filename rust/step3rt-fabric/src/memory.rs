@@ -236,13 +236,8 @@ impl Mapping {
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
     }
 
-    /// The first byte of `range`, for a device. Panics outside of the mapping.
-    #[cfg(feature = "rdma")]
-    pub(crate) fn pointer(&self, range: &Range<usize>) -> *mut u8 {
-        self.at(range.start, range.len(), 1)
-    }
-
-    fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
+    /// The byte at `offset`. Panics when `len` bytes from there are not all in the mapping.
+    pub(crate) fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
         let end = offset.checked_add(len);
         assert!(
             end.is_some_and(|end| end <= self.len) && offset.is_multiple_of(align),

@@ -17,7 +17,7 @@ use crate::state::LinkState;
 pub(crate) const OFFER_BYTES: usize = 0;
 
 #[derive(Default)]
-pub(crate) struct Devices;
+pub(crate) struct Devices {}
 
 pub(crate) fn usable() -> Result<(), RdmaError> {
     Err(RdmaError::NotBuilt)

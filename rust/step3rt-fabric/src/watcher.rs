@@ -184,7 +184,8 @@ impl Watcher {
     }
 }
 
-fn timespec(duration: Duration) -> Timespec {
+/// A duration as system calls take it.
+pub(crate) fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: duration.subsec_nanos().into(),

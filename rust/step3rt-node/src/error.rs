@@ -105,7 +105,7 @@ pub enum NodeError {
     #[error("the session with the coordinator is over: {0}. Open a new session")]
     SessionOver(String),
     /// The endpoint could not be made.
-    #[error("cannot listen for peers: {0}")]
+    #[error("cannot make the links of this instance: {0}")]
     Bind(BindError),
     /// A verb was used before the one that it needs, or twice.
     #[error("`{verb}` is not allowed now: {why}. Call bind, ready, poll and close in this order")]

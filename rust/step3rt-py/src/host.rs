@@ -1,7 +1,8 @@
-//! `host_capabilities`, for `step3rt doctor`.
+//! `host_capabilities` and `rdma_findings`, for `step3rt doctor`.
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use step3rt_fabric::RdmaFinding;
 use step3rt_node::host;
 
 use crate::detach::without_gil;
@@ -14,4 +15,13 @@ pub(crate) fn host_capabilities(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         found.set_item(capability.name, (capability.is_usable, capability.reason))?;
     }
     Ok(found)
+}
+
+/// What decides whether this host can use RDMA, in the order in which to put it right: (as it must
+/// be, what it is, what to do).
+#[pyfunction]
+pub(crate) fn rdma_findings(py: Python<'_>) -> Vec<(bool, String, String)> {
+    let findings = without_gil(py, step3rt_fabric::rdma_findings);
+    let fields = |finding: RdmaFinding| (finding.is_good, finding.found, finding.fix);
+    findings.into_iter().map(fields).collect()
 }

@@ -30,7 +30,7 @@ mod _core {
         StepPlan,
     };
     #[pymodule_export]
-    use crate::host::host_capabilities;
+    use crate::host::{host_capabilities, rdma_findings};
     #[pymodule_export]
     use crate::outputs::SequenceOutput;
     #[pymodule_export]

@@ -270,8 +270,8 @@ impl CoordinatorConfig {
             (
                 "fabric",
                 &self.fabric,
-                &["auto", "shm", "tcp"],
-                "auto, shm or tcp",
+                &["auto", "shm", "rdma", "tcp"],
+                "auto, shm, rdma or tcp",
             ),
         ] {
             check(allowed.contains(&value.as_str()), key, value.clone(), text)?;

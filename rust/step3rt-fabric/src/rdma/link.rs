@@ -15,7 +15,8 @@ use crate::config::LinkSettings;
 use crate::contract::{DownReason, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
 use crate::frame::Frame;
 use crate::lane::Lanes;
-use crate::rdma::progress::{Progress, immediate};
+use crate::rdma::progress::Progress;
+use crate::rdma::request::immediate;
 use crate::rdma::wire::Wire;
 use crate::state::LinkState;
 

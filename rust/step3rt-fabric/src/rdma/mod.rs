@@ -22,9 +22,13 @@ mod library;
 mod link;
 mod offer;
 mod progress;
+mod registered;
 mod report;
+mod request;
 mod route;
 mod setup;
+#[cfg(test)]
+mod tests;
 mod timing;
 mod wire;
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvFlags, Shutdown};
 use step3rt_core::ids::LaneId;
 
@@ -23,37 +23,14 @@ use crate::frame::ProtocolError;
 use crate::lane::Lanes;
 use crate::rdma::layout::{self, Completion};
 use crate::rdma::link::Shared;
+use crate::rdma::request::{Request, SEQUENCE_MASK, failed, immediate, reason_of};
 use crate::rdma::timing::{CLOSING_GRACE, DRAIN_TIMEOUT, PROBE_INTERVAL, SLOWEST_BYTES_PER_S};
-use crate::rdma::wire::{RECEIVES_PER_LANE, Request};
+use crate::rdma::wire::RECEIVES_PER_LANE;
 use crate::region::Region;
+use crate::watcher::timespec;
 
 /// Completions taken by one call; a link has few lanes with news at one time.
 const COMPLETIONS_PER_POLL: usize = 16;
-
-/// Bits of a sequence that travel in the immediate, below the lane. What is wrong with a frame that
-/// is 2^24 late shows in its header.
-const SEQUENCE_BITS: u32 = 24;
-const SEQUENCE_MASK: u64 = (1 << SEQUENCE_BITS) - 1;
-
-/// What tells the receiver which frame has come.
-pub(crate) fn immediate(lane: LaneId, sequence: u64) -> u32 {
-    let low = u32::try_from(sequence & SEQUENCE_MASK).expect("masked to 24 bits");
-    u32::from(lane.0) << SEQUENCE_BITS | low
-}
-
-/// What a failed request means, in words and as an `errno`.
-pub(crate) fn reason_of(status: u32) -> (&'static str, i32) {
-    match status {
-        layout::WC_RETRY_EXC_ERR => (
-            "waiting for the peer's device to acknowledge",
-            libc::ETIMEDOUT,
-        ),
-        layout::WC_RNR_RETRY_EXC_ERR => ("writing to a peer that expects nothing", libc::EPROTO),
-        layout::WC_REM_ACCESS_ERR => ("writing to slots that the peer has withdrawn", libc::EACCES),
-        layout::WC_WR_FLUSH_ERR => ("using a queue pair that is down", libc::ECONNABORTED),
-        _ => ("writing to the peer's slots", libc::EIO),
-    }
-}
 
 /// How far a lane has come.
 #[derive(Clone, Copy)]
@@ -399,18 +376,4 @@ impl Progress {
 enum Wake {
     Look,
     Stop,
-}
-
-fn failed(during: &'static str, error: &io::Error) -> DownReason {
-    DownReason::Transport {
-        during,
-        os_error: error.raw_os_error().unwrap_or(libc::EIO),
-    }
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: duration.subsec_nanos().into(),
-    }
 }

@@ -16,10 +16,11 @@ use crate::rdma::layout::{Completion, WC_SUCCESS};
 use crate::rdma::library::PortFacts;
 use crate::rdma::link::RdmaLink;
 use crate::rdma::offer::{OFFER_BYTES, Offer, first_packet_number};
-use crate::rdma::progress::reason_of;
+use crate::rdma::registered::Registered;
+use crate::rdma::request::{Request, reason_of};
 use crate::rdma::route::Route;
 use crate::rdma::timing::DRAIN_TIMEOUT;
-use crate::rdma::wire::{Registered, Request, Wire, WireConfig};
+use crate::rdma::wire::{Wire, WireConfig};
 use crate::rdma::{Devices, RdmaError};
 use crate::region::Region;
 use crate::state::LinkState;
@@ -33,8 +34,8 @@ pub(crate) struct Prepared {
     choice: Choice,
     facts: PortFacts,
     offer: Offer,
-    wire: Wire,
-    outgoing: Region,
+    pub(super) wire: Wire,
+    pub(super) outgoing: Region,
     incoming: Region,
 }
 
@@ -77,18 +78,14 @@ impl Prepared {
         let facts = device.port(choice.port)?;
         let outgoing = Region::for_device(&terms.geometry, terms.side.sends())?;
         let incoming = Region::for_device(&terms.geometry, terms.side.receives())?;
-        let registered = |region: &Region| Registered {
-            mapping: region.shared_mapping(),
-            range: region.frames_range(),
-        };
         let wire = Wire::new(
             device,
             WireConfig {
                 num_lanes: terms.geometry.num_lanes,
                 max_message_bytes: usize::try_from(facts.max_message_bytes).unwrap_or(usize::MAX),
                 max_frame_bytes: outgoing.max_frame_bytes(),
-                outgoing: registered(&outgoing),
-                incoming: registered(&incoming),
+                outgoing: Registered::new(&outgoing),
+                incoming: Registered::new(&incoming),
             },
         )?;
         let (slots_at, rkey) = wire.incoming_key();

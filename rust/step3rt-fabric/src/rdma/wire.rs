@@ -17,7 +17,6 @@ use std::sync::Arc;
 
 use step3rt_core::ids::LaneId;
 
-use crate::memory::Mapping;
 use crate::rdma::RdmaError;
 use crate::rdma::layout::{
     self, Completion, CompletionChannel, CompletionQueue, Context, MemoryRegion, ProtectionDomain,
@@ -25,6 +24,8 @@ use crate::rdma::layout::{
     SendRequest,
 };
 use crate::rdma::library::{OpenDevice, non_null, zero};
+use crate::rdma::registered::Registered;
+use crate::rdma::request::Request;
 use crate::rdma::route::{INIT_MASK, RECEIVE_MASK, Route, SEND_MASK};
 
 /// Receives that wait on a queue pair. A lane has one frame on its way at most; the second covers
@@ -33,12 +34,6 @@ pub(crate) const RECEIVES_PER_LANE: u32 = 2;
 
 /// Sends besides a frame's: a probe, and one to spare.
 const SPARE_SENDS: u32 = 2;
-
-/// Registered memory: a range of a mapping that lives at least as long.
-pub(crate) struct Registered {
-    pub(crate) mapping: Arc<Mapping>,
-    pub(crate) range: Range<usize>,
-}
 
 /// What a link's objects are made for.
 pub(crate) struct WireConfig {
@@ -53,40 +48,6 @@ pub(crate) struct WireConfig {
     pub(crate) incoming: Registered,
 }
 
-/// What a request was, as its completion tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
-    Frame(LaneId),
-    Receive(LaneId),
-    Probe(LaneId),
-    /// Part of a frame before its last; reported only when it fails.
-    Chunk(LaneId),
-}
-
-impl Request {
-    fn id(self) -> u64 {
-        let (kind, lane) = match self {
-            Self::Frame(lane) => (0, lane),
-            Self::Receive(lane) => (1, lane),
-            Self::Probe(lane) => (2, lane),
-            Self::Chunk(lane) => (3, lane),
-        };
-        kind << 8 | u64::from(lane.0)
-    }
-
-    /// None for an id that this module never gives.
-    pub(crate) fn of(completion: &Completion) -> Option<Self> {
-        let lane = LaneId(u8::try_from(completion.wr_id & 0xff).ok()?);
-        match completion.wr_id >> 8 {
-            0 => Some(Self::Frame(lane)),
-            1 => Some(Self::Receive(lane)),
-            2 => Some(Self::Probe(lane)),
-            3 => Some(Self::Chunk(lane)),
-            _ => None,
-        }
-    }
-}
-
 /// All verbs objects of one link. Dropped in part when a later one cannot be made.
 pub(crate) struct Wire {
     queue_pairs: Vec<NonNull<QueuePair>>,
@@ -96,7 +57,7 @@ pub(crate) struct Wire {
     pd: NonNull<ProtectionDomain>,
     config: WireConfig,
     /// The peer's first slot and its key, from [`Wire::connect`].
-    remote: (u64, u32),
+    pub(super) remote: (u64, u32),
     device: Arc<OpenDevice>,
 }
 
@@ -131,7 +92,7 @@ impl Wire {
     fn register(&mut self) -> Result<(), RdmaError> {
         let write = layout::ACCESS_LOCAL_WRITE | layout::ACCESS_REMOTE_WRITE;
         for (memory, access) in [(&self.config.outgoing, 0), (&self.config.incoming, write)] {
-            let (start, len) = (memory.mapping.pointer(&memory.range), memory.range.len());
+            let (start, len) = (memory.start(), memory.range.len());
             // SAFETY: `pointer` has checked the range, and `config` keeps it mapped until the region
             // is deregistered in Drop.
             let region = non_null(unsafe {
@@ -209,7 +170,7 @@ impl Wire {
         let memory = &self.config.incoming;
         // SAFETY: alive until Drop; its key never changes.
         let key = unsafe { self.regions[1].as_ref() }.rkey;
-        (memory.mapping.pointer(&memory.range) as u64, key)
+        (memory.address(memory.range.start), key)
     }
 
     /// Connects each lane's queue pair with the peer's and posts its receives. The peer may write
@@ -285,11 +246,7 @@ impl Wire {
         mut range: Range<usize>,
         immediate: u32,
     ) -> io::Result<()> {
-        assert!(
-            self.config.outgoing.range.start <= range.start
-                && range.end <= self.config.outgoing.range.end,
-            "a frame outside of the registered slots"
-        );
+        self.config.outgoing.check(&range);
         // A queue pair keeps its order, so the last write arrives last and tells of all.
         while range.len() > self.config.max_message_bytes {
             let chunk = range.start..range.start + self.config.max_message_bytes;
@@ -316,7 +273,7 @@ impl Wire {
         };
         let offset = (range.start - self.config.outgoing.range.start) as u64;
         let mut local = ScatterGather {
-            addr: self.config.outgoing.mapping.pointer(range) as u64,
+            addr: self.config.outgoing.address(range.start),
             length: u32::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
             // SAFETY: alive until Drop; its key never changes.
             lkey: unsafe { self.regions[0].as_ref() }.lkey,

@@ -1,0 +1,246 @@
+//! Peers that fall silent or misbehave on a real device. Ignored where there is none: `make
+//! test-rdma` runs them.
+
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use step3rt_core::ids::{Epoch, InstanceId, LaneId};
+
+use super::request::immediate;
+use super::*;
+use crate::config::LinkSettings;
+use crate::contract::{Doorbell, DownReason, Geometry, Link, LinkEvent, LinkIdentity, Side};
+use crate::doorbell::FutexDoorbell;
+use crate::frame::{Direction, Frame, FrameHeader, HEADER_BYTES, ProtocolError};
+use crate::lane::LinkTerms;
+use crate::state::LinkState;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const GEOMETRY: Geometry = Geometry {
+    num_lanes: 2,
+    a2f_slot_bytes: 4096,
+    f2a_slot_bytes: 4096,
+};
+const ATTENTION: LinkIdentity = LinkIdentity {
+    instance: InstanceId(1),
+    epoch: Epoch(5),
+};
+const FFN: LinkIdentity = LinkIdentity {
+    instance: InstanceId(2),
+    epoch: Epoch(6),
+};
+const LANE: LaneId = LaneId(0);
+
+fn terms(side: Side) -> LinkTerms {
+    let (local, peer) = match side {
+        Side::Initiator => (ATTENTION, FFN),
+        Side::Responder => (FFN, ATTENTION),
+    };
+    LinkTerms {
+        local,
+        peer,
+        side,
+        geometry: GEOMETRY,
+        payload_checksum: false,
+    }
+}
+
+/// A link of an FFN instance, and the other end's objects in the hands of the test.
+struct Victim {
+    link: Box<dyn Link>,
+    bell: Arc<FutexDoorbell>,
+    other: Prepared,
+    /// Stays open: what is seen is seen by the device.
+    control: TcpStream,
+}
+
+impl Victim {
+    fn new() -> Self {
+        let devices = Devices::default();
+        let control = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let mut other = Prepared::new(&devices, terms(Side::Initiator), control).unwrap();
+        let end = Prepared::answer(&devices, terms(Side::Responder), control, &other.offer());
+        let end = end.unwrap();
+        other.connect(&end.offer()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let control = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        let (bell, _fd) = FutexDoorbell::create(0).unwrap();
+        let bell = Arc::new(bell);
+        let state = Arc::new(LinkState::new(Arc::clone(&bell) as Arc<dyn Doorbell>));
+        let settings = LinkSettings {
+            handshake_timeout: Duration::ZERO,
+            ..LinkSettings::default()
+        };
+        let link = end.into_link(socket.into(), state, &settings).unwrap();
+        Self {
+            link,
+            bell,
+            other,
+            control,
+        }
+    }
+
+    /// Writes a frame as a peer could that follows no rule.
+    fn forge(&self, header: &FrameHeader, immediate: u32) {
+        let lane = header.lane;
+        self.other.outgoing.write_header(lane, &header.encode());
+        let range = self
+            .other
+            .outgoing
+            .frame_range(lane, header.frame.payload_bytes);
+        self.other.wire.post_frame(lane, range, immediate).unwrap();
+    }
+
+    fn next(&mut self) -> LinkEvent {
+        let (mut events, started) = (Vec::new(), Instant::now());
+        loop {
+            let seen = self.bell.current();
+            self.link.poll(&mut events);
+            if let Some(event) = events.pop() {
+                assert_eq!(events, []);
+                return event;
+            }
+            assert!(started.elapsed() < PATIENCE, "nothing happened");
+            self.bell.wait(seen, PATIENCE);
+        }
+    }
+
+    fn protocol_error(&mut self) -> ProtocolError {
+        match self.next() {
+            LinkEvent::Down(DownReason::Protocol(error)) => error,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn header(sequence: u64) -> FrameHeader {
+    FrameHeader {
+        source: ATTENTION.instance,
+        epoch: ATTENTION.epoch,
+        direction: Direction::A2f,
+        lane: LANE,
+        sequence,
+        frame: Frame {
+            step: 0,
+            layer: 0,
+            num_tokens: 1,
+            payload_bytes: 8,
+        },
+        payload_checksum: None,
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_device_that_falls_silent_is_noticed_within_a_second_on_an_idle_link() {
+    let mut fastest = Duration::MAX;
+    for _ in 0..3 {
+        let mut victim = Victim::new();
+        // The first frame: from now on each end looks after the other.
+        victim.forge(&header(1), immediate(LANE, 1));
+        assert_eq!(victim.next(), LinkEvent::Arrived(header(1)));
+        let started = Instant::now();
+        // As when a host loses its power: no packet, and no word on the control connection.
+        victim.other.wire.take_down();
+        let silent = DownReason::Transport {
+            during: "waiting for the peer's device to acknowledge",
+            os_error: libc::ETIMEDOUT,
+        };
+        assert_eq!(victim.next(), LinkEvent::Down(silent));
+        fastest = fastest.min(started.elapsed());
+    }
+    // Of three, so that one hiccup of a busy machine does not count.
+    assert!(
+        fastest < Duration::from_secs(1),
+        "noticed after {fastest:?}"
+    );
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn the_control_connection_ends_the_link_and_carries_nothing_else() {
+    let mut victim = Victim::new();
+    victim.control.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(victim.next(), LinkEvent::Down(DownReason::PeerClosed));
+    let mut victim = Victim::new();
+    std::io::Write::write_all(&mut victim.control, b"x").unwrap();
+    assert_eq!(victim.protocol_error(), ProtocolError::Chatter);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn frames_that_break_the_protocol_end_the_link_by_name() {
+    let mut victim = Victim::new();
+    victim.forge(&header(2), immediate(LANE, 2));
+    let error = victim.protocol_error();
+    assert!(
+        matches!(
+            error,
+            ProtocolError::Sequence {
+                found: 2,
+                expected: 1,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    // The immediate of another lane on this lane's queue pair.
+    let mut victim = Victim::new();
+    victim.forge(&header(1), immediate(LaneId(1), 1));
+    let error = victim.protocol_error();
+    assert!(matches!(error, ProtocolError::Sequence { .. }), "{error}");
+
+    let mut victim = Victim::new();
+    let epoch = Epoch(4);
+    victim.forge(&FrameHeader { epoch, ..header(1) }, immediate(LANE, 1));
+    let error = victim.protocol_error();
+    assert!(
+        matches!(
+            error,
+            ProtocolError::Epoch {
+                found: Epoch(4),
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let mut victim = Victim::new();
+    victim.forge(&header(1), immediate(LANE, 1));
+    assert_eq!(victim.next(), LinkEvent::Arrived(header(1)));
+    victim.forge(&header(2), immediate(LANE, 2));
+    let error = victim.protocol_error();
+    assert_eq!(
+        error,
+        ProtocolError::NoCredit {
+            lane: LANE,
+            found: 2
+        }
+    );
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_write_beyond_the_slots_is_stopped_by_the_device() {
+    let mut victim = Victim::new();
+    let len = HEADER_BYTES + GEOMETRY.a2f_slot_bytes;
+    // Everything is shifted up by the size of the slots, so that the write starts at their end.
+    victim.other.wire.remote.0 += len as u64 * 2;
+    let range = victim
+        .other
+        .outgoing
+        .frame_range(LANE, GEOMETRY.a2f_slot_bytes);
+    victim
+        .other
+        .wire
+        .post_frame(LANE, range, immediate(LANE, 1))
+        .unwrap();
+    let event = victim.next();
+    assert!(
+        matches!(event, LinkEvent::Down(DownReason::Transport { .. })),
+        "{event:?}"
+    );
+}
