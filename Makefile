@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python test-sim lint format build proto clean
+.PHONY: help demo test test-rust test-python test-sim test-rdma lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -27,6 +27,10 @@ test-python: build  ## unit, kernel-compile and end-to-end tests
 
 test-sim: build  ## 20,000 seeds of the scheduler's simulator
 	$(BIN)/step3rt sim --seeds 20000
+
+test-rdma: build  ## the fabric and nano over real verbs, in a virtual machine with a software RDMA device
+	cargo test -p step3rt-fabric --no-run --quiet
+	tests/rdma/run_in_vm.sh
 
 lint: build      ## formatting, lints, types, import rules
 	cargo fmt --check

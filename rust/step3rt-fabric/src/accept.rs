@@ -281,6 +281,9 @@ fn link_rdma(
     stream: &TcpStream,
     offer: &[u8],
 ) -> Result<Box<dyn Link>, AcceptError> {
+    if !hub.has_rdma {
+        return Err(RdmaError::NotOffered.into());
+    }
     let mut stream = stream.try_clone()?;
     let control = stream.local_addr()?.ip();
     let end = rdma::Prepared::answer(&hub.rdma_devices, terms, control, offer)?;

@@ -152,14 +152,13 @@ pub(crate) struct Dialer {
     pub(crate) hub: Arc<Hub>,
     pub(crate) fabric: FabricChoice,
     pub(crate) boot_id: String,
-    pub(crate) has_rdma: bool,
 }
 
 impl Dialer {
     /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
     pub(crate) fn link(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
         let mut candidates =
-            candidates(self.fabric, &self.boot_id, self.has_rdma, peer).into_iter();
+            candidates(self.fabric, &self.boot_id, self.hub.has_rdma, peer).into_iter();
         let mut next = candidates.next();
         let mut unreachable: Option<ConnectError> = None;
         while let Some((fabric, choice)) = next {

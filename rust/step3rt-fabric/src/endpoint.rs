@@ -68,7 +68,6 @@ pub enum FabricEvent {
 pub struct Endpoint {
     config: EndpointConfig,
     boot_id: String,
-    has_rdma: bool,
     addresses: Vec<DataAddress>,
     links: Vec<Entry>,
     /// Events of this end's own doing, for the next poll.
@@ -101,7 +100,7 @@ impl Endpoint {
         };
         let has_rdma = has_rdma(config.fabric)?;
         let (listeners, addresses) = config.listen(has_rdma)?;
-        let hub = Arc::new(Hub::new(introduction, config.settings)?);
+        let hub = Arc::new(Hub::new(introduction, config.settings, has_rdma)?);
         let watcher = Watcher::new(Arc::clone(&hub), listeners);
         let watcher = std::thread::Builder::new()
             .name("fabric-watch".to_owned())
@@ -111,7 +110,6 @@ impl Endpoint {
             dialled: mpsc::sync_channel(config.settings.max_peers),
             // Unknown only where /proc is not mounted; then no host is the same host.
             boot_id: boot_id().unwrap_or_default(),
-            has_rdma,
             config,
             addresses,
             links: Vec::new(),
@@ -188,7 +186,6 @@ impl Endpoint {
             hub: Arc::clone(&self.hub),
             fabric: self.config.fabric,
             boot_id: self.boot_id.clone(),
-            has_rdma: self.has_rdma,
         }
     }
 

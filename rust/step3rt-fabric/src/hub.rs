@@ -48,6 +48,8 @@ pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
     pub(crate) bell: Arc<FutexDoorbell>,
+    /// Whether this end offers RDMA, and tries it.
+    pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
@@ -59,13 +61,18 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
-    pub(crate) fn new(introduction: Introduction, settings: LinkSettings) -> io::Result<Self> {
+    pub(crate) fn new(
+        introduction: Introduction,
+        settings: LinkSettings,
+        has_rdma: bool,
+    ) -> io::Result<Self> {
         let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             introduction,
             settings,
             bell: Arc::new(bell),
+            has_rdma,
             rdma_devices: rdma::Devices::default(),
             bell_fd,
             registry: Mutex::default(),
@@ -247,6 +254,7 @@ mod tests {
                 max_peers,
                 ..LinkSettings::default()
             },
+            false,
         )
         .unwrap()
     }

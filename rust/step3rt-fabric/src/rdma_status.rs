@@ -14,6 +14,9 @@ pub enum RdmaError {
     /// A build without the backend.
     #[error("this build has no RDMA. Build it with the cargo feature `rdma`")]
     NotBuilt,
+    /// Asked for, but never offered.
+    #[error("this end does not offer RDMA: by its setting, or for want of a device. See its log")]
+    NotOffered,
     /// Nothing in `/sys/class/infiniband`.
     #[error(
         "this host has no RDMA device. Load the driver of its adapter, and give a container \

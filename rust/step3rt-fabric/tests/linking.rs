@@ -8,8 +8,11 @@ use std::sync::Arc;
 
 use common::{Fabric, Node, geometry, identity};
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
+use step3rt_fabric::address::PeerAddress;
 use step3rt_fabric::contract::{Doorbell, Side, SlotMemory};
-use step3rt_fabric::endpoint::{ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings};
+use step3rt_fabric::endpoint::{
+    BindError, ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings,
+};
 
 const FFN: InstanceId = InstanceId(2);
 const LANE: LaneId = LaneId(0);
@@ -125,21 +128,32 @@ fn one_host_is_linked_by_shm_and_by_tcp_when_that_is_out_of_reach() {
     let mut in_a_container = ffn.address();
     in_a_container.addresses[0].address = "@step3rt-nobody".to_owned();
     let summary = attention.endpoint.connect(&in_a_container).unwrap();
-    assert_eq!(summary.fabric, "tcp");
-    assert!(
-        summary
-            .reason
-            .starts_with("one host, but the peer's shm socket is out of reach")
+    // Where this host has an RDMA device, that comes before TCP.
+    let has_rdma = ffn.address().addresses.iter().any(|a| a.fabric == "rdma");
+    let next = |why_rdma, why_tcp| {
+        if has_rdma {
+            ("rdma", why_rdma)
+        } else {
+            ("tcp", why_tcp)
+        }
+    };
+    let (fabric, why) = next(
+        "one host, but no shared memory, and both ends have RDMA",
+        "one host, but the peer's shm socket is out of reach",
     );
+    assert_eq!(summary.fabric, fabric);
+    assert!(summary.reason.starts_with(why), "{}", summary.reason);
     assert!(matches!(attention.next(), FabricEvent::LinkDown { .. }));
 
     let mut on_another_host = ffn.address();
     on_another_host.boot_id = "another".to_owned();
     let summary = attention.endpoint.connect(&on_another_host).unwrap();
-    assert_eq!(
-        (summary.fabric, summary.reason.as_str()),
-        ("tcp", "the ends run on different hosts")
+    let (fabric, why) = next(
+        "the ends run on different hosts, both with RDMA",
+        "the ends run on different hosts",
     );
+    assert_eq!(summary.fabric, fabric);
+    assert!(summary.reason.starts_with(why), "{}", summary.reason);
 }
 
 #[test]
@@ -209,6 +223,100 @@ fn an_endpoint_that_no_peer_could_reach_or_link_is_refused() {
     assert!(error("127.0.0.1:0", geometry(33, 64)).contains("1 to 32"));
     assert!(error("127.0.0.1:0", geometry(1, 0)).contains("a slot of 0 bytes"));
     assert!(error("127.0.0.1:0", geometry(1, 1 << 31)).contains("a slot of 2147483648 bytes"));
+}
+
+#[test]
+fn rdma_that_is_asked_for_and_not_there_is_refused_with_what_to_do() {
+    let has_device = |mut devices: std::fs::ReadDir| devices.next().is_some();
+    if std::fs::read_dir("/sys/class/infiniband").is_ok_and(has_device) {
+        return;
+    }
+    for side in [Side::Initiator, Side::Responder] {
+        let mut config = Node::bind(Fabric::Tcp, identity(1, 1), side, geometry(1, 64))
+            .endpoint
+            .config()
+            .clone();
+        config.fabric = "rdma".parse().unwrap();
+        let Err(error) = Endpoint::bind(config) else {
+            panic!("bound");
+        };
+        assert!(matches!(error, BindError::Rdma(_)), "{error}");
+        let error = error.to_string();
+        assert!(
+            error.starts_with("fabric \"rdma\" cannot be used: "),
+            "{error}"
+        );
+        assert!(error.ends_with("Or set `fabric` to \"auto\""), "{error}");
+    }
+}
+
+#[cfg(feature = "rdma")]
+mod rdma {
+    use super::*;
+
+    /// An endpoint on another host, as far as others can tell.
+    fn elsewhere(node: &Node) -> PeerAddress {
+        PeerAddress {
+            boot_id: "another".to_owned(),
+            ..node.address()
+        }
+    }
+
+    fn bind(fabric: &str, side: Side, instance: u32) -> Node {
+        let config = EndpointConfig {
+            identity: identity(instance, 1),
+            side,
+            geometry: geometry(3, 64),
+            fabric: fabric.parse().unwrap(),
+            listen_shm: false,
+            listen_tcp: (side == Side::Responder).then(|| "127.0.0.1:0".parse().unwrap()),
+            advertise_host: None,
+            settings: LinkSettings::default(),
+        };
+        Node::new(Endpoint::bind(config).unwrap())
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: make test-rdma"]
+    fn hosts_that_both_have_rdma_are_linked_by_it_and_both_say_by_which_port() {
+        let mut ffn = bind("auto", Side::Responder, 2);
+        let mut attention = bind("auto", Side::Initiator, 1);
+        let summary = attention.endpoint.connect(&elsewhere(&ffn)).unwrap();
+        assert_eq!(summary.fabric, "rdma");
+        let FabricEvent::LinkUp(accepted) = ffn.next() else {
+            panic!("no link");
+        };
+        for reason in [summary.reason, accepted.reason] {
+            let choice = "the ends run on different hosts, both with RDMA; ";
+            assert!(reason.starts_with(choice), "{reason}");
+            assert!(reason.contains(" port 1, GID "), "{reason}");
+        }
+        attention.push((FFN, LANE), 0, b"over rdma");
+        let (_, header) = ffn.expect_arrival();
+        assert_eq!(ffn.payload(&header), b"over rdma");
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: make test-rdma"]
+    fn a_peer_that_offers_no_rdma_after_all_is_linked_over_tcp_with_the_reason() {
+        let ffn = bind("tcp", Side::Responder, 2);
+        let mut outdated = elsewhere(&ffn);
+        let mut rdma = outdated.addresses[0].clone();
+        "rdma".clone_into(&mut rdma.fabric);
+        outdated.addresses.insert(0, rdma);
+        let mut attention = bind("auto", Side::Initiator, 1);
+        let summary = attention.endpoint.connect(&outdated).unwrap();
+        assert_eq!(summary.fabric, "tcp");
+        assert_eq!(
+            summary.reason,
+            "both ends have RDMA, but cannot be linked by it: instance 2 refused the link: it cannot \
+             be linked by RDMA. See its log, and `step3rt doctor` on its host"
+        );
+        // Asked for by name, there is no other way.
+        let mut attention = bind("rdma", Side::Initiator, 3);
+        let error = attention.endpoint.connect(&outdated).unwrap_err();
+        assert!(matches!(error, ConnectError::Refused { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use step3rt_fabric::address::FabricKind;
 use step3rt_fabric::contract::{DownReason, Geometry, LinkIdentity, PushError, Side};
 use step3rt_fabric::endpoint::ConnectError;
 use step3rt_fabric::frame::ProtocolError;
-use step3rt_fabric::{HandshakeError, MapError, Refusal};
+use step3rt_fabric::{HandshakeError, MapError, RdmaError, Refusal};
 
 const INSTANCE: InstanceId = InstanceId(4);
 const IDENTITY: LinkIdentity = LinkIdentity {
@@ -139,6 +139,40 @@ fn connect_errors_say_what_to_do() {
             "instance 4 refused the link: its slots are 3 lanes of 64 bytes (A2F) and 32 bytes \
              (F2A), ours 3 lanes of 64 bytes (A2F) and 32 bytes (F2A). Both ends must have the \
              same settings",
+        ),
+    ];
+    for (error, text) in texts {
+        assert_eq!(error.to_string(), text);
+    }
+}
+
+#[test]
+fn errors_of_rdma_say_what_to_do() {
+    let instance = INSTANCE;
+    let texts = [
+        (
+            ConnectError::Rdma {
+                instance,
+                error: RdmaError::Memlock {
+                    len_bytes: 4096,
+                    error: io::Error::from_raw_os_error(12),
+                },
+            },
+            "instance 4 cannot be linked over rdma: slots of 4096 bytes cannot be registered: Cannot \
+             allocate memory (os error 12). Set LimitMEMLOCK=infinity in the unit, or `ulimit -l \
+             unlimited`",
+        ),
+        (
+            ConnectError::Rdma {
+                instance,
+                error: RdmaError::NoPath {
+                    path: "mlx5_0 port 1, GID 3 10.0.0.1".to_owned(),
+                    why: "waiting for the peer's device to acknowledge",
+                },
+            },
+            "instance 4 cannot be linked over rdma: no packet came through by mlx5_0 port 1, GID 3 \
+             10.0.0.1: waiting for the peer's device to acknowledge. See that both ends' RDMA ports \
+             are on one network; `data_host` chooses the port",
         ),
     ];
     for (error, text) in texts {
