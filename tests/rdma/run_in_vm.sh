@@ -121,7 +121,7 @@ boot() {
         -append "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr audit=0" \
         -virtfs local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap \
         -virtfs "local,path=$job,mount_tag=job,security_model=none,readonly=on" \
-        </dev/null 2>&1 | tr -d '\r' | tee "$job/output" || true
+        </dev/null 2>&1 | sed -u 's|\r$||' | tee "$job/output" || true
     status=$(sed -n 's/^guest: status //p' "$job/output" | tail -n 1)
     [ -n "$status" ] || die "the virtual machine did not finish within $timeout_s s"
     return "$status"

@@ -21,6 +21,8 @@ step "hostile and silent peers"
 "$(built step3rt_fabric)" --include-ignored --test-threads=1 rdma::tests
 step "the fabric's promises"
 "$(built conformance)" --include-ignored --test-threads=1 rdma::
+step "who is linked by it"
+"$(built linking)" --include-ignored rdma::
 step "killed and stopped processes"
 "$(built peer_death)" --include-ignored --test-threads=1 rdma::
 step "nothing is left behind, nothing allocated"

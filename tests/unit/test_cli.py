@@ -136,7 +136,7 @@ def test_doctor_reports_findings_with_fixes_as_json(capsys: pytest.CaptureFixtur
     findings = json.loads(capsys.readouterr().out)
     assert all(item.keys() == {"level", "subject", "found", "fix"} for item in findings)
     by_subject = {item["subject"]: item for item in findings}
-    assert {"host", "extension", "shm", "tcp", "checkpoint"} <= by_subject.keys()
+    assert {"host", "extension", "shm", "tcp", "rdma", "checkpoint"} <= by_subject.keys()
     assert by_subject["checkpoint"]["level"] == "missing"
     assert "no-such-model" in by_subject["checkpoint"]["found"]
 

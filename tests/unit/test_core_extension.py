@@ -58,6 +58,16 @@ def test_this_host_can_do_shared_memory_and_tcp() -> None:
     ]
 
 
+def test_rdma_findings_say_what_is_missing_and_what_to_do() -> None:
+    findings = _core.rdma_findings()
+    assert findings
+    for is_good, found, fix in findings:
+        assert found
+        assert bool(fix) is not is_good
+    has_device = any(Path("/sys/class/infiniband").glob("*"))
+    assert ("no RDMA device" in findings[0][1]) is not has_device
+
+
 def test_a_session_knows_who_it_is_and_what_the_cluster_runs_with(
     coordinator: Coordinator, loop: Callable[..., Any]
 ) -> None:

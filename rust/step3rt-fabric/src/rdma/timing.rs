@@ -36,7 +36,7 @@ pub(crate) const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const CLOSING_GRACE: Duration = Duration::from_millis(20);
 
 /// The slowest that a device is believed to be at work; a frame that takes longer is stuck. Of a
-/// software device in an emulated processor, which does six times that.
+/// software device in an emulated processor, which does five times that.
 pub(crate) const SLOWEST_BYTES_PER_S: usize = 16 << 20;
 
 #[cfg(test)]
