@@ -107,7 +107,7 @@ boot() {
     job=$(mktemp -d)
     trap 'rm -rf "$job"' EXIT
     {
-        echo "export STEP3RT_RDMA_HOST=$address"
+        echo "export STEP3RT_IN_VM=1 STEP3RT_RDMA_HOST=$address"
         [ -z "${STEP3RT_PYTHON:-}" ] || printf 'export STEP3RT_PYTHON=%q\n' "$STEP3RT_PYTHON"
         printf 'cd %q\nulimit -l unlimited\nexec' "$repository"
         printf ' %q' "$@"
@@ -131,6 +131,7 @@ install_missing
 make_kernel
 make_initramfs
 if [ $# -eq 0 ]; then
+    "$here/suite.sh" build
     set -- tests/rdma/suite.sh
 fi
 boot "$@"

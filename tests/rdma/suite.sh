@@ -1,16 +1,32 @@
 #!/usr/bin/env bash
 # Everything that is tested over a real RDMA device: on this host's own, or in the virtual machine of
-# run_in_vm.sh. The tests and the extension module must be built; `make test-rdma` does both.
+# run_in_vm.sh. The extension module must be built, as by `make build`.
 #
 #   STEP3RT_RDMA_HOST   this host's address on the RDMA network; default 127.0.0.1
+#   STEP3RT_PYTHON      default .venv/bin/python
+#
+# `suite.sh build` only builds the Rust tests; it is done before the virtual machine is booted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=python PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 python=${STEP3RT_PYTHON:-$PWD/.venv/bin/python}
 
-# The newest executable of a test target: cargo leaves those of earlier builds beside it.
-built() {
-    ls -t target/debug/deps/"$1"-* | grep -v '\.d$' | head -n 1
+# Names the executables of this very build: those of others, perhaps without RDMA, lie beside them.
+executables=target/rdma-tests
+if [ "${1:-}" = build ] || [ -z "${STEP3RT_IN_VM:-}" ]; then
+    cargo test -p step3rt-fabric --no-run --color never 2>&1 | tee /dev/stderr |
+        sed -nE 's/^ +Executable .*\((.*)\)$/\1/p' >"$executables"
+    [ "${1:-}" = build ] && exit
+fi
+
+# Runs tests of one executable, one after the other, and sees that there were some.
+tests() {
+    local executable output
+    executable=$(grep "/$1-[0-9a-f]*$" "$executables")
+    output=$(mktemp)
+    "$executable" --include-ignored --test-threads=1 "$2" | tee "$output"
+    grep -q '^test result: .*ok.*\. [1-9][0-9]* passed' "$output"
+    rm "$output"
 }
 
 step() {
@@ -18,16 +34,16 @@ step() {
 }
 
 step "hostile and silent peers"
-"$(built step3rt_fabric)" --include-ignored --test-threads=1 rdma::tests
+tests step3rt_fabric rdma::tests
 step "the fabric's promises"
-"$(built conformance)" --include-ignored --test-threads=1 rdma::
+tests conformance rdma::
 step "who is linked by it"
-"$(built linking)" --include-ignored rdma::
+tests linking rdma::
 step "killed and stopped processes"
-"$(built peer_death)" --include-ignored --test-threads=1 rdma::
+tests peer_death rdma::
 step "nothing is left behind, nothing allocated"
-"$(built leaks)" --include-ignored rdma
-"$(built no_allocation)" --include-ignored rdma
+tests leaks rdma
+tests no_allocation rdma
 step "generation"
 "$python" -m pytest -m rdma -p no:cacheprovider tests/rdma
 step "done"
