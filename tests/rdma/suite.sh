@@ -14,6 +14,7 @@ python=${STEP3RT_PYTHON:-$PWD/.venv/bin/python}
 # Names the executables of this very build: those of others, perhaps without RDMA, lie beside them.
 executables=target/rdma-tests
 if [ "${1:-}" = build ] || [ -z "${STEP3RT_IN_VM:-}" ]; then
+    mkdir -p target
     cargo test -p step3rt-fabric --no-run --color never 2>&1 | tee /dev/stderr |
         sed -nE 's/^ +Executable .*\((.*)\)$/\1/p' >"$executables"
     [ "${1:-}" = build ] && exit

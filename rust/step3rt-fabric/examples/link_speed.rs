@@ -1,5 +1,6 @@
 //! Measures one-way times of shm and tcp links between two processes, beside what they are built
-//! on, in the same run: a copy of the payload, and a plain socket.
+//! on, in the same run: a copy of the payload, and a plain socket. And of rdma links, where this host
+//! has a device, through which it then writes to itself.
 //!
 //! `cargo run --release -p step3rt-fabric --example link_speed [payload bytes] [rounds] [spin us]`
 //! prints one JSON object per line. A one-way time is half a round trip. Over shm the payload is
@@ -25,6 +26,7 @@ use step3rt_fabric::address::{DataAddress, PeerAddress};
 use step3rt_fabric::contract::{Geometry, LinkIdentity, Side, SlotMemory};
 use step3rt_fabric::endpoint::{Endpoint, EndpointConfig, FabricEvent, LinkSettings};
 use step3rt_fabric::frame::Frame;
+use step3rt_fabric::rdma_findings;
 
 const LANE: LaneId = LaneId(0);
 const WARM_UP_ROUNDS: usize = 50;
@@ -65,6 +67,9 @@ fn main() {
             let socket = measure_socket(plan);
             report("plain socket", plan, socket, None);
             report("tcp", plan, measure(plan, "tcp", false), Some(socket));
+            if rdma_findings().iter().all(|finding| finding.is_good) {
+                report("rdma", plan, measure(plan, "rdma", false), None);
+            }
         }
     }
 }
@@ -105,7 +110,7 @@ fn report(name: &str, plan: Plan, times: Times, baseline: Option<Times>) {
 }
 
 fn bind(plan: Plan, side: Side, fabric: &str) -> Endpoint {
-    let listens = |on| side == Side::Responder && fabric == on;
+    let is_responder = side == Side::Responder;
     Endpoint::bind(EndpointConfig {
         identity: LinkIdentity {
             instance: InstanceId(u32::from(side == Side::Responder)),
@@ -118,8 +123,8 @@ fn bind(plan: Plan, side: Side, fabric: &str) -> Endpoint {
             f2a_slot_bytes: plan.num_bytes,
         },
         fabric: fabric.parse().unwrap(),
-        listen_shm: listens("shm"),
-        listen_tcp: listens("tcp").then(|| "127.0.0.1:0".parse().unwrap()),
+        listen_shm: is_responder && fabric == "shm",
+        listen_tcp: (is_responder && fabric != "shm").then(|| "127.0.0.1:0".parse().unwrap()),
         advertise_host: None,
         settings: LinkSettings {
             spin_us: plan.spin_us,
