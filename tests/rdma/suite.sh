@@ -25,7 +25,7 @@ tests() {
     local executable output
     executable=$(grep "/$1-[0-9a-f]*$" "$executables")
     output=$(mktemp)
-    "$executable" --include-ignored --test-threads=1 "$2" | tee "$output"
+    "$executable" --include-ignored --show-output --test-threads=1 "$2" | tee "$output"
     grep -q '^test result: .*ok.*\. [1-9][0-9]* passed' "$output"
     rm "$output"
 }

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "forks")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
+#![allow(clippy::print_stdout, reason = "figures for who runs it")]
 
 mod common;
 
@@ -235,7 +236,9 @@ on_every_process_fabric! {
                 (FFN, DownReason::PeerClosed),
                 "{point}"
             );
-            fastest = fastest.min(started.elapsed());
+            let elapsed = started.elapsed();
+            println!("{fabric:?}: a killed process that {point} was noticed after {elapsed:?}");
+            fastest = fastest.min(elapsed);
 
             attention.expect_nothing();
             let error = attention.endpoint.connect(&address).unwrap_err();

@@ -133,6 +133,8 @@ impl Link for RdmaLink {
 }
 
 impl Drop for RdmaLink {
+    /// Waits until the last frames are acknowledged: at once, or, when the peer's host is gone, as long
+    /// as the device repeats them, half a second.
     fn drop(&mut self) {
         // Fails only when the counter is full, which is readable as well.
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
