@@ -9,14 +9,14 @@
 #
 #   STEP3RT_VM_CACHE       where kernel and initramfs are kept (~80 MB); default ~/.cache/step3rt-vm
 #   STEP3RT_VM_MEMORY_MB   default 3072
-#   STEP3RT_VM_TIMEOUT_S   default 900
+#   STEP3RT_VM_TIMEOUT_S   default 1800
 #   STEP3RT_PYTHON         the suite's Python; default .venv/bin/python
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 here=$repository/tests/rdma
 cache=${STEP3RT_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/step3rt-vm}
 memory_mb=${STEP3RT_VM_MEMORY_MB:-3072}
-timeout_s=${STEP3RT_VM_TIMEOUT_S:-900}
+timeout_s=${STEP3RT_VM_TIMEOUT_S:-1800}
 # Of the device; in a network that is for benchmarks and so nobody's.
 address=198.18.0.1
 
