@@ -170,7 +170,11 @@ impl OpenDevice {
         zero(returned).map_err(|error| self.failed("asking for a port", error))?;
         Ok(PortFacts {
             mtu_code: u8::try_from(attributes.active_mtu).unwrap_or(1).clamp(1, 5),
-            max_message_bytes: attributes.max_msg_sz,
+            // The specification's longest, for a driver that does not say.
+            max_message_bytes: match attributes.max_msg_sz {
+                0 => 1 << 31,
+                max => max,
+            },
             lid: attributes.lid,
         })
     }

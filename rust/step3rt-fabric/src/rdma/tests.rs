@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 
+use super::offer::Offer;
 use super::request::immediate;
 use super::*;
 use crate::config::LinkSettings;
@@ -57,10 +58,18 @@ struct Victim {
 
 impl Victim {
     fn new() -> Self {
+        Self::offered(|_| {})
+    }
+
+    /// The test's end offers what `forge` makes of its offer.
+    fn offered(forge: impl FnOnce(&mut Offer)) -> Self {
         let devices = Devices::default();
         let control = IpAddr::from(Ipv4Addr::LOCALHOST);
         let mut other = Prepared::new(&devices, terms(Side::Initiator), control).unwrap();
-        let end = Prepared::answer(&devices, terms(Side::Responder), control, &other.offer());
+        let mut offer = Offer::decode(&other.offer(), GEOMETRY.num_lanes).unwrap();
+        forge(&mut offer);
+        let offer = offer.encode();
+        let end = Prepared::answer(&devices, terms(Side::Responder), control, &offer);
         let end = end.unwrap();
         other.connect(&end.offer()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -223,6 +232,27 @@ fn frames_that_break_the_protocol_end_the_link_by_name() {
             found: 2
         }
     );
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn slots_that_are_nowhere_cost_their_owner_the_link_and_the_writer_nothing_else() {
+    for slots_at in [0, u64::MAX - 7] {
+        let mut victim = Victim::offered(|offer| offer.slots_at = slots_at);
+        victim.forge(&header(1), immediate(LANE, 1));
+        assert_eq!(victim.next(), LinkEvent::Arrived(header(1)));
+        // Not at the start of the slots, so that the end of the address space is passed.
+        let lane = LaneId(1);
+        victim.forge(&FrameHeader { lane, ..header(1) }, immediate(lane, 1));
+        assert!(matches!(victim.next(), LinkEvent::Arrived(_)));
+        victim.link.push(lane, header(1).frame).unwrap();
+        let event = victim.next();
+        let is_refused = |reason: &DownReason| matches!(reason, DownReason::Transport { .. });
+        assert!(
+            matches!(&event, LinkEvent::Down(reason) if is_refused(reason)),
+            "{event:?}"
+        );
+    }
 }
 
 #[test]

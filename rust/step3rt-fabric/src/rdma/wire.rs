@@ -38,7 +38,7 @@ const SPARE_SENDS: u32 = 2;
 /// What a link's objects are made for.
 pub(crate) struct WireConfig {
     pub(crate) num_lanes: u8,
-    /// Longest message of the port, in bytes.
+    /// Longest message of the port, in bytes; not 0.
     pub(crate) max_message_bytes: usize,
     /// Longest frame, header included.
     pub(crate) max_frame_bytes: usize,
@@ -93,8 +93,8 @@ impl Wire {
         let write = layout::ACCESS_LOCAL_WRITE | layout::ACCESS_REMOTE_WRITE;
         for (memory, access) in [(&self.config.outgoing, 0), (&self.config.incoming, write)] {
             let (start, len) = (memory.start(), memory.range.len());
-            // SAFETY: `pointer` has checked the range, and `config` keeps it mapped until the region
-            // is deregistered in Drop.
+            // SAFETY: `start` has checked the range, and `config` keeps it mapped until the region is
+            // deregistered in Drop.
             let region = non_null(unsafe {
                 (self.device.verbs.reg_mr)(self.pd.as_ptr(), start.cast(), len, access)
             });
@@ -256,8 +256,7 @@ impl Wire {
         self.post_write(Request::Frame(lane), &range, immediate)
     }
 
-    /// Writes nothing to the peer; completes if the peer's device is there, and fails if not. The
-    /// peer's process has no part in it.
+    /// Writes nothing to the peer; completes if its device is there, whatever its process does.
     pub(crate) fn post_probe(&self, lane: LaneId) -> io::Result<()> {
         let start = self.config.outgoing.range.start;
         self.post_write(Request::Probe(lane), &(start..start), 0)
@@ -290,7 +289,8 @@ impl Wire {
             opcode,
             send_flags,
             imm_data: immediate.to_be(),
-            remote_addr: self.remote.0 + offset,
+            // Whatever the peer said: its device refuses what is not its slots.
+            remote_addr: self.remote.0.wrapping_add(offset),
             rkey: self.remote.1,
             unused: [0; 9],
         };
