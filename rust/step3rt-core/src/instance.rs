@@ -7,12 +7,13 @@ use crate::block_pool::{BlockPool, CachedPrefix};
 use crate::cluster::Vacancy;
 use crate::config::SchedulerConfig;
 use crate::draft::{Draft, num_tokens_to_plan};
-use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
+use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
 use crate::stay::{AfterStep, Asked, Holding, Stay};
 use crate::step::{StepKey, StepPlan};
+use crate::step_time::StepTimeModel;
 
 /// A newcomer leaves this share of the pool to those that grow, or it would take the last blocks
 /// and lose its place, with all that was computed, a step later.
@@ -26,6 +27,7 @@ pub(crate) struct Instance {
     pub(crate) lanes: Vec<Lane>,
     /// Used blocks that return when steps in flight end, since their sequences are leaving.
     pub(crate) num_leaving_blocks: u64,
+    pub(crate) step_times: StepTimeModel,
 }
 
 /// What [`Instance::plan_lane`] decided.
@@ -43,6 +45,7 @@ impl Instance {
             pool,
             lanes: (0..num_lanes).map(|_| Lane::default()).collect(),
             num_leaving_blocks: 0,
+            step_times: StepTimeModel::default(),
         }
     }
 
@@ -53,6 +56,12 @@ impl Instance {
 
     pub(crate) fn lane_mut(&mut self, lane: LaneId) -> &mut Lane {
         &mut self.lanes[usize::from(lane.0)]
+    }
+
+    fn num_lanes_at_work_besides(&self, lane: LaneId) -> u32 {
+        let others = self.lane_ids().zip(&self.lanes);
+        let at_work = others.filter(|(id, other)| *id != lane && !other.running.is_empty());
+        u32::try_from(at_work.count()).expect("there are few lanes")
     }
 
     /// Blocks that are in use, or will be for what its sequences can be planned to. Places are
@@ -208,20 +217,28 @@ impl Instance {
     }
 
     /// The next step of `lane`: every sequence that decodes, then prefill chunks by rank until
-    /// the token budget is spent. `None` if there is nothing to compute and nothing to forget.
+    /// the token budget is spent or the decodes' step would take too long. `None` if there is
+    /// nothing to compute and nothing to forget.
     ///
     /// A sequence whose blocks are not free yet sits this step out. They come: demand is within
     /// the pool, so whoever holds them is leaving when a step in flight ends.
     pub(crate) fn plan_lane(
         &mut self,
-        lane: LaneId,
+        (now, lane): (TimeNs, LaneId),
         config: &SchedulerConfig,
         sequences: &mut SequenceTable,
     ) -> Option<LanePlan> {
-        let Self { pool, lanes, .. } = self;
+        let num_other_lanes = self.num_lanes_at_work_besides(lane);
+        let Self {
+            pool,
+            lanes,
+            step_times,
+            ..
+        } = self;
         let lane_state = &mut lanes[usize::from(lane.0)];
         let spare = std::mem::take(&mut lane_state.spare_chunks);
         let mut draft = Draft::new(pool, config, spare, lane_state.running.len());
+        draft.load.num_other_lanes = num_other_lanes;
         // Two passes, since a look at many in a row waits for their memory once.
         let running = lane_state.running.iter().map(|&(_, slot)| slot);
         let prefills = running.clone();
@@ -233,6 +250,7 @@ impl Instance {
                 draft.add(slot, sequence);
             }
         }
+        draft.spare_decodes(step_times, config.target_tpot_ms);
         for slot in prefills {
             draft.add(slot, &mut sequences[slot]);
         }
@@ -246,6 +264,8 @@ impl Instance {
         lane_state.in_flight.push_back(InFlight {
             step,
             chunks: draft.asked,
+            planned: now,
+            load: draft.load,
             is_doomed: false,
         });
         Some(LanePlan {

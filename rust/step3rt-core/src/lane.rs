@@ -8,6 +8,7 @@ use crate::ids::{SequenceId, StepId, TimeNs};
 use crate::sequence::Rank;
 use crate::sequence_table::Slot;
 use crate::stay::{Asked, Stay};
+use crate::step_time::StepLoad;
 
 /// How long a lane whose steps keep failing waits before the next try: short against a
 /// recovery, long against a round trip, so that a broken peer is not hammered.
@@ -28,6 +29,8 @@ pub(crate) struct Lane {
     /// Empty: the memory of a step that is over, for the next to use.
     pub(crate) spare_chunks: Vec<(Slot, Asked)>,
     num_steps: u64,
+    /// When its last step was answered.
+    last_answer: TimeNs,
     /// Since when no step succeeded, if the last one failed.
     failing_since: Option<TimeNs>,
     retry_at: Option<TimeNs>,
@@ -39,6 +42,8 @@ pub(crate) struct InFlight {
     pub(crate) step: StepId,
     /// In the plan's order.
     pub(crate) chunks: Vec<(Slot, Asked)>,
+    pub(crate) planned: TimeNs,
+    pub(crate) load: StepLoad,
     /// An earlier step failed, so this one has nothing to start from and will fail too.
     pub(crate) is_doomed: bool,
 }
@@ -82,9 +87,14 @@ impl Lane {
         step
     }
 
-    /// Ends the oldest step in flight if it is `step`: an answer to any other one is stale.
-    pub(crate) fn take_step(&mut self, step: StepId) -> Option<InFlight> {
-        self.in_flight.pop_front_if(|oldest| oldest.step == step)
+    /// Ends the oldest step in flight if it is `step`, and says how many nanoseconds it took: an
+    /// instance takes a step up when it has ended the one before, however early it was planned. An
+    /// answer to any other step is stale.
+    pub(crate) fn take_step(&mut self, now: TimeNs, step: StepId) -> Option<(InFlight, u64)> {
+        let taken = self.in_flight.pop_front_if(|oldest| oldest.step == step)?;
+        let started = taken.planned.max(self.last_answer);
+        self.last_answer = now;
+        Some((taken, now.since_ns(started)))
     }
 
     pub(crate) fn note_success(&mut self) {
@@ -134,9 +144,26 @@ mod tests {
         lane.in_flight.push_back(InFlight {
             step,
             chunks: Vec::new(),
+            planned: TimeNs(0),
+            load: StepLoad::default(),
             is_doomed: false,
         });
         step
+    }
+
+    #[test]
+    fn a_step_that_was_planned_ahead_starts_when_the_one_before_it_ends() {
+        let mut lane = Lane::default();
+        let first = plan_step(&mut lane);
+        let second = plan_step(&mut lane);
+        let taken = lane.take_step(TimeNs(30), first);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(30));
+        let taken = lane.take_step(TimeNs(50), second);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(20));
+        let third = plan_step(&mut lane);
+        lane.in_flight[0].planned = TimeNs(80);
+        let taken = lane.take_step(TimeNs(95), third);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(15));
     }
 
     #[test]
@@ -147,10 +174,10 @@ mod tests {
         assert!(lane.is_ready(TimeNs(0), 2));
         let second = plan_step(&mut lane);
         assert!(!lane.is_ready(TimeNs(0), 2));
-        assert!(lane.take_step(second).is_none());
-        assert!(lane.take_step(first).is_some());
-        assert!(lane.take_step(first).is_none());
-        assert!(lane.take_step(second).is_some());
+        assert!(lane.take_step(TimeNs(1), second).is_none());
+        assert!(lane.take_step(TimeNs(1), first).is_some());
+        assert!(lane.take_step(TimeNs(1), first).is_none());
+        assert!(lane.take_step(TimeNs(1), second).is_some());
         assert_eq!(lane.next_step(), StepId(2));
     }
 
@@ -159,10 +186,10 @@ mod tests {
         let mut lane = Lane::default();
         let first = plan_step(&mut lane);
         let second = plan_step(&mut lane);
-        lane.take_step(first).unwrap();
+        lane.take_step(TimeNs(1), first).unwrap();
         lane.note_failure(TimeNs(1));
         assert!(!lane.is_ready(TimeNs(1), 2));
-        assert!(lane.take_step(second).unwrap().is_doomed);
+        assert!(lane.take_step(TimeNs(1), second).unwrap().0.is_doomed);
         assert!(lane.is_ready(TimeNs(1), 2));
     }
 

@@ -39,3 +39,4 @@ mod sequence;
 mod sequence_table;
 mod stay;
 pub mod step;
+mod step_time;

@@ -205,11 +205,14 @@ impl Scheduler {
 
     fn step_done(&mut self, now: TimeNs, output: StepOutput) {
         let key = output.key;
-        let Some(in_flight) = self.take_step(key) else {
+        let Some((in_flight, took_ns)) = self.take_step(now, key) else {
             return;
         };
         let instance = self.cluster.instances.get_mut(&key.instance);
         let instance = instance.expect("take_step found it");
+        if !in_flight.chunks.is_empty() {
+            instance.step_times.observe(in_flight.load, took_ns);
+        }
         instance.lane_mut(key.lane).note_success();
         let mut outputs = output.outputs.into_iter();
         let mut ended = Vec::new();
@@ -248,7 +251,7 @@ impl Scheduler {
     }
 
     fn step_failed(&mut self, now: TimeNs, key: StepKey) {
-        let Some(in_flight) = self.take_step(key) else {
+        let Some((in_flight, _)) = self.take_step(now, key) else {
             return;
         };
         self.end_step(key, in_flight.chunks, true);
@@ -275,10 +278,10 @@ impl Scheduler {
     }
 
     /// The step in flight that `key` names, unless it is stale: of another incarnation, or
-    /// answered before.
-    fn take_step(&mut self, key: StepKey) -> Option<InFlight> {
+    /// answered before; and how many nanoseconds it took.
+    fn take_step(&mut self, now: TimeNs, key: StepKey) -> Option<(InFlight, u64)> {
         let instance = self.cluster.incarnation(key)?;
-        instance.lane_mut(key.lane).take_step(key.step)
+        instance.lane_mut(key.lane).take_step(now, key.step)
     }
 
     /// Lets those go who were only waiting for this step to end.
@@ -305,7 +308,7 @@ impl Scheduler {
                 if !instance.lane_mut(lane).is_ready(now, max_steps) {
                     continue;
                 }
-                let planned = instance.plan_lane(lane, &self.config, &mut self.sequences);
+                let planned = instance.plan_lane((now, lane), &self.config, &mut self.sequences);
                 let Some(planned) = planned else { continue };
                 newcomers.extend(planned.newcomers);
                 plans.push(planned.plan);

@@ -92,7 +92,10 @@ impl World {
         }
         let time = self.time();
         self.core.handle(time, event);
-        self.ledger.answered(key, has_failed);
+        let num_prefill_tokens = self.ledger.answered(key, has_failed);
+        if !has_failed {
+            self.judge.answered(key, num_prefill_tokens > 0);
+        }
         self.check(time)?;
         self.plan_soon()
     }
@@ -154,6 +157,11 @@ impl World {
                 name(plan.key)
             );
             self.ledger.planned(plan)?;
+            // From a clock that stands still nobody learns how long steps take.
+            if self.counts.of(Fault::ClockStall) == 0 {
+                let (config, pace) = (&self.profile.config, self.profile.pace);
+                self.judge.planned(config, pace, plan)?;
+            }
         }
         self.check(time)?;
         let num_plans = plans.len();

@@ -34,6 +34,8 @@ pub(crate) struct Ledger {
 struct Unanswered {
     key: StepKey,
     sequences: Vec<SequenceId>,
+    /// Tokens of chunks of more than one.
+    num_prefill_tokens: u32,
     is_doomed: bool,
 }
 
@@ -118,8 +120,8 @@ impl Ledger {
         self.num_preempted
     }
 
-    /// Takes the awaited answer into account.
-    pub(crate) fn answered(&mut self, key: StepKey, has_failed: bool) {
+    /// Takes the awaited answer into account. Returns how many tokens of prompts the step had.
+    pub(crate) fn answered(&mut self, key: StepKey, has_failed: bool) -> u32 {
         let lane = self.lanes.get_mut(&(key.instance, key.lane));
         let lane = lane.expect("the answer is awaited");
         let step = lane.pop_front().expect("the answer is awaited");
@@ -135,6 +137,7 @@ impl Ledger {
                 self.holdings.remove(&id);
             }
         }
+        step.num_prefill_tokens
     }
 
     /// Takes a plan into account, and checks it against all before it.
@@ -183,6 +186,10 @@ impl Ledger {
         lane.push_back(Unanswered {
             key,
             sequences: plan.chunks.iter().map(|chunk| chunk.sequence).collect(),
+            num_prefill_tokens: {
+                let new = plan.chunks.iter().map(|chunk| chunk.num_new_tokens);
+                new.filter(|&num_new_tokens| num_new_tokens > 1).sum()
+            },
             is_doomed: false,
         });
         Ok(())

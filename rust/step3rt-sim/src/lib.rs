@@ -6,7 +6,7 @@
 //!
 //! Reading order: `world` (what happens, and when all is over), `coordinator` (the drive loop and
 //! every check), `node` and `instance` (machines), `traffic` and `clients` (what is asked and
-//! told), `trouble` and [`fault`] (what goes wrong), `ledger` (the second book).
+//! told), `trouble` and [`fault`] (what goes wrong), `ledger` (the second book), `pace` (how long it takes).
 
 pub mod bench;
 mod clients;
@@ -17,6 +17,7 @@ mod ledger;
 mod model;
 mod node;
 pub mod options;
+mod pace;
 mod policy;
 mod profile;
 pub mod replay;

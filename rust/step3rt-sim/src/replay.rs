@@ -98,6 +98,7 @@ pub fn run(options: &ReplayOptions) -> Result<ReplayReport, String> {
         max_model_len: 65_536,
         max_tokens_per_micro_batch: 512,
         max_steps_in_flight: 1,
+        target_tpot_ms: 50,
         max_sequences_per_lane: 64,
         max_waiting_requests: u32::MAX,
         recovery_timeout_ms: 1_000,

@@ -26,6 +26,8 @@ pub enum Sabotage {
     StaleAnswerAccepted,
     /// A step has more tokens than the slots hold.
     BudgetExceeded,
+    /// Prompts get whole steps, however long those who decode wait.
+    TargetIgnored,
     /// An instance is never told to forget a sequence.
     ForgottenLeave,
     /// A plan is made and not sent.
@@ -44,13 +46,14 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::DuplicateApply,
         Self::LostCancel,
         Self::LeakedBlock,
         Self::BlockGrantedTwice,
         Self::StaleAnswerAccepted,
         Self::BudgetExceeded,
+        Self::TargetIgnored,
         Self::ForgottenLeave,
         Self::PlanNotSent,
         Self::TokenDropped,
@@ -69,6 +72,7 @@ impl Sabotage {
             Self::BlockGrantedTwice => "block-granted-twice",
             Self::StaleAnswerAccepted => "stale-answer-accepted",
             Self::BudgetExceeded => "budget-exceeded",
+            Self::TargetIgnored => "target-ignored",
             Self::ForgottenLeave => "forgotten-leave",
             Self::PlanNotSent => "plan-not-sent",
             Self::TokenDropped => "token-dropped",
@@ -110,6 +114,9 @@ impl Core {
     pub(crate) fn new(mut config: SchedulerConfig, sabotage: Option<Sabotage>) -> Self {
         if sabotage == Some(Sabotage::BudgetExceeded) {
             config.max_tokens_per_micro_batch += 1;
+        }
+        if sabotage == Some(Sabotage::TargetIgnored) {
+            config.target_tpot_ms = u32::MAX;
         }
         Self {
             scheduler: Scheduler::new(config),

@@ -16,6 +16,7 @@ use crate::fault::{Fault, FaultCounts};
 use crate::instance::{Answer, SimInstance};
 use crate::ledger::Ledger;
 use crate::node::Node;
+use crate::pace::Judge;
 use crate::profile::Profile;
 use crate::rng::Rng;
 use crate::sabotage::{Core, Sabotage};
@@ -72,6 +73,7 @@ pub(crate) struct World {
     num_entries: u64,
     pub(crate) core: Core,
     pub(crate) ledger: Ledger,
+    pub(crate) judge: Judge,
     pub(crate) clients: Clients,
     pub(crate) nodes: BTreeMap<InstanceId, Node>,
     /// Whether the FFN instances hold every expert, and what the coordinator believes.
@@ -100,6 +102,9 @@ pub struct Outcome {
     pub faults: FaultCounts,
     /// How continuations (`Finished`) and requests (an error's kind) ended.
     pub ends: BTreeMap<String, u64>,
+    /// Steps with decodes and prompts, on instances whose steps are known; and those of them that
+    /// the prompts pushed past the TPOT target.
+    pub judged_steps: (u64, u64),
     /// How many things happened.
     pub num_events: u64,
     /// Every event in words, if it was asked for.
@@ -115,6 +120,7 @@ impl World {
             core: Core::new(config.clone(), sabotage),
             clients: Clients::new(config.max_model_len),
             ledger: Ledger::new(config),
+            judge: Judge::default(),
             profile,
             sabotage,
             traffic: rng.fork(),
@@ -176,6 +182,7 @@ impl World {
             violation,
             faults: self.counts,
             ends: self.clients.ends,
+            judged_steps: (self.judge.num_judged, self.judge.num_pushed),
             num_events: self.num_events,
             trace: self.trace.unwrap_or_default(),
         }

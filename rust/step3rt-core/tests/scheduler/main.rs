@@ -10,5 +10,6 @@ mod instance;
 mod preemption;
 mod prefix;
 mod simulation;
+mod step_times;
 mod trace;
 mod world;
