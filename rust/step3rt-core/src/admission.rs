@@ -22,6 +22,8 @@ pub(crate) struct LiveRequest {
     pub(crate) continuations: Vec<Option<Slot>>,
     pub(crate) submitted: TimeNs,
     pub(crate) deadline: Option<TimeNs>,
+    /// When it must have begun to be able to end in time, as far as that is known.
+    pub(crate) latest_start: Option<TimeNs>,
     pub(crate) is_started: bool,
 }
 
@@ -34,9 +36,6 @@ impl LiveRequest {
         self.continuations.iter().copied().flatten()
     }
 }
-
-/// The least and the most that a client is told to wait when the queue is full.
-const QUEUE_RETRY_MS: (u64, u64) = (100, 30_000);
 
 impl Scheduler {
     pub(crate) fn submit(&mut self, now: TimeNs, request: Request) {
@@ -76,12 +75,17 @@ impl Scheduler {
             return Ok(());
         }
         self.check_room(now, first)?;
+        let latest_start = match deadline {
+            Some(deadline) => self.check_deadline(now, first, deadline)?,
+            None => None,
+        };
         self.num_arrivals += sequences.len() as u64;
         self.fair_share.arrive(first.tenant, sequences.len() as u64);
         let mut live = LiveRequest {
             continuations: Vec::with_capacity(sequences.len()),
             submitted: now,
             deadline,
+            latest_start: None,
             is_started: false,
         };
         for sequence in sequences {
@@ -91,6 +95,7 @@ impl Scheduler {
         }
         self.deadlines.extend(deadline.map(|time| (time, id)));
         self.requests.insert(id, live);
+        self.note_latest_start(id, latest_start);
         Ok(())
     }
 
@@ -114,21 +119,26 @@ impl Scheduler {
         }
         let max = self.config.max_waiting_requests;
         if self.queue.num_requests() >= max as usize {
-            self.give_places();
+            self.give_places(now);
         }
         let waiting = self.queue.num_requests();
         if waiting < max as usize {
             return Ok(());
         }
-        // How long the head of the line has waited is how long the line takes, roughly.
-        let head = self.queue.turns().take_one(&self.fair_share);
-        let head = head.expect("the queue is full");
-        let waited_ms = now.since_ns(self.sequences[head].details.submitted) / 1_000_000;
         Err(Failure::QueueFull {
             waiting,
             max,
-            retry_after_ms: waited_ms.clamp(QUEUE_RETRY_MS.0, QUEUE_RETRY_MS.1),
+            retry_after_ms: self.retry_after_ms(now),
         })
+    }
+
+    fn retry_after_ms(&mut self, now: TimeNs) -> u64 {
+        let head = self.queue.turns().take_one(&self.fair_share);
+        let head = head.expect("the queue is full");
+        let head_waited_ns = now.since_ns(self.sequences[head].details.submitted);
+        let num_waiting = self.queue.num_requests();
+        self.drain_rate
+            .retry_after_ms(now, num_waiting, head_waited_ns)
     }
 }
 

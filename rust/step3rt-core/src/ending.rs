@@ -64,6 +64,9 @@ impl Scheduler {
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, id));
         }
+        if let Some(latest) = request.latest_start {
+            self.latest_starts.remove(&(latest, id));
+        }
         Some(request)
     }
 

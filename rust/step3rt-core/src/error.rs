@@ -129,6 +129,18 @@ pub(crate) enum Failure {
          that has stopped waiting. Set a later deadline or lower `max_tokens`"
     )]
     DeadlinePassed { after_ms: u64 },
+    #[error(
+        "The request cannot end within its deadline: it would take {least_ms} ms at the least \
+         ({num_prompt_tokens} tokens to compute first, {num_new_tokens} to generate, and those who \
+         wait before it), and {left_ms} ms are left. Nothing is computed for an answer that comes \
+         too late. Set a later deadline, shorten the prompt, or lower `min_tokens`"
+    )]
+    DeadlineOutOfReach {
+        least_ms: u64,
+        left_ms: u64,
+        num_prompt_tokens: u32,
+        num_new_tokens: u32,
+    },
     #[error("The request was cancelled. Nothing more is computed for it")]
     Cancelled,
     #[error(
@@ -158,7 +170,9 @@ impl Failure {
             Self::Draining => ErrorKind::Draining,
             Self::NotReady { .. } => ErrorKind::EngineNotReady,
             Self::NotRecovered { .. } | Self::StepsKeepFailing { .. } => ErrorKind::NodeLost,
-            Self::DeadlinePassed { .. } => ErrorKind::DeadlineExceeded,
+            Self::DeadlinePassed { .. } | Self::DeadlineOutOfReach { .. } => {
+                ErrorKind::DeadlineExceeded
+            }
             Self::Cancelled => ErrorKind::Cancelled,
             Self::CorruptLogits { .. } | Self::MismatchedOutput { .. } => ErrorKind::Internal,
         }
@@ -228,6 +242,12 @@ mod tests {
                 recovery_timeout_ms: 10_000,
             },
             Failure::DeadlinePassed { after_ms: 1_500 },
+            Failure::DeadlineOutOfReach {
+                least_ms: 2_400,
+                left_ms: 1_000,
+                num_prompt_tokens: 9_000,
+                num_new_tokens: 16,
+            },
             Failure::Cancelled,
             Failure::CorruptLogits {
                 index: 0,

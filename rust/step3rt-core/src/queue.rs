@@ -10,7 +10,7 @@ use std::iter::Peekable;
 use crate::fair_share::FairShare;
 use crate::ids::{RequestId, TenantId};
 use crate::sequence::{Rank, Sequence};
-use crate::sequence_table::Slot;
+use crate::sequence_table::{SequenceTable, Slot};
 
 type Line = BTreeSet<(Rank, Slot)>;
 type RestOfLine<'a> = Peekable<btree_set::Iter<'a, (Rank, Slot)>>;
@@ -56,6 +56,23 @@ impl WaitingQueue {
 
     pub(crate) fn num_requests(&self) -> usize {
         self.requests.len()
+    }
+
+    /// At least so many requests get their first places before this sequence does, whether it
+    /// waits or comes now: those of better priorities, and the older ones of its tenant.
+    pub(crate) fn num_requests_before(&self, sequence: &Sequence, table: &SequenceTable) -> usize {
+        let rank = sequence.details.rank;
+        let better = self.classes.range(..rank.priority);
+        let better = better.flat_map(|(_, class)| class.values()).flatten();
+        let class = self.classes.get(&rank.priority);
+        let line = class.and_then(|class| class.get(&sequence.tenant));
+        let older = line
+            .into_iter()
+            .flatten()
+            .take_while(|&&(other, _)| other < rank);
+        // A request's other continuations wait for its first one.
+        let first = |&&(_, slot): &&(Rank, Slot)| table[slot].index == 0;
+        better.chain(older).filter(first).count()
     }
 
     /// Goes through all that wait, in the order in which they are served.
@@ -106,7 +123,6 @@ impl Turns<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sequence_table::SequenceTable;
 
     fn waiting(priority: i32, arrival: u64, (tenant, request): (u64, u64)) -> Sequence {
         let mut sequence = Sequence::for_tests(&[1], &[]);
@@ -156,6 +172,22 @@ mod tests {
             (0..6).map(|arrival| waiting(0, arrival, (u64::from(arrival > 3), arrival)));
         let (queue, table, mut shares) = queue_of(sequences.collect());
         assert_eq!(order(&queue, &table, &mut shares), [0, 4, 1, 5, 2, 3]);
+    }
+
+    #[test]
+    fn before_one_come_better_priorities_and_older_ones_of_its_tenant() {
+        let (queue, table, _) = queue_of(vec![
+            waiting(0, 5, (2, 0)),
+            waiting(1, 1, (1, 1)),
+            waiting(1, 2, (2, 2)),
+            waiting(1, 3, (1, 3)),
+            waiting(2, 0, (1, 4)),
+        ]);
+        let before = |arrival| {
+            let newcomer = waiting(1, arrival, (1, 9));
+            queue.num_requests_before(&newcomer, &table)
+        };
+        assert_eq!([before(0), before(2), before(9)], [1, 2, 3]);
     }
 
     #[test]

@@ -15,17 +15,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::admission::LiveRequest;
-use crate::cluster::{Cluster, Need};
+use crate::cluster::Cluster;
 use crate::config::SchedulerConfig;
-use crate::draft::num_tokens_to_plan;
+use crate::drain_rate::DrainRate;
 use crate::error::Failure;
 use crate::fair_share::{FairShare, TokenCount};
-use crate::ids::{Epoch, InstanceId, RequestId, SequenceId, TimeNs};
-use crate::instance::Place;
+use crate::ids::{Epoch, InstanceId, RequestId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::queue::WaitingQueue;
 use crate::recovery::Health;
-use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
 use crate::stay::{AfterStep, Asked};
 use crate::step::{StepKey, StepOutput, StepPlan};
@@ -95,11 +93,14 @@ pub struct Scheduler {
     pub(crate) requests: BTreeMap<RequestId, LiveRequest>,
     pub(crate) queue: WaitingQueue,
     pub(crate) fair_share: FairShare,
+    pub(crate) drain_rate: DrainRate,
     pub(crate) deadlines: BTreeSet<(TimeNs, RequestId)>,
+    /// See [`LiveRequest::latest_start`].
+    pub(crate) latest_starts: BTreeSet<(TimeNs, RequestId)>,
     pub(crate) health: Health,
     pub(crate) is_draining: bool,
     pub(crate) num_arrivals: u64,
-    num_stays: u64,
+    pub(crate) num_stays: u64,
     pub(crate) events: Vec<(RequestId, RequestEvent)>,
 }
 
@@ -115,7 +116,9 @@ impl Scheduler {
             requests: BTreeMap::new(),
             queue: WaitingQueue::default(),
             fair_share: FairShare::default(),
+            drain_rate: DrainRate::default(),
             deadlines: BTreeSet::new(),
+            latest_starts: BTreeSet::new(),
             health: Health::Down,
             is_draining: false,
             num_arrivals: 0,
@@ -150,6 +153,7 @@ impl Scheduler {
     /// Plans every lane that has work, up to `max_steps_in_flight` steps ahead of its results.
     pub fn plan(&mut self, now: TimeNs) -> Vec<StepPlan> {
         self.expire_deadlines(now);
+        self.expire_hopeless(now);
         self.expire_recovery(now);
         if !self.cluster.is_complete() {
             return Vec::new();
@@ -157,7 +161,7 @@ impl Scheduler {
         let mut plans = Vec::new();
         for _ in 0..self.config.max_steps_in_flight {
             self.evict();
-            self.give_places();
+            self.give_places(now);
             let num_before = plans.len();
             self.plan_lanes(now, &mut plans);
             if plans.len() == num_before {
@@ -178,12 +182,14 @@ impl Scheduler {
     /// recovery time-outs, steps that are tried again).
     pub fn next_timer(&self) -> Option<TimeNs> {
         let deadline = self.deadlines.first().map(|&(time, _)| time);
+        let hopeless = self.latest_starts.first();
+        let hopeless = hopeless.map(|&(latest, _)| TimeNs(latest.0.saturating_add(1)));
         let lanes = self.cluster.instances.values().flat_map(|i| &i.lanes);
         let retry = lanes
             .filter(|_| self.cluster.is_complete())
             .filter_map(Lane::retry_at)
             .min();
-        [deadline, self.health.deadline(), retry]
+        [deadline, hopeless, self.health.deadline(), retry]
             .into_iter()
             .flatten()
             .min()
@@ -332,70 +338,5 @@ impl Scheduler {
             };
             self.events.push((sequence.request, started));
         }
-    }
-
-    /// Lets those sequences lose their places that others, ranked before them, have grown into.
-    fn evict(&mut self) {
-        for instance in self.cluster.instances.values_mut() {
-            while let Some(slot) = instance.overcommitted() {
-                let sequence = &mut self.sequences[slot];
-                if instance.leave(sequence, AfterStep::Waits) {
-                    self.queue.insert(slot, sequence);
-                }
-            }
-        }
-    }
-
-    /// Gives places: by priority, then to the tenant that was served least, then to the oldest.
-    /// It stops at the first that finds no room, or a stream of short requests would keep a long
-    /// one waiting for ever; those whom no present instance could ever serve wait for a recovery
-    /// and hold nobody up.
-    pub(crate) fn give_places(&mut self) {
-        if !self.cluster.is_complete() {
-            return;
-        }
-        let mut placed = Vec::new();
-        let mut turns = self.queue.turns();
-        while let Some(slot) = turns.take_one(&self.fair_share) {
-            let sequence = &self.sequences[slot];
-            let need = Need::of(sequence, self.config.block_size_tokens);
-            if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
-                continue;
-            }
-            let Some((id, vacancy)) = self.cluster.choose(sequence, &self.config) else {
-                break;
-            };
-            let place = Place {
-                id: SequenceId(self.num_stays),
-                vacancy,
-                block_size_tokens: self.config.block_size_tokens,
-            };
-            self.num_stays += 1;
-            let instance = self.cluster.instances.get_mut(&id);
-            let instance = instance.expect("choose names a present instance");
-            let sequence = &mut self.sequences[slot];
-            instance.join(slot, sequence, place);
-            if !std::mem::replace(&mut sequence.details.is_charged, true) {
-                let num_tokens = u64::from(num_tokens_to_plan(sequence));
-                self.fair_share.charge_prompt(sequence.tenant, num_tokens);
-            }
-            placed.push(slot);
-        }
-        for slot in placed {
-            self.queue.remove(slot, &self.sequences[slot]);
-        }
-    }
-
-    /// Whether another continuation of its request is computing the prompt, whose full blocks
-    /// this one can then share instead of computing them beside it.
-    fn awaits_sibling(&self, sequence: &Sequence) -> bool {
-        let block_size_tokens = self.config.block_size_tokens;
-        let num_shareable = (sequence.num_prompt_tokens() - 1) / block_size_tokens;
-        let siblings = self.requests[&sequence.request].slots();
-        let mut stays = siblings.filter_map(|slot| self.sequences[slot].stay.as_ref());
-        stays.any(|stay| {
-            let stays = stay.after_step == AfterStep::Stays;
-            stays && stay.num_published_blocks(block_size_tokens) < num_shareable
-        })
     }
 }

@@ -49,6 +49,7 @@ pub(crate) struct StepTimeModel {
     num_prefill_steps: u32,
     /// Mean relative error of recent predictions, 0 to 1.
     spread: f64,
+    fastest_us: f64,
 }
 
 const NUM_TERMS: usize = 5;
@@ -74,6 +75,8 @@ const MIN_PREFILL_STEPS: u32 = 4;
 /// Mean errors that a prediction leaves as room for chance: for a normal distribution, one step in
 /// twenty is still longer.
 const MARGIN_SPREADS: f64 = 2.0;
+/// How far the optimistic figures stay below what was measured, in mean errors.
+const OPTIMISM_SPREADS: f64 = 3.0;
 /// No step is taken to be faster or slower than this.
 const TIMES_US: (f64, f64) = (1.0, 1e9);
 
@@ -86,6 +89,7 @@ impl Default for StepTimeModel {
             num_steps: 0,
             num_prefill_steps: 0,
             spread: 1.0,
+            fastest_us: f64::INFINITY,
         }
     }
 }
@@ -109,6 +113,7 @@ impl StepTimeModel {
             let share = (1.0 / f64::from(self.num_steps)).max(1.0 - MEMORY);
             self.spread += share * (error - self.spread);
         }
+        self.fastest_us = self.fastest_us.min(time_us);
         let terms = terms(load);
         let weight = 1.0 / (scale_us * scale_us);
         for (row, (&term, products)) in terms.iter().zip(&mut self.products).enumerate() {
@@ -156,6 +161,26 @@ impl StepTimeModel {
         let context = f64::from(num_computed_tokens) + f64::from(num_new_tokens);
         self.coefficients[PREFILL] * f64::from(num_new_tokens)
             + self.coefficients[CONTEXT] * context
+    }
+
+    /// A time below which no step is expected to stay, whatever is in it; 0 if nothing is known.
+    pub(crate) fn least_step_us(&self) -> f64 {
+        if !self.is_fitted() {
+            return 0.0;
+        }
+        (self.fastest_us / 2.0).min(self.coefficients[CONSTANT] * self.optimism())
+    }
+
+    /// The same for a token of a prompt.
+    pub(crate) fn least_prefill_token_us(&self) -> f64 {
+        if !self.is_fitted() {
+            return 0.0;
+        }
+        self.coefficients[PREFILL] * self.optimism()
+    }
+
+    fn optimism(&self) -> f64 {
+        (1.0 - OPTIMISM_SPREADS * self.spread).max(0.0)
     }
 
     /// Moves each coefficient in turn to where the squares are least while the others stay.

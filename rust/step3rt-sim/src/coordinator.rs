@@ -4,7 +4,7 @@
 //! It never decides anything itself, except that an instance is lost.
 
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs};
+use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
 use step3rt_core::request::MAX_CONTINUATIONS;
 use step3rt_core::scheduler::Event;
 use step3rt_core::step::{StepKey, StepPlan};
@@ -203,10 +203,40 @@ impl World {
             ensure!(is_justified, "request {id} fails without cause: {error:?}");
             if error.kind == ErrorKind::DeadlineExceeded {
                 self.counts.note(Fault::Deadline);
+                let deadline = self.clients.streams[&id].request.deadline;
+                self.num_told_early += u64::from(deadline.is_some_and(|d| d > time));
             }
             self.perhaps_ask_again(id, error.kind);
         }
         Ok(())
+    }
+
+    /// When a waiting request could end at the earliest: all that others have in common with it is
+    /// cached, and whoever runs is gone by now.
+    fn least_end(&self, time: TimeNs, id: RequestId) -> TimeNs {
+        let (config, pace) = (&self.profile.config, self.profile.pace);
+        let max_tokens = u64::from(config.max_tokens_per_micro_batch);
+        let block_size_tokens = config.block_size_tokens as usize;
+        let is_held = |beginning: &[TokenId]| {
+            let mut machines = self.nodes.values().filter_map(|node| node.machine.as_ref());
+            machines.any(|machine| machine.holds(beginning))
+        };
+        let needs = self.clients.least_needs(id, block_size_tokens, is_held);
+        let own_ns = needs
+            .into_iter()
+            .map(|(num_prompt_tokens, num_new_tokens)| {
+                let num_steps = num_prompt_tokens.div_ceil(max_tokens);
+                pace.least_ns(num_prompt_tokens, num_steps, num_new_tokens - 1)
+            });
+        let per_instance = u64::from(config.num_lanes) * u64::from(config.max_sequences_per_lane);
+        let places = self
+            .ledger
+            .pools()
+            .map(|pool| per_instance.min(pool.into()));
+        let num_waiting = self.core.stats().num_waiting as u64 + 1;
+        let num_rounds = num_waiting / places.sum::<u64>().max(1);
+        let ns = own_ns.max().unwrap_or(0) + num_rounds * pace.least_ns(0, 1, 0);
+        TimeNs(time.0 + ns)
     }
 
     /// Whether there is a reason for which a request may fail like this.
@@ -216,7 +246,9 @@ impl World {
         let config = &self.profile.config;
         match error.kind {
             ErrorKind::Cancelled => stream.is_cancelled,
-            ErrorKind::DeadlineExceeded => request.deadline.is_some_and(|d| d <= time),
+            ErrorKind::DeadlineExceeded => request
+                .deadline
+                .is_some_and(|deadline| deadline <= time || self.least_end(time, id) > deadline),
             ErrorKind::Internal => stream.is_tainted,
             ErrorKind::Draining => self.is_drained,
             ErrorKind::NodeLost => self.num_disruptions > 0,

@@ -78,6 +78,15 @@ impl SimInstance {
         self.known.len()
     }
 
+    /// Whether its memory has the last token of `beginning`, after all the others.
+    pub(crate) fn holds(&self, beginning: &[TokenId]) -> bool {
+        let tag = Tag {
+            position: beginning.len() - 1,
+            past: Prefix::of(beginning),
+        };
+        self.memory.contains(&Some(tag))
+    }
+
     /// The seed of a sequence that it knows.
     pub(crate) fn seed(&self, id: SequenceId) -> u64 {
         self.known[&id].sampling.seed

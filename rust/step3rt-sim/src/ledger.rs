@@ -93,9 +93,13 @@ impl Ledger {
         self.instances.len()
     }
 
+    /// The KV blocks of each instance.
+    pub(crate) fn pools(&self) -> impl Iterator<Item = u32> + '_ {
+        self.instances.values().map(|&(_, num_blocks)| num_blocks)
+    }
+
     pub(crate) fn largest_pool_blocks(&self) -> u32 {
-        let pools = self.instances.values().map(|&(_, num_blocks)| num_blocks);
-        pools.max().unwrap_or(0)
+        self.pools().max().unwrap_or(0)
     }
 
     /// Whether an answer to `key` is the one that the lane waits for; all others are stale.

@@ -12,6 +12,8 @@ pub mod bench;
 mod clients;
 mod coordinator;
 pub mod fault;
+#[cfg(test)]
+mod hindsight;
 mod instance;
 mod ledger;
 mod model;

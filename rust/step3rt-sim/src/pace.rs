@@ -75,6 +75,19 @@ impl Pace {
             + self.context_token_ns * (content.decode_context + content.prefill_context)
     }
 
+    /// No instance is faster than this with so many prompt tokens in so many steps, and so many
+    /// steps that only decode.
+    pub(crate) fn least_ns(
+        self,
+        num_prompt_tokens: u64,
+        num_prompt_steps: u64,
+        num_decodes: u64,
+    ) -> u64 {
+        let steps_ns = self.constant_ns * (num_prompt_steps + num_decodes);
+        let tokens_ns = self.prefill_token_ns * num_prompt_tokens + self.decode_ns * num_decodes;
+        (steps_ns + tokens_ns) * u64::from(1_000 - NOISE_PER_MILLE) / 1_000
+    }
+
     fn without_prefill(self, content: Content) -> u64 {
         self.of(Content {
             num_prefill_tokens: 0,

@@ -67,6 +67,13 @@ impl CorePolicy {
     }
 }
 
+#[cfg(test)]
+impl CorePolicy {
+    pub(crate) fn next_timer(&self) -> Option<TimeNs> {
+        self.scheduler.next_timer()
+    }
+}
+
 impl Policy for CorePolicy {
     fn submit(&mut self, now: TimeNs, request: Request) {
         self.scheduler.handle(now, Event::Submit(request));

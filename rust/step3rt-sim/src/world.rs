@@ -84,6 +84,8 @@ pub(crate) struct World {
     /// Losses and failed steps, for which requests may fail.
     pub(crate) num_disruptions: u64,
     pub(crate) num_submitted: u32,
+    /// Requests that were told before their deadline that they would end after it.
+    pub(crate) num_told_early: u64,
     /// Failed requests that their clients make again.
     pub(crate) asked_again: VecDeque<Request>,
     pub(crate) plan_is_due: bool,
@@ -100,7 +102,8 @@ pub struct Outcome {
     pub violation: Option<Violation>,
     /// What went wrong on purpose.
     pub faults: FaultCounts,
-    /// How continuations (`Finished`) and requests (an error's kind) ended.
+    /// How continuations (`Finished`) and requests (an error's kind) ended;
+    /// `DeadlineOutOfReach` are those of `DeadlineExceeded` that were told before their deadline.
     pub ends: BTreeMap<String, u64>,
     /// Steps with decodes and prompts, on instances whose steps are known; and those of them that
     /// the prompts pushed past the TPOT target.
@@ -136,6 +139,7 @@ impl World {
             is_drained: false,
             num_disruptions: 0,
             num_submitted: 0,
+            num_told_early: 0,
             asked_again: VecDeque::new(),
             plan_is_due: false,
             timer_at_ns: None,
@@ -177,6 +181,10 @@ impl World {
         };
         for _ in 0..self.ledger.num_preempted() {
             self.counts.note(Fault::KvExhaustion);
+        }
+        if self.num_told_early > 0 {
+            let ends = &mut self.clients.ends;
+            *ends.entry("DeadlineOutOfReach".to_owned()).or_default() += self.num_told_early;
         }
         Outcome {
             violation,

@@ -101,6 +101,7 @@ fn few_steps_fit_nothing() {
         model.observe(decode, 5_000_000);
     }
     assert!(!model.is_fitted(), "no prompt has shown its price");
+    assert!(model.least_step_us() <= 0.0);
     let (model, _) = fitted(16, 1.0);
     assert!(model.is_fitted());
 }
@@ -173,6 +174,15 @@ fn tokens_within_a_room_take_no_more_than_the_room() {
     assert!(model.within_us(50_000.0) < 50_000.0 / 1.04);
 }
 
+#[test]
+fn the_optimistic_figures_are_below_the_truth() {
+    let (model, _) = fitted(600, 1.0);
+    assert!(model.least_step_us() > 1_000.0);
+    assert!(model.least_step_us() < 12_800.0 * 0.9);
+    assert!(model.least_prefill_token_us() > 10.0);
+    assert!(model.least_prefill_token_us() < 25.0);
+}
+
 fn any_load() -> impl Strategy<Value = StepLoad> {
     let count = prop_oneof![Just(0_u32), 0..600_u32, any::<u32>()];
     let context = prop_oneof![Just(0_u64), 0..1_000_000_u64, any::<u64>()];
@@ -201,6 +211,8 @@ proptest! {
         prop_assert!(predicted.is_finite() && predicted >= 0.0);
         prop_assert!((0.0..=1.0).contains(&model.spread));
         prop_assert!(model.within_us(50_000.0) <= 50_000.0);
+        prop_assert!(model.least_step_us() >= 0.0 && model.least_step_us().is_finite());
+        prop_assert!(model.least_prefill_token_us().is_finite());
         let more = [
             StepLoad { num_decodes: asked.num_decodes.saturating_add(1), ..asked },
             StepLoad { num_prefill_tokens: asked.num_prefill_tokens.saturating_add(1), ..asked },

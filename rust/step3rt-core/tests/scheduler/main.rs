@@ -4,6 +4,7 @@ mod admission;
 mod ahead;
 mod batching;
 mod clients;
+mod deadlines;
 mod endings;
 mod failures;
 mod instance;

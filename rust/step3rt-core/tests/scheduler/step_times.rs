@@ -7,12 +7,13 @@ use step3rt_core::step::StepPlan;
 use crate::world::{World, config, request};
 
 /// One lane with room for 64 tokens in a step, and a target of 20 ms.
-fn timed() -> SchedulerConfig {
+pub(crate) fn timed() -> SchedulerConfig {
     SchedulerConfig {
         num_lanes: 1,
         max_model_len: 1_024,
         max_tokens_per_micro_batch: 64,
         max_sequences_per_lane: 8,
+        max_waiting_requests: 20,
         target_tpot_ms: 20,
         ..config()
     }
@@ -26,7 +27,7 @@ fn took_us(plan: &StepPlan) -> u64 {
 }
 
 /// Plans once and lets every step take its time; returns what was planned.
-fn step(world: &mut World) -> Vec<StepPlan> {
+pub(crate) fn step(world: &mut World) -> Vec<StepPlan> {
     let plans = world.plan();
     for plan in &plans {
         world.now = TimeNs(world.now.0 + took_us(plan) * 1_000);
@@ -36,10 +37,10 @@ fn step(world: &mut World) -> Vec<StepPlan> {
 }
 
 /// A world that has computed prompts of many lengths, alone and beside decodes.
-fn fitted() -> World {
+pub(crate) fn fitted() -> World {
     let mut world = World::new(timed(), &[2_000]);
-    for id in 0..40_u64 {
-        world.submit(request(id, 2 + u32::try_from(id * 13 % 50).unwrap(), 6));
+    for id in 0..40_u32 {
+        world.submit(request(id.into(), 2 + id * 13 % 50, 6));
         for _ in 0..3 {
             step(&mut world);
         }
@@ -101,8 +102,8 @@ fn a_prompt_gets_a_block_in_every_step_even_if_decodes_exceed_the_target() {
     let mut config = timed();
     config.target_tpot_ms = 1; // no step is that short
     let mut world = World::new(config, &[2_000]);
-    for id in 0..40_u64 {
-        world.submit(request(id, 2 + u32::try_from(id * 13 % 50).unwrap(), 6));
+    for id in 0..40_u32 {
+        world.submit(request(id.into(), 2 + id * 13 % 50, 6));
         step(&mut world);
     }
     while !step(&mut world).is_empty() {}
