@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::cluster::Need;
 use crate::config::SchedulerConfig;
 use crate::error::Failure;
-use crate::ids::{RequestId, TimeNs};
+use crate::ids::{RequestId, TenantId, TimeNs};
 use crate::recovery::Health;
 use crate::request::{MAX_CONTINUATIONS, Request, RequestEvent};
 use crate::scheduler::Scheduler;
@@ -74,11 +74,12 @@ impl Scheduler {
             self.events.push((id, finished));
             return Ok(());
         }
-        self.check_room(now, first)?;
+        self.check_means(first)?;
         let latest_start = match deadline {
             Some(deadline) => self.check_deadline(now, first, deadline)?,
             None => None,
         };
+        self.make_room(now, first.tenant)?;
         self.num_arrivals += sequences.len() as u64;
         self.fair_share.arrive(first.tenant, sequences.len() as u64);
         let mut live = LiveRequest {
@@ -107,9 +108,9 @@ impl Scheduler {
         (num_blocks > 0).then(|| num_tokens.saturating_add(1).min(self.config.max_model_len))
     }
 
-    /// Refuses what the cluster has no means or no room for. While it recovers from a loss,
-    /// requests wait with the others.
-    fn check_room(&mut self, now: TimeNs, sequence: &Sequence) -> Result<(), Failure> {
+    /// Refuses what the cluster has no means for. While it recovers from a loss, requests wait with
+    /// the others.
+    fn check_means(&self, sequence: &Sequence) -> Result<(), Failure> {
         if self.health == Health::Down {
             return Err(self.not_ready());
         }
@@ -117,6 +118,11 @@ impl Scheduler {
         if !self.cluster.instances.is_empty() && !self.cluster.can_ever_hold(need) {
             return Err(self.exceeds_kv_pool(sequence));
         }
+        Ok(())
+    }
+
+    /// Refuses a newcomer that finds the line full; but no tenant may fill it for the others.
+    fn make_room(&mut self, now: TimeNs, tenant: TenantId) -> Result<(), Failure> {
         let max = self.config.max_waiting_requests;
         if self.queue.num_requests() >= max as usize {
             self.give_places(now);
@@ -125,11 +131,25 @@ impl Scheduler {
         if waiting < max as usize {
             return Ok(());
         }
-        Err(Failure::QueueFull {
-            waiting,
-            max,
-            retry_after_ms: self.retry_after_ms(now),
-        })
+        let retry_after_ms = self.retry_after_ms(now);
+        let request_of = |slot: Slot| self.sequences[slot].request;
+        let has_begun = |slot| self.requests[&request_of(slot)].is_started;
+        let yields = self.queue.must_yield(tenant, max as usize, has_begun);
+        let Some(request) = yields.map(request_of) else {
+            return Err(Failure::QueueFull {
+                waiting,
+                max,
+                retry_after_ms,
+            });
+        };
+        self.fail(
+            request,
+            Failure::QueueShareExceeded {
+                max,
+                retry_after_ms,
+            },
+        );
+        Ok(())
     }
 
     fn retry_after_ms(&mut self, now: TimeNs) -> u64 {

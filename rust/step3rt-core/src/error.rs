@@ -100,6 +100,12 @@ pub(crate) enum Failure {
         retry_after_ms: u64,
     },
     #[error(
+        "The request gave its place in the queue to another tenant. The queue is bounded by \
+         `max_waiting_requests` = {max} and full, and this tenant had more than an equal share of \
+         it. Retry in {retry_after_ms} ms, or send fewer requests at a time"
+    )]
+    QueueShareExceeded { max: u32, retry_after_ms: u64 },
+    #[error(
         "The server is draining. It finishes what it has and accepts nothing new. Send the \
          request to another server"
     )]
@@ -166,7 +172,7 @@ impl Failure {
             Self::PromptFillsContext { .. } | Self::ExceedsKvPool { .. } => {
                 ErrorKind::PromptTooLong
             }
-            Self::QueueFull { .. } => ErrorKind::QueueFull,
+            Self::QueueFull { .. } | Self::QueueShareExceeded { .. } => ErrorKind::QueueFull,
             Self::Draining => ErrorKind::Draining,
             Self::NotReady { .. } => ErrorKind::EngineNotReady,
             Self::NotRecovered { .. } | Self::StepsKeepFailing { .. } => ErrorKind::NodeLost,
@@ -180,7 +186,8 @@ impl Failure {
 
     fn retry_after_ms(&self) -> Option<u64> {
         match self {
-            Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
+            Self::QueueFull { retry_after_ms, .. }
+            | Self::QueueShareExceeded { retry_after_ms, .. } => Some(*retry_after_ms),
             Self::Draining
             | Self::NotReady { .. }
             | Self::NotRecovered { .. }
@@ -223,6 +230,10 @@ mod tests {
             },
             Failure::QueueFull {
                 waiting: 100,
+                max: 100,
+                retry_after_ms: 250,
+            },
+            Failure::QueueShareExceeded {
                 max: 100,
                 retry_after_ms: 250,
             },

@@ -21,18 +21,22 @@ pub(crate) struct WaitingQueue {
     classes: BTreeMap<i32, BTreeMap<TenantId, Line>>,
     /// How many sequences of each request wait; the bound is on requests.
     requests: BTreeMap<RequestId, u32>,
+    /// How many requests of each tenant wait.
+    tenants: BTreeMap<TenantId, usize>,
 }
 
 impl WaitingQueue {
     pub(crate) fn insert(&mut self, slot: Slot, sequence: &Sequence) {
-        let class = self
-            .classes
-            .entry(sequence.details.rank.priority)
-            .or_default();
-        let line = class.entry(sequence.tenant).or_default();
-        let is_new = line.insert((sequence.details.rank, slot));
+        let (rank, tenant) = (sequence.details.rank, sequence.tenant);
+        let class = self.classes.entry(rank.priority).or_default();
+        let line = class.entry(tenant).or_default();
+        let is_new = line.insert((rank, slot));
         assert!(is_new, "a sequence waits once");
-        *self.requests.entry(sequence.request).or_default() += 1;
+        let count = self.requests.entry(sequence.request).or_default();
+        *count += 1;
+        if *count == 1 {
+            *self.tenants.entry(tenant).or_default() += 1;
+        }
     }
 
     pub(crate) fn remove(&mut self, slot: Slot, sequence: &Sequence) {
@@ -51,11 +55,45 @@ impl WaitingQueue {
         *count -= 1;
         if *count == 0 {
             self.requests.remove(&sequence.request);
+            let count = self.tenants.get_mut(&tenant).expect("it waits");
+            *count -= 1;
+            if *count == 0 {
+                self.tenants.remove(&tenant);
+            }
         }
     }
 
     pub(crate) fn num_requests(&self) -> usize {
         self.requests.len()
+    }
+
+    /// The request that must give its place in the line of `max` requests to a newcomer of
+    /// `tenant`: if that has fewer there than an equal share, the youngest of the lowest priority of
+    /// the tenant that has most, as long as that has more than its share. One that has begun is
+    /// never asked, since its client has seen tokens.
+    ///
+    /// When the line is full and one tenant is below its share, some other is above it.
+    pub(crate) fn must_yield(
+        &self,
+        tenant: TenantId,
+        max: usize,
+        has_begun: impl Fn(Slot) -> bool,
+    ) -> Option<Slot> {
+        let own = self.tenants.get(&tenant).copied().unwrap_or(0);
+        let num_tenants = self.tenants.len() + usize::from(own == 0);
+        let share = (max / num_tenants).max(1);
+        if own >= share {
+            return None;
+        }
+        let above = self.tenants.iter().filter(|&(_, &count)| count > share);
+        let mut above: Vec<_> = above.map(|(&tenant, &count)| (count, tenant)).collect();
+        above.sort_unstable_by(|a, b| b.cmp(a));
+        above.into_iter().find_map(|(_, tenant)| {
+            let lines = self.classes.values().rev();
+            let lines = lines.filter_map(|class| class.get(&tenant));
+            let slots = lines.flat_map(|line| line.iter().rev().map(|&(_, slot)| slot));
+            slots.into_iter().find(|&slot| !has_begun(slot))
+        })
     }
 
     /// At least so many requests get their first places before this sequence does, whether it
@@ -172,6 +210,33 @@ mod tests {
             (0..6).map(|arrival| waiting(0, arrival, (u64::from(arrival > 3), arrival)));
         let (queue, table, mut shares) = queue_of(sequences.collect());
         assert_eq!(order(&queue, &table, &mut shares), [0, 4, 1, 5, 2, 3]);
+    }
+
+    #[test]
+    fn a_full_line_is_shared_between_tenants() {
+        let sequences = (0..6).map(|arrival| {
+            let tenant = u64::from(arrival == 5) + 1; // five of tenant 1, one of tenant 2
+            waiting(i32::from(arrival == 1), arrival, (tenant, arrival))
+        });
+        let (mut queue, table, _) = queue_of(sequences.collect());
+        let yields = |queue: &WaitingQueue, tenant, begun: &[u64]| {
+            let has_begun = |slot| begun.contains(&table[slot].details.rank.arrival);
+            let slot = queue.must_yield(TenantId(tenant), 6, has_begun);
+            slot.map(|slot| table[slot].details.rank.arrival)
+        };
+        assert_eq!(yields(&queue, 3, &[]), Some(1), "the lowest priority");
+        assert_eq!(yields(&queue, 2, &[1]), Some(4), "then the youngest");
+        assert_eq!(yields(&queue, 2, &[0, 1, 2, 3, 4]), None, "all have begun");
+        assert_eq!(yields(&queue, 1, &[]), None, "it has had its share");
+        let slots: Vec<Slot> = table.iter().map(|(slot, _)| slot).collect();
+        for slot in &slots[..3] {
+            queue.remove(*slot, &table[*slot]);
+        }
+        assert_eq!(
+            yields(&queue, 3, &[]),
+            None,
+            "nobody is above a share of two"
+        );
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(crate) fn owner_of(seed: u64) -> (RequestId, TenantId) {
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) request: Request,
-    is_started: bool,
+    pub(crate) is_started: bool,
     num_prompt_logprobs: usize,
     continuations: Vec<Continuation>,
     error: Option<ErrorKind>,
@@ -259,8 +259,8 @@ impl Clients {
     ) -> Vec<(u64, u64)> {
         let stream = &self.streams[&id];
         let others = self.streams.iter().filter(|&(&other, stream_of)| {
-            let is_live = other != id && !stream_of.has_ended();
-            is_live && stream_of.request.tenant == stream.request.tenant
+            let is_other = other != id && !stream_of.has_ended();
+            is_other && stream_of.request.tenant == stream.request.tenant
         });
         let others: Vec<Vec<TokenId>> = others.flat_map(|(_, other)| other.known()).collect();
         let sampling = &stream.request.sampling;

@@ -3,8 +3,10 @@
 //!
 //! It never decides anything itself, except that an instance is lost.
 
+use std::collections::BTreeSet;
+
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{Epoch, InstanceId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::MAX_CONTINUATIONS;
 use step3rt_core::scheduler::Event;
 use step3rt_core::step::{StepKey, StepPlan};
@@ -218,8 +220,14 @@ impl World {
         let max_tokens = u64::from(config.max_tokens_per_micro_batch);
         let block_size_tokens = config.block_size_tokens as usize;
         let is_held = |beginning: &[TokenId]| {
-            let mut machines = self.nodes.values().filter_map(|node| node.machine.as_ref());
-            machines.any(|machine| machine.holds(beginning))
+            self.nodes.iter().any(|(&instance, node)| {
+                let machine = node.machine.as_ref();
+                let machine = machine.filter(|_| self.ledger.epoch(instance) == Some(node.epoch));
+                let blocks = machine.map_or(Vec::new(), |m| m.blocks_with(beginning));
+                // Whoever holds a block is alive, or is about to overwrite it.
+                let mut idle = blocks.into_iter();
+                idle.any(|block| !self.ledger.is_held(instance, block))
+            })
         };
         let needs = self.clients.least_needs(id, block_size_tokens, is_held);
         let own_ns = needs
@@ -237,6 +245,30 @@ impl World {
         let num_rounds = num_waiting / places.sum::<u64>().max(1);
         let ns = own_ns.max().unwrap_or(0) + num_rounds * pace.least_ns(0, 1, 0);
         TimeNs(time.0 + ns)
+    }
+
+    /// Whether a full queue may refuse this request: one that has come before, if it has not begun
+    /// and gave its place to another tenant; a newcomer, if its tenant may have its share, or if
+    /// no other may have more than that of requests that have not begun.
+    fn is_fair_refusal(&self, id: RequestId, num_waiting: usize) -> bool {
+        let max = self.profile.config.max_waiting_requests as usize;
+        let stream = &self.clients.streams[&id];
+        let is_newcomer = id.0 + 1 == u64::from(self.num_submitted);
+        if !is_newcomer {
+            return !stream.is_started;
+        }
+        let tenant = stream.request.tenant;
+        let live = self.clients.streams.values().filter(|s| !s.has_ended());
+        let of_others = live.clone().filter(|s| s.request.tenant != tenant);
+        let others: BTreeSet<TenantId> = of_others.map(|s| s.request.tenant).collect();
+        let num_own = live.clone().filter(|s| s.request.tenant == tenant).count();
+        let share = |num_others: usize| (max / (num_others + 1)).max(1);
+        if num_own >= share(others.len()) {
+            return true;
+        }
+        let num_begun = live.filter(|s| s.is_started).count();
+        let shares = (1..=others.len()).map(|num| share(num) * num);
+        num_waiting.saturating_sub(num_begun + num_own) <= shares.max().unwrap_or(0)
     }
 
     /// Whether there is a reason for which a request may fail like this.
@@ -257,7 +289,8 @@ impl World {
             }
             ErrorKind::QueueFull => {
                 let max = config.max_waiting_requests as usize;
-                self.core.stats().num_waiting >= max
+                let num_waiting = self.core.stats().num_waiting;
+                num_waiting >= max && self.is_fair_refusal(id, num_waiting)
             }
             ErrorKind::InvalidParameter => {
                 let is_many = request.n > 1 && !request.resumed.is_empty();

@@ -78,13 +78,16 @@ impl SimInstance {
         self.known.len()
     }
 
-    /// Whether its memory has the last token of `beginning`, after all the others.
-    pub(crate) fn holds(&self, beginning: &[TokenId]) -> bool {
+    /// The blocks whose memory has the last token of `beginning`, after all the others.
+    pub(crate) fn blocks_with(&self, beginning: &[TokenId]) -> Vec<BlockId> {
         let tag = Tag {
             position: beginning.len() - 1,
             past: Prefix::of(beginning),
         };
-        self.memory.contains(&Some(tag))
+        let slots = (0_u32..).zip(&self.memory);
+        let held = slots.filter(|&(_, slot)| *slot == Some(tag));
+        let blocks = held.map(|(slot, _)| BlockId(slot / self.config.block_size_tokens));
+        blocks.collect()
     }
 
     /// The seed of a sequence that it knows.

@@ -102,6 +102,13 @@ impl Ledger {
         self.pools().max().unwrap_or(0)
     }
 
+    /// Whether a sequence on `instance` has `block` in its table.
+    pub(crate) fn is_held(&self, instance: InstanceId, block: BlockId) -> bool {
+        let holdings = self.holdings.values();
+        let mut there = holdings.filter(|holding| holding.instance == instance);
+        there.any(|holding| holding.blocks.contains(&block))
+    }
+
     /// Whether an answer to `key` is the one that the lane waits for; all others are stale.
     pub(crate) fn is_awaited(&self, key: StepKey) -> bool {
         let lane = self.lanes.get(&(key.instance, key.lane));
