@@ -38,7 +38,11 @@ impl Scheduler {
         if request.slots().next().is_none() {
             self.forget_request(id);
         }
-        let usage = self.sequences[slot].usage(now);
+        let sequence = &self.sequences[slot];
+        let num_allowed = sequence.max_known_tokens - sequence.num_prompt_tokens();
+        self.growth
+            .note_end(num_allowed, sequence.num_generated_tokens());
+        let usage = sequence.usage(now);
         self.drop_sequence(slot);
         let finished = RequestEvent::Finished {
             index,

@@ -7,6 +7,7 @@ use crate::block_pool::{BlockPool, CachedPrefix};
 use crate::cluster::Vacancy;
 use crate::config::SchedulerConfig;
 use crate::draft::{Draft, num_tokens_to_plan};
+use crate::growth::{Course, Growth, peak_blocks};
 use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::sequence::Sequence;
@@ -28,6 +29,17 @@ pub(crate) struct Instance {
     /// Used blocks that return when steps in flight end, since their sequences are leaving.
     pub(crate) num_leaving_blocks: u64,
     pub(crate) step_times: StepTimeModel,
+    num_leaves: u64,
+    /// The last newcomer that found no room here, and how many had left by then.
+    refused: Option<(u64, Course)>,
+}
+
+/// What tells how sequences grow.
+#[derive(Clone, Copy)]
+pub(crate) struct Foresight<'a> {
+    pub(crate) growth: &'a Growth,
+    pub(crate) sequences: &'a SequenceTable,
+    pub(crate) block_size_tokens: u32,
 }
 
 /// What [`Instance::plan_lane`] decided.
@@ -46,6 +58,8 @@ impl Instance {
             lanes: (0..num_lanes).map(|_| Lane::default()).collect(),
             num_leaving_blocks: 0,
             step_times: StepTimeModel::default(),
+            num_leaves: 0,
+            refused: None,
         }
     }
 
@@ -73,14 +87,61 @@ impl Instance {
         u64::from(self.pool.num_used_blocks()) + promised - self.num_leaving_blocks
     }
 
-    /// Whether a newcomer that adds `num_blocks` can stay without displacing anybody.
-    pub(crate) fn has_room_for(&self, num_blocks: u64) -> bool {
+    /// Whether a newcomer that adds `course.num_blocks` now, and will have `num_blocks_at_most` of
+    /// its own, can stay without displacing anybody: now, and as far as lengths can be foreseen
+    /// until all have ended.
+    pub(crate) fn has_room_for(
+        &mut self,
+        course: Course,
+        num_blocks_at_most: u64,
+        foresight: Foresight<'_>,
+    ) -> bool {
         let total = u64::from(self.pool.num_blocks());
         let demanded = self.num_demanded_blocks();
         if demanded == 0 {
-            return num_blocks <= total;
+            return course.num_blocks <= total;
         }
-        demanded + num_blocks + total / HEADROOM_SHARE <= total
+        let total = total - total / HEADROOM_SHARE;
+        let now = demanded + course.num_blocks;
+        if now > total {
+            return false;
+        }
+        let lanes = self.lanes.iter();
+        let at_most: u64 = lanes.map(|lane| lane.num_blocks_at_most).sum();
+        if at_most + num_blocks_at_most <= total {
+            return true; // nobody can ever be in the way
+        }
+        // Those who stay grow as was foreseen, or more: only one that leaves makes room.
+        let asks_no_less = |refused: Course| {
+            course.num_blocks >= refused.num_blocks
+                && course.num_tokens_to_come >= refused.num_tokens_to_come
+        };
+        if let Some((num_leaves, refused)) = self.refused
+            && num_leaves == self.num_leaves
+            && asks_no_less(refused)
+        {
+            return false;
+        }
+        let mut courses = self.courses(foresight);
+        courses.push(course);
+        let has_room = peak_blocks(now, courses, foresight.block_size_tokens) <= total;
+        if !has_room {
+            self.refused = Some((self.num_leaves, course));
+        }
+        has_room
+    }
+
+    fn courses(&self, foresight: Foresight<'_>) -> Vec<Course> {
+        let running = self.lanes.iter().flat_map(|lane| &lane.running);
+        let courses = running.map(|&(_, slot)| {
+            let sequence = &foresight.sequences[slot];
+            let stay = sequence.stay.as_ref().expect("who runs stays");
+            Course {
+                num_blocks: stay.num_demanded_blocks.into(),
+                num_tokens_to_come: foresight.growth.of(sequence),
+            }
+        });
+        courses.collect()
     }
 
     /// Gives `sequence` a place on a lane; the instance is told when its first chunk is planned.
@@ -108,6 +169,10 @@ impl Instance {
                 blocks,
                 node,
                 num_prompt_logprobs: 0,
+                num_blocks_at_most: num_blocks(
+                    sequence.max_known_tokens - 1,
+                    place.block_size_tokens,
+                ),
                 num_leaving_blocks: 0,
             }),
         };
@@ -124,6 +189,7 @@ impl Instance {
         if stay.after_step == AfterStep::Stays {
             let lane = &mut self.lanes[usize::from(stay.holding.lane.0)];
             lane.remove(rank, stay);
+            self.num_leaves += 1;
             if stay.is_told {
                 lane.left.push(stay.id);
             }

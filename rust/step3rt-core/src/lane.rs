@@ -24,6 +24,8 @@ pub(crate) struct Lane {
     pub(crate) num_demanded_blocks: u64,
     /// Those of them that are not granted yet.
     pub(crate) num_promised_blocks: u64,
+    /// Blocks that the running set needs if all become as long as they may.
+    pub(crate) num_blocks_at_most: u64,
     /// Oldest first: an instance answers the steps of a lane in their order.
     pub(crate) in_flight: VecDeque<InFlight>,
     /// Empty: the memory of a step that is over, for the next to use.
@@ -54,6 +56,7 @@ impl Lane {
         self.running.insert(at, (rank, slot));
         self.num_demanded_blocks += u64::from(stay.num_demanded_blocks);
         self.num_promised_blocks += u64::from(stay.num_promised_blocks());
+        self.num_blocks_at_most += u64::from(stay.holding.num_blocks_at_most);
     }
 
     pub(crate) fn remove(&mut self, rank: Rank, stay: &Stay) {
@@ -62,6 +65,7 @@ impl Lane {
             .remove(at.expect("the sequence runs on this lane"));
         self.num_demanded_blocks -= u64::from(stay.num_demanded_blocks);
         self.num_promised_blocks -= u64::from(stay.num_promised_blocks());
+        self.num_blocks_at_most -= u64::from(stay.holding.num_blocks_at_most);
     }
 
     /// Whether a step may be planned at `now`: not while a doomed one is in flight, because what

@@ -11,7 +11,7 @@
 //! | --- | --- |
 //! | `admission`, `outlook` | the way in, and what would come too late |
 //! | `queue`, `fair_share`, `drain_rate` | the lines, whose turn it is, and how fast they move |
-//! | `places`, `cluster` | who gets a place, and on which instance and lane |
+//! | `places`, `cluster`, `growth` | who gets a place, on which lane, and how long it will need it |
 //! | `instance`, `lane`, `draft` | who stays where, and one lane's next step |
 //! | `step_time` | how long steps take |
 //! | `sequence`, `generated`, `stay`, `sequence_table` | a continuation, its tokens, and its place |
@@ -30,6 +30,7 @@ mod ending;
 pub mod error;
 mod fair_share;
 mod generated;
+mod growth;
 pub mod ids;
 mod instance;
 mod lane;

@@ -5,7 +5,7 @@
 use crate::cluster::Need;
 use crate::draft::num_tokens_to_plan;
 use crate::ids::{SequenceId, TimeNs};
-use crate::instance::Place;
+use crate::instance::{Foresight, Place};
 use crate::scheduler::Scheduler;
 use crate::sequence::Sequence;
 use crate::stay::AfterStep;
@@ -16,6 +16,7 @@ impl Scheduler {
         for instance in self.cluster.instances.values_mut() {
             while let Some(slot) = instance.overcommitted() {
                 let sequence = &mut self.sequences[slot];
+                self.num_preemptions += 1;
                 if instance.leave(sequence, AfterStep::Waits) {
                     self.queue.insert(slot, sequence);
                 }
@@ -40,7 +41,13 @@ impl Scheduler {
             if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
                 continue;
             }
-            let Some((id, vacancy)) = self.cluster.choose(sequence, &self.config) else {
+            let foresight = Foresight {
+                growth: &self.growth,
+                sequences: &self.sequences,
+                block_size_tokens: self.config.block_size_tokens,
+            };
+            let chosen = self.cluster.choose(sequence, &self.config, foresight);
+            let Some((id, vacancy)) = chosen else {
                 break;
             };
             let place = Place {

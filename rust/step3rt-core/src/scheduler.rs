@@ -20,6 +20,7 @@ use crate::config::SchedulerConfig;
 use crate::drain_rate::DrainRate;
 use crate::error::Failure;
 use crate::fair_share::{FairShare, TokenCount};
+use crate::growth::Growth;
 use crate::ids::{Epoch, InstanceId, RequestId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::queue::WaitingQueue;
@@ -82,6 +83,8 @@ pub struct SchedulerStats {
     pub kv_blocks: Vec<(InstanceId, u32, u32)>,
     /// Steps planned and not answered.
     pub num_steps_in_flight: usize,
+    /// How often a sequence has lost its place to others that had grown.
+    pub num_preemptions: u64,
 }
 
 /// See the module's documentation.
@@ -94,6 +97,8 @@ pub struct Scheduler {
     pub(crate) queue: WaitingQueue,
     pub(crate) fair_share: FairShare,
     pub(crate) drain_rate: DrainRate,
+    pub(crate) growth: Growth,
+    pub(crate) num_preemptions: u64,
     pub(crate) deadlines: BTreeSet<(TimeNs, RequestId)>,
     /// See [`LiveRequest::latest_start`].
     pub(crate) latest_starts: BTreeSet<(TimeNs, RequestId)>,
@@ -117,6 +122,8 @@ impl Scheduler {
             queue: WaitingQueue::default(),
             fair_share: FairShare::default(),
             drain_rate: DrainRate::default(),
+            growth: Growth::default(),
+            num_preemptions: 0,
             deadlines: BTreeSet::new(),
             latest_starts: BTreeSet::new(),
             health: Health::Down,
@@ -206,6 +213,7 @@ impl Scheduler {
                 .map(|i| (i.id, i.pool.num_free_blocks(), i.pool.num_blocks()))
                 .collect(),
             num_steps_in_flight: lanes.map(|lane| lane.in_flight.len()).sum(),
+            num_preemptions: self.num_preemptions,
         }
     }
 

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use step3rt_core::ids::TenantId;
 
 /// Tenants without a live request whose numbers are kept.
-pub const MAX_IDLE_TENANTS: usize = 1_024;
+pub(crate) const MAX_IDLE_TENANTS: usize = 1_024;
 
 /// Whose requests are those that name no tenant.
 const DEFAULT_TENANT: TenantId = TenantId(0);
@@ -24,8 +24,8 @@ struct Tenant {
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Tenants {
-    tenants: HashMap<String, Tenant>,
+pub(crate) struct Tenants {
+    by_name: HashMap<String, Tenant>,
     /// Names without a live request, longest idle first.
     idle: BTreeMap<u64, String>,
     num_ever: u64,
@@ -34,11 +34,11 @@ pub struct Tenants {
 
 impl Tenants {
     /// Notes a live request of the tenant `name`; empty names the default tenant.
-    pub fn enter(&mut self, name: &str) -> TenantId {
+    pub(crate) fn enter(&mut self, name: &str) -> TenantId {
         if name.is_empty() {
             return DEFAULT_TENANT;
         }
-        if let Some(tenant) = self.tenants.get_mut(name) {
+        if let Some(tenant) = self.by_name.get_mut(name) {
             if tenant.num_live == 0 {
                 self.idle.remove(&tenant.idle_since);
             }
@@ -52,13 +52,13 @@ impl Tenants {
             num_live: 1,
             idle_since: 0,
         };
-        self.tenants.insert(name.to_owned(), tenant);
+        self.by_name.insert(name.to_owned(), tenant);
         id
     }
 
     /// Notes that a request of the tenant `name` has ended.
-    pub fn leave(&mut self, name: &str) {
-        let Some(tenant) = self.tenants.get_mut(name) else {
+    pub(crate) fn leave(&mut self, name: &str) {
+        let Some(tenant) = self.by_name.get_mut(name) else {
             return; // the default tenant
         };
         tenant.num_live = tenant.num_live.saturating_sub(1);
@@ -71,7 +71,7 @@ impl Tenants {
         if self.idle.len() > MAX_IDLE_TENANTS
             && let Some((_, forgotten)) = self.idle.pop_first()
         {
-            self.tenants.remove(&forgotten);
+            self.by_name.remove(&forgotten);
         }
     }
 }
@@ -105,7 +105,7 @@ mod tests {
             let name = number.to_string();
             tenants.enter(&name);
             tenants.leave(&name);
-            assert!(tenants.tenants.len() <= MAX_IDLE_TENANTS + 1);
+            assert!(tenants.by_name.len() <= MAX_IDLE_TENANTS + 1);
             assert!(tenants.idle.len() <= MAX_IDLE_TENANTS);
         }
         assert_eq!(tenants.enter("lives on"), lives_on);
