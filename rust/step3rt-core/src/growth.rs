@@ -214,7 +214,7 @@ mod tests {
             (state >> 33) % bound
         };
         for _ in 0..200 {
-            let tokens: Vec<(u32, u32)> = (0..below(6) + 1)
+            let tokens: Vec<(u32, u32)> = (0..=below(6))
                 .map(|_| [below(40) + 1, below(60)].map(|v| u32::try_from(v).unwrap()))
                 .map(|[known, to_come]| (known, to_come))
                 .collect();

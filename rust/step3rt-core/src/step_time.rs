@@ -77,6 +77,9 @@ const MIN_PREFILL_STEPS: u32 = 4;
 const MARGIN_SPREADS: f64 = 2.0;
 /// How far the optimistic figures stay below what was measured, in mean errors.
 const OPTIMISM_SPREADS: f64 = 3.0;
+/// The fastest step that was seen may have had a slow way there and back: three times faster is
+/// out of reach.
+const FASTEST_SHARE: f64 = 3.0;
 /// No step is taken to be faster or slower than this.
 const TIMES_US: (f64, f64) = (1.0, 1e9);
 
@@ -168,7 +171,7 @@ impl StepTimeModel {
         if !self.is_fitted() {
             return 0.0;
         }
-        (self.fastest_us / 2.0).min(self.coefficients[CONSTANT] * self.optimism())
+        (self.fastest_us / FASTEST_SHARE).min(self.coefficients[CONSTANT] * self.optimism())
     }
 
     /// The same for a token of a prompt.

@@ -83,9 +83,10 @@ impl Pace {
         num_prompt_steps: u64,
         num_decodes: u64,
     ) -> u64 {
-        let steps_ns = self.constant_ns * (num_prompt_steps + num_decodes);
+        let num_steps = num_prompt_steps + num_decodes;
         let tokens_ns = self.prefill_token_ns * num_prompt_tokens + self.decode_ns * num_decodes;
-        (steps_ns + tokens_ns) * u64::from(1_000 - NOISE_PER_MILLE) / 1_000
+        let least_ns = self.constant_ns * num_steps + tokens_ns;
+        least_ns * u64::from(1_000 - NOISE_PER_MILLE) / 1_000
     }
 
     fn without_prefill(self, content: Content) -> u64 {

@@ -113,15 +113,15 @@ fn those_ahead_count_when_they_are_more_than_there_are_places() {
             world.submit(request(id, 4, 100));
             world.plan();
         }
-        // Itself it needs a step, of 2.75 ms at the least.
-        let new = with_deadline(&world, request(90, 4, 1), 4);
+        // Itself it needs a step, of 1.8 ms at the least.
+        let new = with_deadline(&world, request(90, 4, 1), 3);
         world.submit(new);
         assert_eq!(
             error(&world, 90).is_some(),
             is_refused,
             "{num_others} others"
         );
-        let mut urgent = with_deadline(&world, request(91, 4, 1), 4);
+        let mut urgent = with_deadline(&world, request(91, 4, 1), 3);
         urgent.priority = -1;
         world.submit(urgent);
         assert!(error(&world, 91).is_none(), "nobody comes before it");
