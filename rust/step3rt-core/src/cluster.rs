@@ -6,9 +6,8 @@ use std::collections::BTreeMap;
 
 use crate::block_pool::CachedPrefix;
 use crate::config::SchedulerConfig;
-use crate::growth::Course;
 use crate::ids::{Epoch, InstanceId, LaneId};
-use crate::instance::{Foresight, Instance, num_blocks};
+use crate::instance::{Foresight, Instance, Newcomer, num_blocks};
 use crate::sequence::Sequence;
 use crate::step::StepKey;
 
@@ -80,11 +79,12 @@ impl Cluster {
             .min_by_key(|(id, lane)| (lane.num_demanded_blocks, lane.running.len(), *id))?;
         let blocks = sequence.reusable_blocks(config.block_size_tokens);
         let prefix = instance.pool.find_prefix(sequence.tenant, blocks);
-        let course = Course {
+        let newcomer = Newcomer {
+            sequence,
             num_blocks: need.now - prefix.num_used_blocks,
-            num_tokens_to_come: foresight.growth.of(sequence),
+            num_blocks_at_most: need.at_most,
         };
-        if !instance.has_room_for(course, need.at_most, foresight) {
+        if !instance.has_room_for(newcomer, foresight) {
             return None;
         }
         let to_compute = need.now - prefix.blocks.len() as u64;

@@ -34,6 +34,15 @@ pub(crate) struct Instance {
     refused: Option<(u64, Course)>,
 }
 
+/// Somebody who asks for a place.
+#[derive(Clone, Copy)]
+pub(crate) struct Newcomer<'a> {
+    pub(crate) sequence: &'a Sequence,
+    /// That it adds now.
+    pub(crate) num_blocks: u64,
+    pub(crate) num_blocks_at_most: u64,
+}
+
 /// What tells how sequences grow.
 #[derive(Clone, Copy)]
 pub(crate) struct Foresight<'a> {
@@ -87,30 +96,32 @@ impl Instance {
         u64::from(self.pool.num_used_blocks()) + promised - self.num_leaving_blocks
     }
 
-    /// Whether a newcomer that adds `course.num_blocks` now, and will have `num_blocks_at_most` of
-    /// its own, can stay without displacing anybody: now, and as far as lengths can be foreseen
-    /// until all have ended.
+    /// Whether a newcomer can stay without displacing anybody: now, and as far as lengths can be
+    /// foreseen until all have ended.
     pub(crate) fn has_room_for(
         &mut self,
-        course: Course,
-        num_blocks_at_most: u64,
+        newcomer: Newcomer<'_>,
         foresight: Foresight<'_>,
     ) -> bool {
         let total = u64::from(self.pool.num_blocks());
         let demanded = self.num_demanded_blocks();
         if demanded == 0 {
-            return course.num_blocks <= total;
+            return newcomer.num_blocks <= total;
         }
         let total = total - total / HEADROOM_SHARE;
-        let now = demanded + course.num_blocks;
+        let now = demanded + newcomer.num_blocks;
         if now > total {
             return false;
         }
         let lanes = self.lanes.iter();
         let at_most: u64 = lanes.map(|lane| lane.num_blocks_at_most).sum();
-        if at_most + num_blocks_at_most <= total {
+        if at_most + newcomer.num_blocks_at_most <= total {
             return true; // nobody can ever be in the way
         }
+        let course = Course {
+            num_blocks: newcomer.num_blocks,
+            num_tokens_to_come: foresight.growth.of(newcomer.sequence),
+        };
         // Those who stay grow as was foreseen, or more: only one that leaves makes room.
         let asks_no_less = |refused: Course| {
             course.num_blocks >= refused.num_blocks

@@ -63,7 +63,7 @@ const OTHER_LANE: usize = 4;
 /// which a mix of loads has been seen and a change of the machine is still followed.
 const MEMORY: f64 = 0.995;
 /// Coordinate descent goes on with the next step where it stopped, so few rounds are enough.
-const NUM_ROUNDS: usize = 4;
+const NUM_ROUNDS: usize = 2;
 /// Pulls slopes to 0 by this share of what is known of them, which decides only where nothing
 /// else does.
 const SHRINKAGE: f64 = 1e-4;
