@@ -157,10 +157,15 @@ class AsyncClient:
     Args:
         address: "host:port" or "unix:/path".
         model: refuse to talk to a server that serves another model; empty accepts any.
+        tenant: whose requests these are, at most 64 characters of [A-Za-z0-9._-]; empty is the
+            default tenant. Tenants get equal shares of the cluster and share no cached prompts.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, model: str = "") -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, model: str = "", tenant: str = ""
+    ) -> None:
         self._model = model
+        self._tenant = tenant
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -187,13 +192,19 @@ class AsyncClient:
         timeout_s: float | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        tenant: str | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> AsyncGenerationStream:
         """Starts a generation and returns its stream; see `Client.generate`."""
         params = replace(params or SamplingParams(), **overrides)
         request_id = request_id or codec.new_request_id()
         request = codec.to_request(
-            prompt, params, request_id=request_id, model=self._model, priority=priority
+            prompt,
+            params,
+            request_id=request_id,
+            model=self._model,
+            priority=priority,
+            tenant=self._tenant if tenant is None else tenant,
         )
         builder = ResultBuilder(request_id, prompt, params.n)
         return AsyncGenerationStream(self._stub, request, builder, timeout_s)
@@ -215,6 +226,7 @@ class AsyncClient:
             request_id=request_id,
             model=self._model,
             priority=0,
+            tenant=self._tenant,
             messages_json=json.dumps(list(messages)),
         )
         builder = ResultBuilder(request_id, "", params.n)

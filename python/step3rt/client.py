@@ -171,10 +171,15 @@ class Client:
     Args:
         address: "host:port" or "unix:/path".
         model: refuse to talk to a server that serves another model; empty accepts any.
+        tenant: whose requests these are, at most 64 characters of [A-Za-z0-9._-]; empty is the
+            default tenant. Tenants get equal shares of the cluster and share no cached prompts.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, model: str = "") -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, model: str = "", tenant: str = ""
+    ) -> None:
         self._model = model
+        self._tenant = tenant
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -201,6 +206,7 @@ class Client:
         timeout_s: float | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        tenant: str | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> GenerationStream:
         """Starts a generation and returns its stream.
@@ -211,6 +217,7 @@ class Client:
             timeout_s: the whole request's deadline, in seconds; it also bounds retries.
             request_id: at most 128 characters of [A-Za-z0-9_.:-]; minted if absent.
             priority: lower runs first.
+            tenant: whose request it is, if not the client's.
 
         Raises:
             Step3Error: from the stream's first `next`, one of its subclasses.
@@ -218,7 +225,12 @@ class Client:
         params = replace(params or SamplingParams(), **overrides)
         request_id = request_id or codec.new_request_id()
         request = codec.to_request(
-            prompt, params, request_id=request_id, model=self._model, priority=priority
+            prompt,
+            params,
+            request_id=request_id,
+            model=self._model,
+            priority=priority,
+            tenant=self._tenant if tenant is None else tenant,
         )
         builder = ResultBuilder(request_id, prompt, params.n)
         return GenerationStream(self._stub, request, builder, timeout_s)
@@ -243,6 +255,7 @@ class Client:
             request_id=request_id,
             model=self._model,
             priority=0,
+            tenant=self._tenant,
             messages_json=json.dumps(list(messages)),
         )
         builder = ResultBuilder(request_id, "", params.n)

@@ -84,6 +84,7 @@ def to_request(
     request_id: str,
     model: str,
     priority: int,
+    tenant: str = "",
     messages_json: str | None = None,
 ) -> inference_service_pb2.GenerateRequest:
     """Builds the request message.
@@ -98,6 +99,7 @@ def to_request(
             request_id=request_id,
             model=model,
             priority=priority,
+            tenant=tenant or None,
             sampling=common_pb2.SamplingParams(
                 n=params.n,
                 temperature=params.temperature,

@@ -84,6 +84,12 @@ class ServeConfig:
         minimum=1,
         maximum=4,
     )
+    target_tpot_ms: int = setting(
+        "milliseconds per output token that prompts must leave to those that decode",
+        50,
+        minimum=1,
+        maximum=60_000,
+    )
     max_sequences_per_lane: int | None = setting(
         "sequences of one lane; default: 256, or fewer if a micro-batch has fewer tokens",
         None,
@@ -142,8 +148,8 @@ class ServeConfig:
         }
         same = (
             "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
-            "max_steps_in_flight max_sequences_per_lane max_waiting_requests lease_ms "
-            "step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind"
+            "max_steps_in_flight target_tpot_ms max_sequences_per_lane max_waiting_requests "
+            "lease_ms step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind"
         )
         values |= {name: getattr(self, name) for name in same.split()}
         return json.dumps({name: value for name, value in values.items() if value is not None})

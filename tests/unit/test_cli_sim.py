@@ -62,6 +62,9 @@ def test_many_seeds_keep_every_promise_and_meet_every_fault(capsys):
     assert (report["seeds"], report["violations"]) == (600, 0)
     assert {name for name, count in report["faults"].items() if count > 0} == FAULTS
     assert report["ends"]["Finished"] > 1_000
+    judged = report["steps_with_decodes_and_prompts"]
+    assert judged > 500
+    assert report["pushed_past_target"] < judged / 20
 
 
 def test_a_broken_promise_is_printed_with_its_seed_and_replays(capsys):

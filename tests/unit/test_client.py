@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from step3rt.aio import AsyncClient
+from step3rt.cli import main
 from step3rt.client import Client
 from step3rt.errors import Cancelled, Internal, Step3Error
 from step3rt.v1 import common_pb2, inference_service_pb2
@@ -103,3 +104,49 @@ def test_a_stream_that_is_closed_while_it_waits_to_retry_stays_closed(
                     result.result(30)
             finally:
                 is_closed.set()
+
+
+class _Recorder(InferenceServiceServicer):
+    def __init__(self) -> None:
+        self.tenants: list[str | None] = []
+
+    def Generate(  # noqa: N802  (the protocol's name)
+        self, request: inference_service_pb2.GenerateRequest, _context: grpc.ServicerContext
+    ) -> Responses:
+        self.tenants.append(request.tenant if request.HasField("tenant") else None)
+        yield inference_service_pb2.GenerateResponse(
+            started=inference_service_pb2.Started(request_id="a", prompt_tokens=1)
+        )
+        finished = inference_service_pb2.Finished(reason=common_pb2.FINISH_REASON_LENGTH)
+        yield inference_service_pb2.GenerateResponse(finished=finished)
+
+
+def test_requests_name_the_clients_tenant_or_their_own() -> None:
+    recorder, server = _Recorder(), grpc.server(ThreadPoolExecutor(2))
+    add_InferenceServiceServicer_to_server(recorder, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+
+    async def ask() -> None:
+        async with AsyncClient(address, tenant="team-b") as client:
+            await client.generate([1]).result()
+            await client.generate([1], tenant="team-c").result()
+            await client.chat([]).result()
+
+    try:
+        with Client(address) as client:
+            client.generate([1]).result()
+            client.generate([1], tenant="team-a").result()
+        with Client(address, tenant="team-a") as client:
+            client.chat([]).result()
+            client.generate([1], tenant="").result()
+        asyncio.run(ask())
+        flags = ["--address", address, "--tenant", "team-d", "--prompt-token-ids", "1"]
+        assert main(["generate", *flags, "--output", "json"]) == 0
+    finally:
+        server.stop(None).wait()
+    assert recorder.tenants == [
+        *(None, "team-a", "team-a", None),
+        *("team-b", "team-c", "team-b"),
+        "team-d",
+    ]

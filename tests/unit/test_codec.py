@@ -17,6 +17,14 @@ def request(prompt: codec.Prompt, params: SamplingParams) -> inference_service_p
     return codec.to_request(prompt, params, request_id="r", model="", priority=0)
 
 
+def test_a_tenant_is_sent_by_name_and_the_default_one_is_not() -> None:
+    named = codec.to_request(
+        "x", SamplingParams(), request_id="r", model="", priority=0, tenant="team-a"
+    )
+    assert named.tenant == "team-a"
+    assert not request("x", SamplingParams()).HasField("tenant")
+
+
 def test_zero_is_sent_and_absent_is_not() -> None:
     message = request("x", SamplingParams(temperature=0.0, top_k=None, max_tokens=0))
     assert message.sampling.HasField("temperature")

@@ -26,6 +26,7 @@ def test_dashes_and_underscores_are_the_same_key() -> None:
     [
         ("lanes", 0, "must be from 1 to 8"),
         ("max_waiting_requests", 0, "must be from 1 to 1000000"),
+        ("target_tpot_ms", 0, "must be from 1 to 60000"),
         ("lanes", 9, "must be from 1 to 8"),
         ("lanes", "3", "must be of type int"),
         ("lanes", True, "must be of type int"),

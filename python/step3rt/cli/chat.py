@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from step3rt.cli.flags import add_tenant_flag
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import DEFAULT_ADDRESS, Client
 from step3rt.errors import Step3Error
@@ -23,6 +24,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"(default: {DEFAULT_ADDRESS})")
     parser.add_argument("--system", help="system message that opens the conversation")
+    add_tenant_flag(parser)
     add_sampling_flags(parser)
     parser.set_defaults(run=run)
 
@@ -33,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     messages: list[dict[str, object]] = []
     if arguments.system:
         messages.append({"role": "system", "content": arguments.system})
-    with Client(arguments.address) as client:
+    with Client(arguments.address, tenant=arguments.tenant) as client:
         print(f"{client.model_info().model} at {arguments.address}", file=sys.stderr)
         while (text := _read_turn()) is not None:
             messages.append({"role": "user", "content": text})

@@ -77,6 +77,16 @@ def config_from(arguments: argparse.Namespace, kind: type[C]) -> C:
     return build(kind, {**from_file, **from_flags}, "command line")
 
 
+def add_tenant_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tenant`."""
+    parser.add_argument(
+        "--tenant",
+        default="",
+        metavar="NAME",
+        help="whose requests these are: tenants get equal shares and share no cached prompts",
+    )
+
+
 def add_exit_with_parent_flag(parser: argparse.ArgumentParser) -> None:
     """Adds the flag by which a parent process makes sure that nothing outlives it."""
     parser.add_argument("--exit-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)

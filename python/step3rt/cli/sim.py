@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_violations = 0
     faults: Counter[str] = Counter()
     ends: Counter[str] = Counter()
-    events = 0
+    events = judged = pushed = 0
     for batch in range(first, first + count, _BATCH_SEEDS):
         report = _simulate(batch, min(_BATCH_SEEDS, first + count - batch), arguments)
         if arguments.trace:
@@ -84,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         faults.update(report["faults"])
         ends.update(report["ends"])
         events += report["events"]
+        judged += report["judged_steps"][0]
+        pushed += report["judged_steps"][1]
     if num_violations > _MAX_SHOWN:
         print(f"... and {num_violations - _MAX_SHOWN} seeds more")
     summary = {
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         "violations": num_violations,
         "faults": dict(faults),
         "ends": dict(ends),
+        "steps_with_decodes_and_prompts": judged,
+        "pushed_past_target": pushed,
         "events": events,
         "seconds": round(time.perf_counter() - started, 3),
     }

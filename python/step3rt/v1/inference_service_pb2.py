@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from step3rt.v1 import common_pb2 as step3rt_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"step3rt/v1/inference_service.proto\x12\nstep3rt.v1\x1a\x17step3rt/v1/common.proto\"\x8e\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.step3rt.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.step3rt.v1.ChatPromptH\x00\x12 \n\x05media\x18\x06 \x03(\x0b\x32\x11.step3rt.v1.Media\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.step3rt.v1.SamplingParams\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1c.step3rt.v1.StoppingCriteria\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.step3rt.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12.\n\x10resume_token_ids\x18\x0b \x01(\x0b\x32\x14.step3rt.v1.TokenIdsB\x08\n\x06prompt\"u\n\nChatPrompt\x12\x15\n\rmessages_json\x18\x01 \x01(\t\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"[\n\x05Media\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x04 \x01(\tB\x08\n\x06source\"\x91\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.step3rt.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.step3rt.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.step3rt.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"K\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xd7\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.step3rt.v1.TokenLogprob\x12\x16\n\x0ereasoning_text\x18\x06 \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x18.step3rt.v1.TokenLogprob\x12\x15\n\rprompt_offset\x18\x08 \x01(\r\"\xc4\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.step3rt.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.step3rt.v1.Usage\x12\"\n\x06timing\x18\x06 \x01(\x0b\x32\x12.step3rt.v1.TimingB\t\n\x07matched\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xec\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x17\n\x0fsupports_images\x18\x06 \x01(\x08\x12\x13\n\x0b\x61pi_version\x18\x07 \x01(\t\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\"\n\x06limits\x18\t \x01(\x0b\x32\x12.step3rt.v1.Limits\"z\n\x06Limits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\r\x12\r\n\x05max_n\x18\x02 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x03 \x01(\r\x12\x12\n\nmax_images\x18\x04 \x01(\r\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x32\x80\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.step3rt.v1.GenerateRequest\x1a\x1c.step3rt.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.step3rt.v1.AbortRequest\x1a\x19.step3rt.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.step3rt.v1.TokenizeRequest\x1a\x1c.step3rt.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.step3rt.v1.DetokenizeRequest\x1a\x1e.step3rt.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.step3rt.v1.GetModelInfoRequest\x1a .step3rt.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"step3rt/v1/inference_service.proto\x12\nstep3rt.v1\x1a\x17step3rt/v1/common.proto\"\xae\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.step3rt.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.step3rt.v1.ChatPromptH\x00\x12 \n\x05media\x18\x06 \x03(\x0b\x32\x11.step3rt.v1.Media\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.step3rt.v1.SamplingParams\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1c.step3rt.v1.StoppingCriteria\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.step3rt.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12.\n\x10resume_token_ids\x18\x0b \x01(\x0b\x32\x14.step3rt.v1.TokenIds\x12\x13\n\x06tenant\x18\x0c \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06promptB\t\n\x07_tenant\"u\n\nChatPrompt\x12\x15\n\rmessages_json\x18\x01 \x01(\t\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"[\n\x05Media\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x04 \x01(\tB\x08\n\x06source\"\x91\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.step3rt.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.step3rt.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.step3rt.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"K\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xd7\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.step3rt.v1.TokenLogprob\x12\x16\n\x0ereasoning_text\x18\x06 \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x18.step3rt.v1.TokenLogprob\x12\x15\n\rprompt_offset\x18\x08 \x01(\r\"\xc4\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.step3rt.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.step3rt.v1.Usage\x12\"\n\x06timing\x18\x06 \x01(\x0b\x32\x12.step3rt.v1.TimingB\t\n\x07matched\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xec\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x17\n\x0fsupports_images\x18\x06 \x01(\x08\x12\x13\n\x0b\x61pi_version\x18\x07 \x01(\t\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\"\n\x06limits\x18\t \x01(\x0b\x32\x12.step3rt.v1.Limits\"z\n\x06Limits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\r\x12\r\n\x05max_n\x18\x02 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x03 \x01(\r\x12\x12\n\nmax_images\x18\x04 \x01(\r\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x32\x80\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.step3rt.v1.GenerateRequest\x1a\x1c.step3rt.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.step3rt.v1.AbortRequest\x1a\x19.step3rt.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.step3rt.v1.TokenizeRequest\x1a\x1c.step3rt.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.step3rt.v1.DetokenizeRequest\x1a\x1e.step3rt.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.step3rt.v1.GetModelInfoRequest\x1a .step3rt.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'step3rt.v1.inference_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=76
-  _globals['_GENERATEREQUEST']._serialized_end=474
-  _globals['_CHATPROMPT']._serialized_start=476
-  _globals['_CHATPROMPT']._serialized_end=593
-  _globals['_MEDIA']._serialized_start=595
-  _globals['_MEDIA']._serialized_end=686
-  _globals['_GENERATERESPONSE']._serialized_start=689
-  _globals['_GENERATERESPONSE']._serialized_end=834
-  _globals['_STARTED']._serialized_start=836
-  _globals['_STARTED']._serialized_end=911
-  _globals['_DELTA']._serialized_start=914
-  _globals['_DELTA']._serialized_end=1129
-  _globals['_FINISHED']._serialized_start=1132
-  _globals['_FINISHED']._serialized_end=1328
-  _globals['_ABORTREQUEST']._serialized_start=1330
-  _globals['_ABORTREQUEST']._serialized_end=1365
-  _globals['_ABORTRESPONSE']._serialized_start=1367
-  _globals['_ABORTRESPONSE']._serialized_end=1411
-  _globals['_TOKENIZEREQUEST']._serialized_start=1413
-  _globals['_TOKENIZEREQUEST']._serialized_end=1500
-  _globals['_TOKENIZERESPONSE']._serialized_start=1502
-  _globals['_TOKENIZERESPONSE']._serialized_end=1539
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1541
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1637
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1639
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1673
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1675
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1696
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1699
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1935
-  _globals['_LIMITS']._serialized_start=1937
-  _globals['_LIMITS']._serialized_end=2059
-  _globals['_INFERENCESERVICE']._serialized_start=2062
-  _globals['_INFERENCESERVICE']._serialized_end=2446
+  _globals['_GENERATEREQUEST']._serialized_end=506
+  _globals['_CHATPROMPT']._serialized_start=508
+  _globals['_CHATPROMPT']._serialized_end=625
+  _globals['_MEDIA']._serialized_start=627
+  _globals['_MEDIA']._serialized_end=718
+  _globals['_GENERATERESPONSE']._serialized_start=721
+  _globals['_GENERATERESPONSE']._serialized_end=866
+  _globals['_STARTED']._serialized_start=868
+  _globals['_STARTED']._serialized_end=943
+  _globals['_DELTA']._serialized_start=946
+  _globals['_DELTA']._serialized_end=1161
+  _globals['_FINISHED']._serialized_start=1164
+  _globals['_FINISHED']._serialized_end=1360
+  _globals['_ABORTREQUEST']._serialized_start=1362
+  _globals['_ABORTREQUEST']._serialized_end=1397
+  _globals['_ABORTRESPONSE']._serialized_start=1399
+  _globals['_ABORTRESPONSE']._serialized_end=1443
+  _globals['_TOKENIZEREQUEST']._serialized_start=1445
+  _globals['_TOKENIZEREQUEST']._serialized_end=1532
+  _globals['_TOKENIZERESPONSE']._serialized_start=1534
+  _globals['_TOKENIZERESPONSE']._serialized_end=1571
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1573
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1669
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1671
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1705
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1707
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1728
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1731
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1967
+  _globals['_LIMITS']._serialized_start=1969
+  _globals['_LIMITS']._serialized_end=2091
+  _globals['_INFERENCESERVICE']._serialized_start=2094
+  _globals['_INFERENCESERVICE']._serialized_end=2478
 # @@protoc_insertion_point(module_scope)

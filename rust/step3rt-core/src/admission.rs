@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::cluster::Need;
 use crate::config::SchedulerConfig;
 use crate::error::Failure;
-use crate::ids::{RequestId, TimeNs};
+use crate::ids::{RequestId, TenantId, TimeNs};
 use crate::recovery::Health;
 use crate::request::{MAX_CONTINUATIONS, Request, RequestEvent};
 use crate::scheduler::Scheduler;
@@ -22,6 +22,8 @@ pub(crate) struct LiveRequest {
     pub(crate) continuations: Vec<Option<Slot>>,
     pub(crate) submitted: TimeNs,
     pub(crate) deadline: Option<TimeNs>,
+    /// When it must have begun to be able to end in time, as far as that is known.
+    pub(crate) latest_start: Option<TimeNs>,
     pub(crate) is_started: bool,
 }
 
@@ -34,9 +36,6 @@ impl LiveRequest {
         self.continuations.iter().copied().flatten()
     }
 }
-
-/// The least and the most that a client is told to wait when the queue is full.
-const QUEUE_RETRY_MS: (u64, u64) = (100, 30_000);
 
 impl Scheduler {
     pub(crate) fn submit(&mut self, now: TimeNs, request: Request) {
@@ -75,13 +74,19 @@ impl Scheduler {
             self.events.push((id, finished));
             return Ok(());
         }
-        self.check_room(now, first)?;
+        self.check_means(first)?;
+        let latest_start = match deadline {
+            Some(deadline) => self.check_deadline(now, first, deadline)?,
+            None => None,
+        };
+        self.make_room(now, first.tenant)?;
         self.num_arrivals += sequences.len() as u64;
         self.fair_share.arrive(first.tenant, sequences.len() as u64);
         let mut live = LiveRequest {
             continuations: Vec::with_capacity(sequences.len()),
             submitted: now,
             deadline,
+            latest_start: None,
             is_started: false,
         };
         for sequence in sequences {
@@ -91,6 +96,7 @@ impl Scheduler {
         }
         self.deadlines.extend(deadline.map(|time| (time, id)));
         self.requests.insert(id, live);
+        self.note_latest_start(id, latest_start);
         Ok(())
     }
 
@@ -102,9 +108,9 @@ impl Scheduler {
         (num_blocks > 0).then(|| num_tokens.saturating_add(1).min(self.config.max_model_len))
     }
 
-    /// Refuses what the cluster has no means or no room for. While it recovers from a loss,
-    /// requests wait with the others.
-    fn check_room(&mut self, now: TimeNs, sequence: &Sequence) -> Result<(), Failure> {
+    /// Refuses what the cluster has no means for. While it recovers from a loss, requests wait with
+    /// the others.
+    fn check_means(&self, sequence: &Sequence) -> Result<(), Failure> {
         if self.health == Health::Down {
             return Err(self.not_ready());
         }
@@ -112,23 +118,47 @@ impl Scheduler {
         if !self.cluster.instances.is_empty() && !self.cluster.can_ever_hold(need) {
             return Err(self.exceeds_kv_pool(sequence));
         }
+        Ok(())
+    }
+
+    /// Refuses a newcomer that finds the line full; but no tenant may fill it for the others.
+    fn make_room(&mut self, now: TimeNs, tenant: TenantId) -> Result<(), Failure> {
         let max = self.config.max_waiting_requests;
         if self.queue.num_requests() >= max as usize {
-            self.give_places();
+            self.give_places(now);
         }
         let waiting = self.queue.num_requests();
         if waiting < max as usize {
             return Ok(());
         }
-        // How long the head of the line has waited is how long the line takes, roughly.
+        let retry_after_ms = self.retry_after_ms(now);
+        let request_of = |slot: Slot| self.sequences[slot].request;
+        let has_begun = |slot| self.requests[&request_of(slot)].is_started;
+        let yields = self.queue.must_yield(tenant, max as usize, has_begun);
+        let Some(request) = yields.map(request_of) else {
+            return Err(Failure::QueueFull {
+                waiting,
+                max,
+                retry_after_ms,
+            });
+        };
+        self.fail(
+            request,
+            Failure::QueueShareExceeded {
+                max,
+                retry_after_ms,
+            },
+        );
+        Ok(())
+    }
+
+    fn retry_after_ms(&mut self, now: TimeNs) -> u64 {
         let head = self.queue.turns().take_one(&self.fair_share);
         let head = head.expect("the queue is full");
-        let waited_ms = now.since_ns(self.sequences[head].details.submitted) / 1_000_000;
-        Err(Failure::QueueFull {
-            waiting,
-            max,
-            retry_after_ms: waited_ms.clamp(QUEUE_RETRY_MS.0, QUEUE_RETRY_MS.1),
-        })
+        let head_waited_ns = now.since_ns(self.sequences[head].details.submitted);
+        let num_waiting = self.queue.num_requests();
+        self.drain_rate
+            .retry_after_ms(now, num_waiting, head_waited_ns)
     }
 }
 

@@ -160,16 +160,21 @@ impl Scheduler {
             .iter()
             .filter_map(|&(_, slot)| self.sequences[slot].stay.as_ref());
         let loads = stays.map(|stay| {
-            (
-                u64::from(stay.num_demanded_blocks),
-                u64::from(stay.num_promised_blocks()),
-            )
+            let promised = stay.num_promised_blocks();
+            let at_most = stay.holding.num_blocks_at_most;
+            [stay.num_demanded_blocks, promised, at_most].map(u64::from)
         });
-        let sum = loads.fold((0, 0), |sum, load| (sum.0 + load.0, sum.1 + load.1));
-        let counted = (lane.num_demanded_blocks, lane.num_promised_blocks);
+        let sum = loads.fold([0; 3], |sum: [u64; 3], load| {
+            std::array::from_fn(|index| sum[index] + load[index])
+        });
+        let counted = [
+            lane.num_demanded_blocks,
+            lane.num_promised_blocks,
+            lane.num_blocks_at_most,
+        ];
         ensure!(
             counted == sum,
-            "a lane counts {counted:?} demanded and promised blocks and has {sum:?}"
+            "a lane counts {counted:?} demanded, promised and most blocks and has {sum:?}"
         );
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use crate::block_pool::CachedPrefix;
 use crate::config::SchedulerConfig;
 use crate::ids::{Epoch, InstanceId, LaneId};
-use crate::instance::{Instance, num_blocks};
+use crate::instance::{Foresight, Instance, Newcomer, num_blocks};
 use crate::sequence::Sequence;
 use crate::step::StepKey;
 
@@ -47,13 +47,14 @@ impl Cluster {
     /// a cached beginning attracts; and its lane with the least KV. KV bytes and not sequences are
     /// balanced, since attention time follows the bytes that it reads.
     pub(crate) fn choose(
-        &self,
+        &mut self,
         sequence: &Sequence,
         config: &SchedulerConfig,
+        foresight: Foresight<'_>,
     ) -> Option<(InstanceId, Vacancy)> {
-        let instances = self.instances.values();
+        let instances = self.instances.values_mut();
         let vacancies = instances.filter_map(|instance| {
-            let (cost, vacancy) = Self::vacancy(instance, sequence, config)?;
+            let (cost, vacancy) = Self::vacancy(instance, sequence, config, foresight)?;
             Some((cost, instance.id, vacancy))
         });
         let (_, id, vacancy) = vacancies.min_by_key(|&(cost, id, _)| (cost, id))?;
@@ -62,9 +63,10 @@ impl Cluster {
 
     /// What `instance` has to offer, and its KV in use and to compute with the newcomer.
     fn vacancy(
-        instance: &Instance,
+        instance: &mut Instance,
         sequence: &Sequence,
         config: &SchedulerConfig,
+        foresight: Foresight<'_>,
     ) -> Option<(u64, Vacancy)> {
         let need = Need::of(sequence, config.block_size_tokens);
         if need.at_most > u64::from(instance.pool.num_blocks()) {
@@ -77,7 +79,12 @@ impl Cluster {
             .min_by_key(|(id, lane)| (lane.num_demanded_blocks, lane.running.len(), *id))?;
         let blocks = sequence.reusable_blocks(config.block_size_tokens);
         let prefix = instance.pool.find_prefix(sequence.tenant, blocks);
-        if !instance.has_room_for(need.now - prefix.num_used_blocks) {
+        let newcomer = Newcomer {
+            sequence,
+            num_blocks: need.now - prefix.num_used_blocks,
+            num_blocks_at_most: need.at_most,
+        };
+        if !instance.has_room_for(newcomer, foresight) {
             return None;
         }
         let to_compute = need.now - prefix.blocks.len() as u64;
@@ -115,6 +122,7 @@ impl Need {
 mod tests {
     use super::*;
     use crate::block_pool::BlockPool;
+    use crate::growth::Growth;
     use crate::ids::{Epoch, SequenceId, StepId};
     use crate::instance::Place;
     use crate::sequence_table::SequenceTable;
@@ -126,6 +134,7 @@ mod tests {
             max_model_len: 64,
             max_tokens_per_micro_batch: 8,
             max_steps_in_flight: 1,
+            target_tpot_ms: 50,
             max_sequences_per_lane: 2,
             max_waiting_requests: 8,
             recovery_timeout_ms: 1_000,
@@ -154,15 +163,20 @@ mod tests {
             let mut sequence = Sequence::for_tests(&prompt, &[]);
             sequence.details.rank.arrival = arrival;
             sequence.max_known_tokens = 33;
-            let (id, vacancy) = cluster.choose(&sequence, &config())?;
+            let foresight = Foresight {
+                growth: &Growth::default(),
+                sequences: &table,
+                block_size_tokens: 4,
+            };
+            let (id, vacancy) = cluster.choose(&sequence, &config(), foresight)?;
             let place = Place {
                 id: SequenceId(arrival),
                 vacancy: vacancy.clone(),
                 block_size_tokens: 4,
             };
-            let slot = table.insert(Sequence::for_tests(&[1], &[]));
+            let slot = table.insert(sequence);
             let instance = cluster.instances.get_mut(&id)?;
-            instance.join(slot, &mut sequence, place);
+            instance.join(slot, &mut table[slot], place);
             Some((id.0, vacancy.lane.0))
         };
         needs.iter().map(place_one).collect()

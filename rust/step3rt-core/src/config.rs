@@ -16,6 +16,9 @@ pub struct SchedulerConfig {
     /// Steps of one lane that may be planned and not answered, 1 to 4. With 2, the instance has
     /// the next step before the last one's tokens are back, and never waits for a plan.
     pub max_steps_in_flight: u8,
+    /// The time per output token that prompts must leave to those that decode: a step with decodes
+    /// gets no more prompt tokens than it can compute within this time.
+    pub target_tpot_ms: u32,
     /// Most sequences of one lane.
     pub max_sequences_per_lane: u32,
     /// Most requests that wait for a place.
@@ -52,6 +55,9 @@ impl SchedulerConfig {
             return Err(ConfigError::StepsInFlight {
                 max_steps_in_flight: self.max_steps_in_flight,
             });
+        }
+        if self.target_tpot_ms == 0 {
+            return Err(ConfigError::NoStepTime);
         }
         if self.max_sequences_per_lane == 0 {
             return Err(ConfigError::NoSequences);
@@ -106,6 +112,12 @@ pub enum ConfigError {
         /// As given.
         max_steps_in_flight: u8,
     },
+    /// See [`SchedulerConfig::target_tpot_ms`].
+    #[error(
+        "`target_tpot_ms` is 0. Every step takes some time, and prompts would get next to none \
+         of it. Set `target_tpot_ms` to what a client should wait for a token, 50 as a rule"
+    )]
+    NoStepTime,
     /// See [`SchedulerConfig::max_sequences_per_lane`].
     #[error(
         "`max_sequences_per_lane` is 0. A lane without sequences never has work. Set \
@@ -144,6 +156,7 @@ mod tests {
             max_model_len: 4096,
             max_tokens_per_micro_batch: 256,
             max_steps_in_flight: 4,
+            target_tpot_ms: 50,
             max_sequences_per_lane: 256,
             max_waiting_requests: 100,
             recovery_timeout_ms: 10_000,
@@ -165,6 +178,7 @@ mod tests {
             max_model_len: 2,
             max_tokens_per_micro_batch: 1,
             max_steps_in_flight: 1,
+            target_tpot_ms: 1,
             max_sequences_per_lane: 1,
             max_waiting_requests: 1,
             recovery_timeout_ms: 0,
@@ -184,6 +198,7 @@ mod tests {
             with(|c| c.max_model_len = 1),
             with(|c| c.max_steps_in_flight = 0),
             with(|c| c.max_steps_in_flight = 5),
+            with(|c| c.target_tpot_ms = 0),
             with(|c| c.max_sequences_per_lane = 0),
             with(|c| c.max_sequences_per_lane = 257),
             with(|c| c.max_waiting_requests = 0),

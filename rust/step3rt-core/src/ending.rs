@@ -38,7 +38,11 @@ impl Scheduler {
         if request.slots().next().is_none() {
             self.forget_request(id);
         }
-        let usage = self.sequences[slot].usage(now);
+        let sequence = &self.sequences[slot];
+        let num_allowed = sequence.max_known_tokens - sequence.num_prompt_tokens();
+        self.growth
+            .note_end(num_allowed, sequence.num_generated_tokens());
+        let usage = sequence.usage(now);
         self.drop_sequence(slot);
         let finished = RequestEvent::Finished {
             index,
@@ -63,6 +67,9 @@ impl Scheduler {
         let request = self.requests.remove(&id)?;
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, id));
+        }
+        if let Some(latest) = request.latest_start {
+            self.latest_starts.remove(&(latest, id));
         }
         Some(request)
     }

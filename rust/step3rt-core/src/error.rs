@@ -100,6 +100,12 @@ pub(crate) enum Failure {
         retry_after_ms: u64,
     },
     #[error(
+        "The request gave its place in the queue to another tenant. The queue is bounded by \
+         `max_waiting_requests` = {max} and full, and this tenant had more than an equal share of \
+         it. Retry in {retry_after_ms} ms, or send fewer requests at a time"
+    )]
+    QueueShareExceeded { max: u32, retry_after_ms: u64 },
+    #[error(
         "The server is draining. It finishes what it has and accepts nothing new. Send the \
          request to another server"
     )]
@@ -129,6 +135,18 @@ pub(crate) enum Failure {
          that has stopped waiting. Set a later deadline or lower `max_tokens`"
     )]
     DeadlinePassed { after_ms: u64 },
+    #[error(
+        "The request cannot end within its deadline: it would take {least_ms} ms at the least \
+         ({num_prompt_tokens} tokens to compute first, {num_new_tokens} to generate, and those who \
+         wait before it), and {left_ms} ms are left. Nothing is computed for an answer that comes \
+         too late. Set a later deadline, shorten the prompt, or lower `min_tokens`"
+    )]
+    DeadlineOutOfReach {
+        least_ms: u64,
+        left_ms: u64,
+        num_prompt_tokens: u32,
+        num_new_tokens: u32,
+    },
     #[error("The request was cancelled. Nothing more is computed for it")]
     Cancelled,
     #[error(
@@ -154,11 +172,13 @@ impl Failure {
             Self::PromptFillsContext { .. } | Self::ExceedsKvPool { .. } => {
                 ErrorKind::PromptTooLong
             }
-            Self::QueueFull { .. } => ErrorKind::QueueFull,
+            Self::QueueFull { .. } | Self::QueueShareExceeded { .. } => ErrorKind::QueueFull,
             Self::Draining => ErrorKind::Draining,
             Self::NotReady { .. } => ErrorKind::EngineNotReady,
             Self::NotRecovered { .. } | Self::StepsKeepFailing { .. } => ErrorKind::NodeLost,
-            Self::DeadlinePassed { .. } => ErrorKind::DeadlineExceeded,
+            Self::DeadlinePassed { .. } | Self::DeadlineOutOfReach { .. } => {
+                ErrorKind::DeadlineExceeded
+            }
             Self::Cancelled => ErrorKind::Cancelled,
             Self::CorruptLogits { .. } | Self::MismatchedOutput { .. } => ErrorKind::Internal,
         }
@@ -166,7 +186,8 @@ impl Failure {
 
     fn retry_after_ms(&self) -> Option<u64> {
         match self {
-            Self::QueueFull { retry_after_ms, .. } => Some(*retry_after_ms),
+            Self::QueueFull { retry_after_ms, .. }
+            | Self::QueueShareExceeded { retry_after_ms, .. } => Some(*retry_after_ms),
             Self::Draining
             | Self::NotReady { .. }
             | Self::NotRecovered { .. }
@@ -212,6 +233,10 @@ mod tests {
                 max: 100,
                 retry_after_ms: 250,
             },
+            Failure::QueueShareExceeded {
+                max: 100,
+                retry_after_ms: 250,
+            },
             Failure::Draining,
             Failure::NotReady {
                 num_attention: 0,
@@ -228,6 +253,12 @@ mod tests {
                 recovery_timeout_ms: 10_000,
             },
             Failure::DeadlinePassed { after_ms: 1_500 },
+            Failure::DeadlineOutOfReach {
+                least_ms: 2_400,
+                left_ms: 1_000,
+                num_prompt_tokens: 9_000,
+                num_new_tokens: 16,
+            },
             Failure::Cancelled,
             Failure::CorruptLogits {
                 index: 0,

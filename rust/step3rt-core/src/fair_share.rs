@@ -14,6 +14,9 @@ use crate::ids::TenantId;
 /// A generated token costs a step of its own that reads the whole KV of its sequence; a prompt
 /// token shares its step with the others of its chunk. Price lists have the same order.
 const GENERATED_TOKEN_COST: u64 = 2;
+/// Tenants that are away and were served more than others, of which that is remembered: so many
+/// that names cannot be used up at leisure, few enough to be gone through.
+const MAX_ABSENT: usize = 1_024;
 
 #[derive(Debug, Default)]
 pub(crate) struct FairShare {
@@ -65,6 +68,18 @@ impl FairShare {
             let has_debt = floor.is_some_and(|floor| share.cost > floor);
             share.num_live_sequences > 0 || has_debt
         });
+        self.bound_absent();
+    }
+
+    /// Forgets the smallest debt if there are too many.
+    fn bound_absent(&mut self) {
+        let tenants = self.tenants.iter();
+        let absent = tenants.filter(|(_, share)| share.num_live_sequences == 0);
+        if absent.clone().count() > MAX_ABSENT {
+            let least = absent.min_by_key(|(_, share)| share.cost);
+            let (&tenant, _) = least.expect("there are many");
+            self.tenants.remove(&tenant);
+        }
     }
 
     pub(crate) fn charge_prompt(&mut self, tenant: TenantId, num_tokens: u64) {
@@ -132,6 +147,19 @@ mod tests {
         share.charge_prompt(B, 200);
         share.arrive(A, 1);
         assert_eq!(share.cost(A), 220, "it has missed its turns");
+    }
+
+    #[test]
+    fn few_debts_are_kept_however_many_tenants_come() {
+        let mut share = FairShare::default();
+        share.arrive(A, 1); // is never served
+        for number in 10..5_000 {
+            share.arrive(TenantId(number), 1);
+            share.charge_prompt(TenantId(number), number);
+            share.depart(TenantId(number));
+            assert!(share.tenants.len() <= MAX_ABSENT + 1);
+        }
+        assert_eq!(share.cost(TenantId(4_999)), 4_999, "the largest are kept");
     }
 
     #[test]

@@ -7,12 +7,14 @@ use crate::block_pool::{BlockPool, CachedPrefix};
 use crate::cluster::Vacancy;
 use crate::config::SchedulerConfig;
 use crate::draft::{Draft, num_tokens_to_plan};
-use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId};
+use crate::growth::{Course, Growth, peak_blocks};
+use crate::ids::{BlockId, Epoch, InstanceId, LaneId, SequenceId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
 use crate::stay::{AfterStep, Asked, Holding, Stay};
 use crate::step::{StepKey, StepPlan};
+use crate::step_time::StepTimeModel;
 
 /// A newcomer leaves this share of the pool to those that grow, or it would take the last blocks
 /// and lose its place, with all that was computed, a step later.
@@ -26,6 +28,27 @@ pub(crate) struct Instance {
     pub(crate) lanes: Vec<Lane>,
     /// Used blocks that return when steps in flight end, since their sequences are leaving.
     pub(crate) num_leaving_blocks: u64,
+    pub(crate) step_times: StepTimeModel,
+    num_leaves: u64,
+    /// The last newcomer that found no room here, and how many had left by then.
+    refused: Option<(u64, Course)>,
+}
+
+/// Somebody who asks for a place.
+#[derive(Clone, Copy)]
+pub(crate) struct Newcomer<'a> {
+    pub(crate) sequence: &'a Sequence,
+    /// That it adds now.
+    pub(crate) num_blocks: u64,
+    pub(crate) num_blocks_at_most: u64,
+}
+
+/// What tells how sequences grow.
+#[derive(Clone, Copy)]
+pub(crate) struct Foresight<'a> {
+    pub(crate) growth: &'a Growth,
+    pub(crate) sequences: &'a SequenceTable,
+    pub(crate) block_size_tokens: u32,
 }
 
 /// What [`Instance::plan_lane`] decided.
@@ -43,6 +66,9 @@ impl Instance {
             pool,
             lanes: (0..num_lanes).map(|_| Lane::default()).collect(),
             num_leaving_blocks: 0,
+            step_times: StepTimeModel::default(),
+            num_leaves: 0,
+            refused: None,
         }
     }
 
@@ -55,6 +81,12 @@ impl Instance {
         &mut self.lanes[usize::from(lane.0)]
     }
 
+    fn num_lanes_at_work_besides(&self, lane: LaneId) -> u32 {
+        let others = self.lane_ids().zip(&self.lanes);
+        let at_work = others.filter(|(id, other)| *id != lane && !other.running.is_empty());
+        u32::try_from(at_work.count()).expect("there are few lanes")
+    }
+
     /// Blocks that are in use, or will be for what its sequences can be planned to. Places are
     /// given so that this stays within the pool, and [`Self::overcommitted`] restores it when
     /// sequences have grown. A shared block counts once.
@@ -64,14 +96,63 @@ impl Instance {
         u64::from(self.pool.num_used_blocks()) + promised - self.num_leaving_blocks
     }
 
-    /// Whether a newcomer that adds `num_blocks` can stay without displacing anybody.
-    pub(crate) fn has_room_for(&self, num_blocks: u64) -> bool {
+    /// Whether a newcomer can stay without displacing anybody: now, and as far as lengths can be
+    /// foreseen until all have ended.
+    pub(crate) fn has_room_for(
+        &mut self,
+        newcomer: Newcomer<'_>,
+        foresight: Foresight<'_>,
+    ) -> bool {
         let total = u64::from(self.pool.num_blocks());
         let demanded = self.num_demanded_blocks();
         if demanded == 0 {
-            return num_blocks <= total;
+            return newcomer.num_blocks <= total;
         }
-        demanded + num_blocks + total / HEADROOM_SHARE <= total
+        let total = total - total / HEADROOM_SHARE;
+        let now = demanded + newcomer.num_blocks;
+        if now > total {
+            return false;
+        }
+        let lanes = self.lanes.iter();
+        let at_most: u64 = lanes.map(|lane| lane.num_blocks_at_most).sum();
+        if at_most + newcomer.num_blocks_at_most <= total {
+            return true; // nobody can ever be in the way
+        }
+        let course = Course {
+            num_blocks: newcomer.num_blocks,
+            num_tokens_to_come: foresight.growth.of(newcomer.sequence),
+        };
+        // Those who stay grow as was foreseen, or more: only one that leaves makes room.
+        let asks_no_less = |refused: Course| {
+            course.num_blocks >= refused.num_blocks
+                && course.num_tokens_to_come >= refused.num_tokens_to_come
+        };
+        if let Some((num_leaves, refused)) = self.refused
+            && num_leaves == self.num_leaves
+            && asks_no_less(refused)
+        {
+            return false;
+        }
+        let mut courses = self.courses(foresight);
+        courses.push(course);
+        let has_room = peak_blocks(now, courses, foresight.block_size_tokens) <= total;
+        if !has_room {
+            self.refused = Some((self.num_leaves, course));
+        }
+        has_room
+    }
+
+    fn courses(&self, foresight: Foresight<'_>) -> Vec<Course> {
+        let running = self.lanes.iter().flat_map(|lane| &lane.running);
+        let courses = running.map(|&(_, slot)| {
+            let sequence = &foresight.sequences[slot];
+            let stay = sequence.stay.as_ref().expect("who runs stays");
+            Course {
+                num_blocks: stay.num_demanded_blocks.into(),
+                num_tokens_to_come: foresight.growth.of(sequence),
+            }
+        });
+        courses.collect()
     }
 
     /// Gives `sequence` a place on a lane; the instance is told when its first chunk is planned.
@@ -99,6 +180,10 @@ impl Instance {
                 blocks,
                 node,
                 num_prompt_logprobs: 0,
+                num_blocks_at_most: num_blocks(
+                    sequence.max_known_tokens - 1,
+                    place.block_size_tokens,
+                ),
                 num_leaving_blocks: 0,
             }),
         };
@@ -115,6 +200,7 @@ impl Instance {
         if stay.after_step == AfterStep::Stays {
             let lane = &mut self.lanes[usize::from(stay.holding.lane.0)];
             lane.remove(rank, stay);
+            self.num_leaves += 1;
             if stay.is_told {
                 lane.left.push(stay.id);
             }
@@ -208,20 +294,28 @@ impl Instance {
     }
 
     /// The next step of `lane`: every sequence that decodes, then prefill chunks by rank until
-    /// the token budget is spent. `None` if there is nothing to compute and nothing to forget.
+    /// the token budget is spent or the decodes' step would take too long. `None` if there is
+    /// nothing to compute and nothing to forget.
     ///
     /// A sequence whose blocks are not free yet sits this step out. They come: demand is within
     /// the pool, so whoever holds them is leaving when a step in flight ends.
     pub(crate) fn plan_lane(
         &mut self,
-        lane: LaneId,
+        (now, lane): (TimeNs, LaneId),
         config: &SchedulerConfig,
         sequences: &mut SequenceTable,
     ) -> Option<LanePlan> {
-        let Self { pool, lanes, .. } = self;
+        let num_other_lanes = self.num_lanes_at_work_besides(lane);
+        let Self {
+            pool,
+            lanes,
+            step_times,
+            ..
+        } = self;
         let lane_state = &mut lanes[usize::from(lane.0)];
         let spare = std::mem::take(&mut lane_state.spare_chunks);
         let mut draft = Draft::new(pool, config, spare, lane_state.running.len());
+        draft.load.num_other_lanes = num_other_lanes;
         // Two passes, since a look at many in a row waits for their memory once.
         let running = lane_state.running.iter().map(|&(_, slot)| slot);
         let prefills = running.clone();
@@ -233,6 +327,7 @@ impl Instance {
                 draft.add(slot, sequence);
             }
         }
+        draft.spare_decodes(step_times, config.target_tpot_ms);
         for slot in prefills {
             draft.add(slot, &mut sequences[slot]);
         }
@@ -246,6 +341,8 @@ impl Instance {
         lane_state.in_flight.push_back(InFlight {
             step,
             chunks: draft.asked,
+            planned: now,
+            load: draft.load,
             is_doomed: false,
         });
         Some(LanePlan {

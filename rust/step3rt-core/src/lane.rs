@@ -8,6 +8,7 @@ use crate::ids::{SequenceId, StepId, TimeNs};
 use crate::sequence::Rank;
 use crate::sequence_table::Slot;
 use crate::stay::{Asked, Stay};
+use crate::step_time::StepLoad;
 
 /// How long a lane whose steps keep failing waits before the next try: short against a
 /// recovery, long against a round trip, so that a broken peer is not hammered.
@@ -23,11 +24,15 @@ pub(crate) struct Lane {
     pub(crate) num_demanded_blocks: u64,
     /// Those of them that are not granted yet.
     pub(crate) num_promised_blocks: u64,
+    /// Blocks that the running set needs if all become as long as they may.
+    pub(crate) num_blocks_at_most: u64,
     /// Oldest first: an instance answers the steps of a lane in their order.
     pub(crate) in_flight: VecDeque<InFlight>,
     /// Empty: the memory of a step that is over, for the next to use.
     pub(crate) spare_chunks: Vec<(Slot, Asked)>,
     num_steps: u64,
+    /// When its last step was answered.
+    last_answer: TimeNs,
     /// Since when no step succeeded, if the last one failed.
     failing_since: Option<TimeNs>,
     retry_at: Option<TimeNs>,
@@ -39,6 +44,8 @@ pub(crate) struct InFlight {
     pub(crate) step: StepId,
     /// In the plan's order.
     pub(crate) chunks: Vec<(Slot, Asked)>,
+    pub(crate) planned: TimeNs,
+    pub(crate) load: StepLoad,
     /// An earlier step failed, so this one has nothing to start from and will fail too.
     pub(crate) is_doomed: bool,
 }
@@ -49,6 +56,7 @@ impl Lane {
         self.running.insert(at, (rank, slot));
         self.num_demanded_blocks += u64::from(stay.num_demanded_blocks);
         self.num_promised_blocks += u64::from(stay.num_promised_blocks());
+        self.num_blocks_at_most += u64::from(stay.holding.num_blocks_at_most);
     }
 
     pub(crate) fn remove(&mut self, rank: Rank, stay: &Stay) {
@@ -57,6 +65,7 @@ impl Lane {
             .remove(at.expect("the sequence runs on this lane"));
         self.num_demanded_blocks -= u64::from(stay.num_demanded_blocks);
         self.num_promised_blocks -= u64::from(stay.num_promised_blocks());
+        self.num_blocks_at_most -= u64::from(stay.holding.num_blocks_at_most);
     }
 
     /// Whether a step may be planned at `now`: not while a doomed one is in flight, because what
@@ -82,9 +91,14 @@ impl Lane {
         step
     }
 
-    /// Ends the oldest step in flight if it is `step`: an answer to any other one is stale.
-    pub(crate) fn take_step(&mut self, step: StepId) -> Option<InFlight> {
-        self.in_flight.pop_front_if(|oldest| oldest.step == step)
+    /// Ends the oldest step in flight if it is `step`, and says how many nanoseconds it took: an
+    /// instance takes a step up when it has ended the one before, however early it was planned. An
+    /// answer to any other step is stale.
+    pub(crate) fn take_step(&mut self, now: TimeNs, step: StepId) -> Option<(InFlight, u64)> {
+        let taken = self.in_flight.pop_front_if(|oldest| oldest.step == step)?;
+        let started = taken.planned.max(self.last_answer);
+        self.last_answer = now;
+        Some((taken, now.since_ns(started)))
     }
 
     pub(crate) fn note_success(&mut self) {
@@ -134,9 +148,26 @@ mod tests {
         lane.in_flight.push_back(InFlight {
             step,
             chunks: Vec::new(),
+            planned: TimeNs(0),
+            load: StepLoad::default(),
             is_doomed: false,
         });
         step
+    }
+
+    #[test]
+    fn a_step_that_was_planned_ahead_starts_when_the_one_before_it_ends() {
+        let mut lane = Lane::default();
+        let first = plan_step(&mut lane);
+        let second = plan_step(&mut lane);
+        let taken = lane.take_step(TimeNs(30), first);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(30));
+        let taken = lane.take_step(TimeNs(50), second);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(20));
+        let third = plan_step(&mut lane);
+        lane.in_flight[0].planned = TimeNs(80);
+        let taken = lane.take_step(TimeNs(95), third);
+        assert_eq!(taken.map(|(_, took_ns)| took_ns), Some(15));
     }
 
     #[test]
@@ -147,10 +178,10 @@ mod tests {
         assert!(lane.is_ready(TimeNs(0), 2));
         let second = plan_step(&mut lane);
         assert!(!lane.is_ready(TimeNs(0), 2));
-        assert!(lane.take_step(second).is_none());
-        assert!(lane.take_step(first).is_some());
-        assert!(lane.take_step(first).is_none());
-        assert!(lane.take_step(second).is_some());
+        assert!(lane.take_step(TimeNs(1), second).is_none());
+        assert!(lane.take_step(TimeNs(1), first).is_some());
+        assert!(lane.take_step(TimeNs(1), first).is_none());
+        assert!(lane.take_step(TimeNs(1), second).is_some());
         assert_eq!(lane.next_step(), StepId(2));
     }
 
@@ -159,10 +190,10 @@ mod tests {
         let mut lane = Lane::default();
         let first = plan_step(&mut lane);
         let second = plan_step(&mut lane);
-        lane.take_step(first).unwrap();
+        lane.take_step(TimeNs(1), first).unwrap();
         lane.note_failure(TimeNs(1));
         assert!(!lane.is_ready(TimeNs(1), 2));
-        assert!(lane.take_step(second).unwrap().is_doomed);
+        assert!(lane.take_step(TimeNs(1), second).unwrap().0.is_doomed);
         assert!(lane.is_ready(TimeNs(1), 2));
     }
 

@@ -9,9 +9,11 @@
 //!
 //! | module | noun |
 //! | --- | --- |
-//! | `admission`, `queue`, `fair_share` | the way in, the lines, and whose turn it is |
-//! | `cluster` | which instance and lane a newcomer gets |
+//! | `admission`, `outlook` | the way in, and what would come too late |
+//! | `queue`, `fair_share`, `drain_rate` | the lines, whose turn it is, and how fast they move |
+//! | `places`, `cluster`, `growth` | who gets a place, on which lane, and how long it will need it |
 //! | `instance`, `lane`, `draft` | who stays where, and one lane's next step |
+//! | `step_time` | how long steps take |
 //! | `sequence`, `generated`, `stay`, `sequence_table` | a continuation, its tokens, and its place |
 //! | [`block_pool`], `prefix_cache` | KV blocks: free, shared, and what they hold |
 //! | `recovery`, `ending` | losses and returns; ends |
@@ -23,13 +25,17 @@ pub mod block_pool;
 mod cluster;
 pub mod config;
 mod draft;
+mod drain_rate;
 mod ending;
 pub mod error;
 mod fair_share;
 mod generated;
+mod growth;
 pub mod ids;
 mod instance;
 mod lane;
+mod outlook;
+mod places;
 mod prefix_cache;
 mod queue;
 mod recovery;
@@ -39,3 +45,4 @@ mod sequence;
 mod sequence_table;
 mod stay;
 pub mod step;
+mod step_time;

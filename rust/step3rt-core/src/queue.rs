@@ -10,7 +10,7 @@ use std::iter::Peekable;
 use crate::fair_share::FairShare;
 use crate::ids::{RequestId, TenantId};
 use crate::sequence::{Rank, Sequence};
-use crate::sequence_table::Slot;
+use crate::sequence_table::{SequenceTable, Slot};
 
 type Line = BTreeSet<(Rank, Slot)>;
 type RestOfLine<'a> = Peekable<btree_set::Iter<'a, (Rank, Slot)>>;
@@ -21,18 +21,22 @@ pub(crate) struct WaitingQueue {
     classes: BTreeMap<i32, BTreeMap<TenantId, Line>>,
     /// How many sequences of each request wait; the bound is on requests.
     requests: BTreeMap<RequestId, u32>,
+    /// How many requests of each tenant wait.
+    tenants: BTreeMap<TenantId, usize>,
 }
 
 impl WaitingQueue {
     pub(crate) fn insert(&mut self, slot: Slot, sequence: &Sequence) {
-        let class = self
-            .classes
-            .entry(sequence.details.rank.priority)
-            .or_default();
-        let line = class.entry(sequence.tenant).or_default();
-        let is_new = line.insert((sequence.details.rank, slot));
+        let (rank, tenant) = (sequence.details.rank, sequence.tenant);
+        let class = self.classes.entry(rank.priority).or_default();
+        let line = class.entry(tenant).or_default();
+        let is_new = line.insert((rank, slot));
         assert!(is_new, "a sequence waits once");
-        *self.requests.entry(sequence.request).or_default() += 1;
+        let count = self.requests.entry(sequence.request).or_default();
+        *count += 1;
+        if *count == 1 {
+            *self.tenants.entry(tenant).or_default() += 1;
+        }
     }
 
     pub(crate) fn remove(&mut self, slot: Slot, sequence: &Sequence) {
@@ -51,11 +55,62 @@ impl WaitingQueue {
         *count -= 1;
         if *count == 0 {
             self.requests.remove(&sequence.request);
+            let count = self.tenants.get_mut(&tenant).expect("it waits");
+            *count -= 1;
+            if *count == 0 {
+                self.tenants.remove(&tenant);
+            }
         }
     }
 
     pub(crate) fn num_requests(&self) -> usize {
         self.requests.len()
+    }
+
+    /// The request that must give its place in the line of `max` requests to a newcomer of
+    /// `tenant`: if that has fewer there than an equal share, the youngest of the lowest priority of
+    /// the tenant that has most, as long as that has more than its share. One that has begun is
+    /// never asked, since its client has seen tokens.
+    ///
+    /// When the line is full and one tenant is below its share, some other is above it.
+    pub(crate) fn must_yield(
+        &self,
+        tenant: TenantId,
+        max: usize,
+        has_begun: impl Fn(Slot) -> bool,
+    ) -> Option<Slot> {
+        let own = self.tenants.get(&tenant).copied().unwrap_or(0);
+        let num_tenants = self.tenants.len() + usize::from(own == 0);
+        let share = (max / num_tenants).max(1);
+        if own >= share {
+            return None;
+        }
+        let above = self.tenants.iter().filter(|&(_, &count)| count > share);
+        let mut above: Vec<_> = above.map(|(&tenant, &count)| (count, tenant)).collect();
+        above.sort_unstable_by(|a, b| b.cmp(a));
+        above.into_iter().find_map(|(_, tenant)| {
+            let lines = self.classes.values().rev();
+            let lines = lines.filter_map(|class| class.get(&tenant));
+            let slots = lines.flat_map(|line| line.iter().rev().map(|&(_, slot)| slot));
+            slots.into_iter().find(|&slot| !has_begun(slot))
+        })
+    }
+
+    /// At least so many requests get their first places before this sequence does, whether it
+    /// waits or comes now: those of better priorities, and the older ones of its tenant.
+    pub(crate) fn num_requests_before(&self, sequence: &Sequence, table: &SequenceTable) -> usize {
+        let rank = sequence.details.rank;
+        let better = self.classes.range(..rank.priority);
+        let better = better.flat_map(|(_, class)| class.values()).flatten();
+        let class = self.classes.get(&rank.priority);
+        let line = class.and_then(|class| class.get(&sequence.tenant));
+        let older = line
+            .into_iter()
+            .flatten()
+            .take_while(|&&(other, _)| other < rank);
+        // A request's other continuations wait for its first one.
+        let first = |&&(_, slot): &&(Rank, Slot)| table[slot].index == 0;
+        better.chain(older).filter(first).count()
     }
 
     /// Goes through all that wait, in the order in which they are served.
@@ -106,7 +161,6 @@ impl Turns<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sequence_table::SequenceTable;
 
     fn waiting(priority: i32, arrival: u64, (tenant, request): (u64, u64)) -> Sequence {
         let mut sequence = Sequence::for_tests(&[1], &[]);
@@ -156,6 +210,49 @@ mod tests {
             (0..6).map(|arrival| waiting(0, arrival, (u64::from(arrival > 3), arrival)));
         let (queue, table, mut shares) = queue_of(sequences.collect());
         assert_eq!(order(&queue, &table, &mut shares), [0, 4, 1, 5, 2, 3]);
+    }
+
+    #[test]
+    fn a_full_line_is_shared_between_tenants() {
+        let sequences = (0..6).map(|arrival| {
+            let tenant = u64::from(arrival == 5) + 1; // five of tenant 1, one of tenant 2
+            waiting(i32::from(arrival == 1), arrival, (tenant, arrival))
+        });
+        let (mut queue, table, _) = queue_of(sequences.collect());
+        let yields = |queue: &WaitingQueue, tenant, begun: &[u64]| {
+            let has_begun = |slot| begun.contains(&table[slot].details.rank.arrival);
+            let slot = queue.must_yield(TenantId(tenant), 6, has_begun);
+            slot.map(|slot| table[slot].details.rank.arrival)
+        };
+        assert_eq!(yields(&queue, 3, &[]), Some(1), "the lowest priority");
+        assert_eq!(yields(&queue, 2, &[1]), Some(4), "then the youngest");
+        assert_eq!(yields(&queue, 2, &[0, 1, 2, 3, 4]), None, "all have begun");
+        assert_eq!(yields(&queue, 1, &[]), None, "it has had its share");
+        let slots: Vec<Slot> = table.iter().map(|(slot, _)| slot).collect();
+        for slot in &slots[..3] {
+            queue.remove(*slot, &table[*slot]);
+        }
+        assert_eq!(
+            yields(&queue, 3, &[]),
+            None,
+            "nobody is above a share of two"
+        );
+    }
+
+    #[test]
+    fn before_one_come_better_priorities_and_older_ones_of_its_tenant() {
+        let (queue, table, _) = queue_of(vec![
+            waiting(0, 5, (2, 0)),
+            waiting(1, 1, (1, 1)),
+            waiting(1, 2, (2, 2)),
+            waiting(1, 3, (1, 3)),
+            waiting(2, 0, (1, 4)),
+        ]);
+        let before = |arrival| {
+            let newcomer = waiting(1, arrival, (1, 9));
+            queue.num_requests_before(&newcomer, &table)
+        };
+        assert_eq!([before(0), before(2), before(9)], [1, 2, 3]);
     }
 
     #[test]

@@ -15,17 +15,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::admission::LiveRequest;
-use crate::cluster::{Cluster, Need};
+use crate::cluster::Cluster;
 use crate::config::SchedulerConfig;
-use crate::draft::num_tokens_to_plan;
+use crate::drain_rate::DrainRate;
 use crate::error::Failure;
 use crate::fair_share::{FairShare, TokenCount};
-use crate::ids::{Epoch, InstanceId, RequestId, SequenceId, TimeNs};
-use crate::instance::Place;
+use crate::growth::Growth;
+use crate::ids::{Epoch, InstanceId, RequestId, TimeNs};
 use crate::lane::{InFlight, Lane};
 use crate::queue::WaitingQueue;
 use crate::recovery::Health;
-use crate::sequence::Sequence;
 use crate::sequence_table::{SequenceTable, Slot};
 use crate::stay::{AfterStep, Asked};
 use crate::step::{StepKey, StepOutput, StepPlan};
@@ -84,6 +83,8 @@ pub struct SchedulerStats {
     pub kv_blocks: Vec<(InstanceId, u32, u32)>,
     /// Steps planned and not answered.
     pub num_steps_in_flight: usize,
+    /// How often a sequence has lost its place to others that had grown.
+    pub num_preemptions: u64,
 }
 
 /// See the module's documentation.
@@ -95,11 +96,16 @@ pub struct Scheduler {
     pub(crate) requests: BTreeMap<RequestId, LiveRequest>,
     pub(crate) queue: WaitingQueue,
     pub(crate) fair_share: FairShare,
+    pub(crate) drain_rate: DrainRate,
+    pub(crate) growth: Growth,
+    pub(crate) num_preemptions: u64,
     pub(crate) deadlines: BTreeSet<(TimeNs, RequestId)>,
+    /// See [`LiveRequest::latest_start`].
+    pub(crate) latest_starts: BTreeSet<(TimeNs, RequestId)>,
     pub(crate) health: Health,
     pub(crate) is_draining: bool,
     pub(crate) num_arrivals: u64,
-    num_stays: u64,
+    pub(crate) num_stays: u64,
     pub(crate) events: Vec<(RequestId, RequestEvent)>,
 }
 
@@ -115,7 +121,11 @@ impl Scheduler {
             requests: BTreeMap::new(),
             queue: WaitingQueue::default(),
             fair_share: FairShare::default(),
+            drain_rate: DrainRate::default(),
+            growth: Growth::default(),
+            num_preemptions: 0,
             deadlines: BTreeSet::new(),
+            latest_starts: BTreeSet::new(),
             health: Health::Down,
             is_draining: false,
             num_arrivals: 0,
@@ -150,6 +160,7 @@ impl Scheduler {
     /// Plans every lane that has work, up to `max_steps_in_flight` steps ahead of its results.
     pub fn plan(&mut self, now: TimeNs) -> Vec<StepPlan> {
         self.expire_deadlines(now);
+        self.expire_hopeless(now);
         self.expire_recovery(now);
         if !self.cluster.is_complete() {
             return Vec::new();
@@ -157,7 +168,7 @@ impl Scheduler {
         let mut plans = Vec::new();
         for _ in 0..self.config.max_steps_in_flight {
             self.evict();
-            self.give_places();
+            self.give_places(now);
             let num_before = plans.len();
             self.plan_lanes(now, &mut plans);
             if plans.len() == num_before {
@@ -178,12 +189,14 @@ impl Scheduler {
     /// recovery time-outs, steps that are tried again).
     pub fn next_timer(&self) -> Option<TimeNs> {
         let deadline = self.deadlines.first().map(|&(time, _)| time);
+        let hopeless = self.latest_starts.first();
+        let hopeless = hopeless.map(|&(latest, _)| TimeNs(latest.0.saturating_add(1)));
         let lanes = self.cluster.instances.values().flat_map(|i| &i.lanes);
         let retry = lanes
             .filter(|_| self.cluster.is_complete())
             .filter_map(Lane::retry_at)
             .min();
-        [deadline, self.health.deadline(), retry]
+        [deadline, hopeless, self.health.deadline(), retry]
             .into_iter()
             .flatten()
             .min()
@@ -200,16 +213,20 @@ impl Scheduler {
                 .map(|i| (i.id, i.pool.num_free_blocks(), i.pool.num_blocks()))
                 .collect(),
             num_steps_in_flight: lanes.map(|lane| lane.in_flight.len()).sum(),
+            num_preemptions: self.num_preemptions,
         }
     }
 
     fn step_done(&mut self, now: TimeNs, output: StepOutput) {
         let key = output.key;
-        let Some(in_flight) = self.take_step(key) else {
+        let Some((in_flight, took_ns)) = self.take_step(now, key) else {
             return;
         };
         let instance = self.cluster.instances.get_mut(&key.instance);
         let instance = instance.expect("take_step found it");
+        if !in_flight.chunks.is_empty() {
+            instance.step_times.observe(in_flight.load, took_ns);
+        }
         instance.lane_mut(key.lane).note_success();
         let mut outputs = output.outputs.into_iter();
         let mut ended = Vec::new();
@@ -248,7 +265,7 @@ impl Scheduler {
     }
 
     fn step_failed(&mut self, now: TimeNs, key: StepKey) {
-        let Some(in_flight) = self.take_step(key) else {
+        let Some((in_flight, _)) = self.take_step(now, key) else {
             return;
         };
         self.end_step(key, in_flight.chunks, true);
@@ -275,10 +292,10 @@ impl Scheduler {
     }
 
     /// The step in flight that `key` names, unless it is stale: of another incarnation, or
-    /// answered before.
-    fn take_step(&mut self, key: StepKey) -> Option<InFlight> {
+    /// answered before; and how many nanoseconds it took.
+    fn take_step(&mut self, now: TimeNs, key: StepKey) -> Option<(InFlight, u64)> {
         let instance = self.cluster.incarnation(key)?;
-        instance.lane_mut(key.lane).take_step(key.step)
+        instance.lane_mut(key.lane).take_step(now, key.step)
     }
 
     /// Lets those go who were only waiting for this step to end.
@@ -305,7 +322,7 @@ impl Scheduler {
                 if !instance.lane_mut(lane).is_ready(now, max_steps) {
                     continue;
                 }
-                let planned = instance.plan_lane(lane, &self.config, &mut self.sequences);
+                let planned = instance.plan_lane((now, lane), &self.config, &mut self.sequences);
                 let Some(planned) = planned else { continue };
                 newcomers.extend(planned.newcomers);
                 plans.push(planned.plan);
@@ -329,70 +346,5 @@ impl Scheduler {
             };
             self.events.push((sequence.request, started));
         }
-    }
-
-    /// Lets those sequences lose their places that others, ranked before them, have grown into.
-    fn evict(&mut self) {
-        for instance in self.cluster.instances.values_mut() {
-            while let Some(slot) = instance.overcommitted() {
-                let sequence = &mut self.sequences[slot];
-                if instance.leave(sequence, AfterStep::Waits) {
-                    self.queue.insert(slot, sequence);
-                }
-            }
-        }
-    }
-
-    /// Gives places: by priority, then to the tenant that was served least, then to the oldest.
-    /// It stops at the first that finds no room, or a stream of short requests would keep a long
-    /// one waiting for ever; those whom no present instance could ever serve wait for a recovery
-    /// and hold nobody up.
-    pub(crate) fn give_places(&mut self) {
-        if !self.cluster.is_complete() {
-            return;
-        }
-        let mut placed = Vec::new();
-        let mut turns = self.queue.turns();
-        while let Some(slot) = turns.take_one(&self.fair_share) {
-            let sequence = &self.sequences[slot];
-            let need = Need::of(sequence, self.config.block_size_tokens);
-            if !self.cluster.can_ever_hold(need) || self.awaits_sibling(sequence) {
-                continue;
-            }
-            let Some((id, vacancy)) = self.cluster.choose(sequence, &self.config) else {
-                break;
-            };
-            let place = Place {
-                id: SequenceId(self.num_stays),
-                vacancy,
-                block_size_tokens: self.config.block_size_tokens,
-            };
-            self.num_stays += 1;
-            let instance = self.cluster.instances.get_mut(&id);
-            let instance = instance.expect("choose names a present instance");
-            let sequence = &mut self.sequences[slot];
-            instance.join(slot, sequence, place);
-            if !std::mem::replace(&mut sequence.details.is_charged, true) {
-                let num_tokens = u64::from(num_tokens_to_plan(sequence));
-                self.fair_share.charge_prompt(sequence.tenant, num_tokens);
-            }
-            placed.push(slot);
-        }
-        for slot in placed {
-            self.queue.remove(slot, &self.sequences[slot]);
-        }
-    }
-
-    /// Whether another continuation of its request is computing the prompt, whose full blocks
-    /// this one can then share instead of computing them beside it.
-    fn awaits_sibling(&self, sequence: &Sequence) -> bool {
-        let block_size_tokens = self.config.block_size_tokens;
-        let num_shareable = (sequence.num_prompt_tokens() - 1) / block_size_tokens;
-        let siblings = self.requests[&sequence.request].slots();
-        let mut stays = siblings.filter_map(|slot| self.sequences[slot].stay.as_ref());
-        stays.any(|stay| {
-            let stays = stay.after_step == AfterStep::Stays;
-            stays && stay.num_published_blocks(block_size_tokens) < num_shareable
-        })
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Holding {
     /// The content of those `blocks` that are full and computed: they are in the prefix cache.
     pub(crate) node: NodeId,
     pub(crate) num_prompt_logprobs: u32,
+    /// Blocks that all tokens that it may ever have need.
+    pub(crate) num_blocks_at_most: u32,
     /// Blocks that return when the steps in flight end, while it is leaving.
     pub(crate) num_leaving_blocks: u64,
 }
@@ -103,6 +105,7 @@ mod tests {
                     blocks: Vec::new(),
                     node: NodeId::Root(TenantId(0)),
                     num_prompt_logprobs: 0,
+                    num_blocks_at_most: num_demanded_blocks,
                     num_leaving_blocks: 0,
                 }),
             }

@@ -12,14 +12,14 @@ use crate::refusal::{Refusal, Violations};
 use crate::sampling::AskedSampling;
 use crate::v1;
 
-/// Requests carry no identity yet, so all belong to one tenant.
-const SOLE_TENANT: TenantId = TenantId(0);
-
 const NO_PROMPT: &str =
     "the prompt has no tokens, and generation needs at least one. Send a prompt";
 
 /// Longest request id.
 pub const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// Longest name of a tenant.
+pub const MAX_TENANT_BYTES: usize = 64;
 
 /// What applies where a request is silent, from the checkpoint's `generation_config.json`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -108,6 +108,8 @@ pub struct GenerateParams {
     pub output: OutputForm,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose request it is; empty is the default tenant.
+    pub tenant: String,
 }
 
 /// Checks `request`; `random_seed` is used where it names none.
@@ -118,6 +120,8 @@ pub fn check(
 ) -> Result<GenerateParams, Refusal> {
     let mut violations = Violations::default();
     check_request_id(&request.request_id, &mut violations);
+    let tenant = request.tenant.unwrap_or_default();
+    check_tenant(&tenant, &mut violations);
     violations.unsupported(
         !request.media.is_empty(),
         "media",
@@ -185,6 +189,7 @@ pub fn check(
         include_stop: asked.stopping.include_stop.unwrap_or(false),
         stop_strings: asked.stopping.stop,
         priority: request.priority,
+        tenant,
     })
 }
 
@@ -206,7 +211,7 @@ impl GenerateParams {
     }
 
     /// The core request for `prompt`, which this request's prompt was tokenised to; without a
-    /// deadline.
+    /// deadline, and with the default tenant's number until the name has its own.
     pub fn into_request(
         self,
         id: RequestId,
@@ -249,7 +254,7 @@ impl GenerateParams {
             sampling: self.sampling,
             max_tokens,
             priority: self.priority,
-            tenant: SOLE_TENANT,
+            tenant: TenantId(0),
             deadline: None,
         })
     }
@@ -279,6 +284,20 @@ fn check_request_id(request_id: &str, violations: &mut Violations) {
             "{} bytes that are not all of [A-Za-z0-9_.:-], or more than {MAX_REQUEST_ID_BYTES}. \
              Use a UUID, or leave it out",
             request_id.len()
+        )
+    });
+}
+
+fn check_tenant(tenant: &str, violations: &mut Violations) {
+    let is_valid = tenant.len() <= MAX_TENANT_BYTES
+        && tenant
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    violations.check(is_valid, "tenant", || {
+        format!(
+            "{} bytes that are not all of [A-Za-z0-9._-], or more than {MAX_TENANT_BYTES}. Use a \
+             short name, or leave it out",
+            tenant.len()
         )
     });
 }

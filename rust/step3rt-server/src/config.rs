@@ -78,6 +78,9 @@ pub struct CoordinatorConfig {
     /// How long sequences wait for a lost instance to come back.
     #[serde(default = "default_recovery_timeout_ms")]
     pub recovery_timeout_ms: u64,
+    /// The time per output token that prompts must leave to those that decode.
+    #[serde(default = "default_target_tpot_ms")]
+    pub target_tpot_ms: u32,
     /// Most sequences of one lane. Each takes a token of a step when it decodes, so a smaller
     /// `max_tokens_per_micro_batch` lowers it.
     #[serde(default = "default_max_sequences_per_lane")]
@@ -140,6 +143,9 @@ fn default_step_timeout_ms() -> u64 {
 }
 fn default_recovery_timeout_ms() -> u64 {
     30_000
+}
+fn default_target_tpot_ms() -> u32 {
+    50
 }
 fn default_max_sequences_per_lane() -> u32 {
     256
@@ -221,6 +227,7 @@ impl CoordinatorConfig {
         for (key, value) in [
             ("num_attention", self.num_attention),
             ("ep_size", self.ep_size),
+            ("target_tpot_ms", self.target_tpot_ms),
         ] {
             check(value >= 1, key, value.to_string(), "at least 1 is needed")?;
         }
@@ -339,6 +346,7 @@ impl CoordinatorConfig {
             max_model_len,
             max_tokens_per_micro_batch: self.max_tokens_per_micro_batch,
             max_steps_in_flight: self.max_steps_in_flight,
+            target_tpot_ms: self.target_tpot_ms,
             max_sequences_per_lane: self
                 .max_sequences_per_lane
                 .min(self.max_tokens_per_micro_batch),

@@ -180,11 +180,12 @@ impl Drive {
         }
     }
 
-    fn submit(&mut self, now: TimeNs, submission: Submission) {
+    fn submit(&mut self, now: TimeNs, mut submission: Submission) {
         // Once it has served, the scheduler knows best: it lets requests wait for a recovery.
         let refusal = if !self.has_served {
             not_ready(&self.registry)
-        } else if self.requests.insert(&submission) {
+        } else if let Some(tenant) = self.requests.insert(&submission) {
+            submission.request.tenant = tenant;
             self.scheduler
                 .handle(now, Event::Submit(submission.request));
             return;

@@ -75,7 +75,9 @@ pub enum Message {
 pub struct Submission {
     /// The client's name for it.
     pub client_id: String,
-    /// Numbered by [`DriveHandle::next_request_id`].
+    /// Whose request it is, by name; empty is the default tenant.
+    pub tenant: String,
+    /// Numbered by [`DriveHandle::next_request_id`]; the drive loop numbers the tenant.
     pub request: Request,
     /// Where its events go.
     pub events: mpsc::Sender<RequestEvent>,

@@ -220,6 +220,7 @@ impl InferenceService for InferenceServer {
         let stop_strings = std::mem::take(&mut params.stop_strings);
         let longest = self.status.borrow().longest_sequence_tokens;
         params.fill_max_tokens(prompt.len(), longest, limits);
+        let tenant = std::mem::take(&mut params.tenant);
         let mut request = params.into_request(id, prompt, limits)?;
         request.deadline = timeout.map(|timeout| {
             let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
@@ -248,6 +249,7 @@ impl InferenceService for InferenceServer {
         self.drive
             .send(Message::Submit(Submission {
                 client_id,
+                tenant,
                 request,
                 events: event_sender,
             }))

@@ -29,6 +29,7 @@ pub mod response_stream;
 pub mod sessions;
 pub mod shutdown;
 pub mod telemetry;
+mod tenants;
 pub mod text;
 
 use std::time::Duration;

@@ -5,11 +5,12 @@
 use std::collections::HashMap;
 
 use step3rt_core::error::RequestError;
-use step3rt_core::ids::RequestId;
+use step3rt_core::ids::{RequestId, TenantId};
 use step3rt_core::scheduler::RequestEvent;
 use tokio::sync::mpsc;
 
 use crate::drive_handle::Submission;
+use crate::tenants::Tenants;
 
 /// Events that may wait for a request's own task, which does nothing but move them on: several
 /// steps of the most continuations there can be.
@@ -18,6 +19,7 @@ pub const EVENT_BOUND: usize = 1_024;
 #[derive(Debug)]
 struct LiveRequest {
     client_id: String,
+    tenant: String,
     events: mpsc::Sender<RequestEvent>,
     num_unfinished: u32,
 }
@@ -27,6 +29,7 @@ struct LiveRequest {
 pub struct LiveRequests {
     requests: HashMap<RequestId, LiveRequest>,
     ids: HashMap<String, RequestId>,
+    tenants: Tenants,
 }
 
 /// The request's task is gone, or does not keep up: the request is forgotten and must be
@@ -35,22 +38,24 @@ pub struct LiveRequests {
 pub struct Undeliverable(pub RequestId);
 
 impl LiveRequests {
-    /// Adds the request of `submission`; false if its client id is live.
-    pub fn insert(&mut self, submission: &Submission) -> bool {
+    /// Adds the request of `submission` and returns its tenant's number; `None` if its client id is
+    /// live.
+    pub fn insert(&mut self, submission: &Submission) -> Option<TenantId> {
         let (id, client_id) = (submission.request.id, &submission.client_id);
         if self.ids.contains_key(client_id) {
-            return false;
+            return None;
         }
         self.ids.insert(client_id.clone(), id);
         self.requests.insert(
             id,
             LiveRequest {
                 client_id: client_id.clone(),
+                tenant: submission.tenant.clone(),
                 events: submission.events.clone(),
                 num_unfinished: submission.request.n,
             },
         );
-        true
+        Some(self.tenants.enter(&submission.tenant))
     }
 
     /// The request that a client calls `client_id`.
@@ -87,6 +92,7 @@ impl LiveRequests {
     pub fn remove(&mut self, id: RequestId) {
         if let Some(request) = self.requests.remove(&id) {
             self.ids.remove(&request.client_id);
+            self.tenants.leave(&request.tenant);
         }
     }
 
@@ -150,6 +156,7 @@ mod tests {
         };
         let submission = Submission {
             client_id: "name".to_owned(),
+            tenant: String::new(),
             request,
             events,
         };
@@ -168,7 +175,7 @@ mod tests {
     fn a_request_is_live_until_its_last_continuation_has_finished() {
         let mut requests = LiveRequests::default();
         let (first, _events) = submission(ID, 2, 8);
-        assert!(requests.insert(&first));
+        assert!(requests.insert(&first).is_some());
         requests.deliver(ID, finished(1)).expect("room");
         assert_eq!(requests.find("name"), Some(ID));
         requests.deliver(ID, finished(0)).expect("room");
@@ -181,9 +188,9 @@ mod tests {
         let mut requests = LiveRequests::default();
         let (first, _events) = submission(ID, 1, 8);
         let (second, _other_events) = submission(RequestId(2), 1, 8);
-        assert!(requests.insert(&first) && !requests.insert(&second));
+        assert!(requests.insert(&first).is_some() && requests.insert(&second).is_none());
         requests.remove(ID);
-        assert!(requests.insert(&second));
+        assert!(requests.insert(&second).is_some());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(crate) fn owner_of(seed: u64) -> (RequestId, TenantId) {
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) request: Request,
-    is_started: bool,
+    pub(crate) is_started: bool,
     num_prompt_logprobs: usize,
     continuations: Vec<Continuation>,
     error: Option<ErrorKind>,
@@ -83,6 +83,14 @@ impl Stream {
     /// What its first continuation has got.
     pub(crate) fn generated(&self) -> &[TokenId] {
         &self.continuations[0].generated
+    }
+
+    /// Prompt and generated tokens of each continuation.
+    fn known(&self) -> Vec<Vec<TokenId>> {
+        let prompt = &self.request.prompt[..];
+        let continuations = self.continuations.iter();
+        let known = continuations.map(|c| [prompt, &c.generated[..]].concat());
+        known.collect()
     }
 
     fn take(&mut self, event: &RequestEvent, max_model_len: u32) -> Result<(), Violation> {
@@ -238,6 +246,47 @@ impl Clients {
     pub(crate) fn first_live(&self) -> Option<RequestId> {
         let mut streams = self.streams.iter();
         streams.find_map(|(&id, stream)| (!stream.has_ended()).then_some(id))
+    }
+
+    /// Per continuation of a request that has not ended well: the tokens that must be computed
+    /// before its next one, and how many must be generated, at the least. Nothing must be computed
+    /// of a beginning of full blocks that another live request of the tenant has, or that `is_held`.
+    pub(crate) fn least_needs(
+        &self,
+        id: RequestId,
+        block_size_tokens: usize,
+        is_held: impl Fn(&[TokenId]) -> bool,
+    ) -> Vec<(u64, u64)> {
+        let stream = &self.streams[&id];
+        let others = self.streams.iter().filter(|&(&other, stream_of)| {
+            let is_other = other != id && !stream_of.has_ended();
+            is_other && stream_of.request.tenant == stream.request.tenant
+        });
+        let others: Vec<Vec<TokenId>> = others.flat_map(|(_, other)| other.known()).collect();
+        let sampling = &stream.request.sampling;
+        let least = sampling
+            .min_tokens
+            .clamp(1, stream.request.max_tokens.max(1)) as usize;
+        let continuations = stream.continuations.iter().zip(stream.known()).enumerate();
+        let live = continuations.filter(|(_, (continuation, _))| !continuation.has_ended);
+        let needs = live.map(|(index, (continuation, known))| {
+            let common = others.iter().map(|other| {
+                let pairs = other.iter().zip(&known);
+                pairs.take_while(|(a, b)| a == b).count()
+            });
+            let common = common.max().unwrap_or(0);
+            let is_whole = index == 0 && sampling.prompt_logprobs.is_some();
+            let num_reusable = if is_whole { 0 } else { known.len() - 1 };
+            let num_blocks = num_reusable / block_size_tokens;
+            let mut ends = (1..=num_blocks)
+                .rev()
+                .map(|block| block * block_size_tokens);
+            let is_there = |&end: &usize| end <= common || is_held(&known[..end]);
+            let num_cached = ends.find(is_there).unwrap_or(0);
+            let num_new = least.saturating_sub(continuation.generated.len()).max(1);
+            ((known.len() - num_cached) as u64, num_new as u64)
+        });
+        needs.collect()
     }
 
     /// Takes what clients are told at one time. Returns the failures for the world to judge.

@@ -3,8 +3,10 @@
 //!
 //! It never decides anything itself, except that an instance is lost.
 
+use std::collections::BTreeSet;
+
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{Epoch, InstanceId, RequestId, TimeNs};
+use step3rt_core::ids::{Epoch, InstanceId, RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::MAX_CONTINUATIONS;
 use step3rt_core::scheduler::Event;
 use step3rt_core::step::{StepKey, StepPlan};
@@ -92,7 +94,10 @@ impl World {
         }
         let time = self.time();
         self.core.handle(time, event);
-        self.ledger.answered(key, has_failed);
+        let num_prefill_tokens = self.ledger.answered(key, has_failed);
+        if !has_failed {
+            self.judge.answered(key, num_prefill_tokens > 0);
+        }
         self.check(time)?;
         self.plan_soon()
     }
@@ -154,6 +159,11 @@ impl World {
                 name(plan.key)
             );
             self.ledger.planned(plan)?;
+            // From a clock that stands still nobody learns how long steps take.
+            if self.counts.of(Fault::ClockStall) == 0 {
+                let (config, pace) = (&self.profile.config, self.profile.pace);
+                self.judge.planned(config, pace, plan)?;
+            }
         }
         self.check(time)?;
         let num_plans = plans.len();
@@ -195,10 +205,70 @@ impl World {
             ensure!(is_justified, "request {id} fails without cause: {error:?}");
             if error.kind == ErrorKind::DeadlineExceeded {
                 self.counts.note(Fault::Deadline);
+                let deadline = self.clients.streams[&id].request.deadline;
+                self.num_told_early += u64::from(deadline.is_some_and(|d| d > time));
             }
             self.perhaps_ask_again(id, error.kind);
         }
         Ok(())
+    }
+
+    /// When a waiting request could end at the earliest: all that others have in common with it is
+    /// cached, and whoever runs is gone by now.
+    fn least_end(&self, time: TimeNs, id: RequestId) -> TimeNs {
+        let (config, pace) = (&self.profile.config, self.profile.pace);
+        let max_tokens = u64::from(config.max_tokens_per_micro_batch);
+        let block_size_tokens = config.block_size_tokens as usize;
+        let is_held = |beginning: &[TokenId]| {
+            self.nodes.iter().any(|(&instance, node)| {
+                let machine = node.machine.as_ref();
+                let machine = machine.filter(|_| self.ledger.epoch(instance) == Some(node.epoch));
+                let blocks = machine.map_or(Vec::new(), |m| m.blocks_with(beginning));
+                // Whoever holds a block is alive, or is about to overwrite it.
+                let mut idle = blocks.into_iter();
+                idle.any(|block| !self.ledger.is_held(instance, block))
+            })
+        };
+        let needs = self.clients.least_needs(id, block_size_tokens, is_held);
+        let own_ns = needs
+            .into_iter()
+            .map(|(num_prompt_tokens, num_new_tokens)| {
+                let num_steps = num_prompt_tokens.div_ceil(max_tokens);
+                pace.least_ns(num_prompt_tokens, num_steps, num_new_tokens - 1)
+            });
+        let per_instance = u64::from(config.num_lanes) * u64::from(config.max_sequences_per_lane);
+        let places = self
+            .ledger
+            .pools()
+            .map(|pool| per_instance.min(pool.into()));
+        let num_waiting = self.core.stats().num_waiting as u64 + 1;
+        let num_rounds = num_waiting / places.sum::<u64>().max(1);
+        let ns = own_ns.max().unwrap_or(0) + num_rounds * pace.least_ns(0, 1, 0);
+        TimeNs(time.0 + ns)
+    }
+
+    /// Whether a full queue may refuse this request: one that has come before, if it has not begun
+    /// and gave its place to another tenant; a newcomer, if its tenant may have its share, or if
+    /// no other may have more than that of requests that have not begun.
+    fn is_fair_refusal(&self, id: RequestId, num_waiting: usize) -> bool {
+        let max = self.profile.config.max_waiting_requests as usize;
+        let stream = &self.clients.streams[&id];
+        let is_newcomer = id.0 + 1 == u64::from(self.num_submitted);
+        if !is_newcomer {
+            return !stream.is_started;
+        }
+        let tenant = stream.request.tenant;
+        let live = self.clients.streams.values().filter(|s| !s.has_ended());
+        let of_others = live.clone().filter(|s| s.request.tenant != tenant);
+        let others: BTreeSet<TenantId> = of_others.map(|s| s.request.tenant).collect();
+        let num_own = live.clone().filter(|s| s.request.tenant == tenant).count();
+        let share = |num_others: usize| (max / (num_others + 1)).max(1);
+        if num_own >= share(others.len()) {
+            return true;
+        }
+        let num_begun = live.filter(|s| s.is_started).count();
+        let shares = (1..=others.len()).map(|num| share(num) * num);
+        num_waiting.saturating_sub(num_begun + num_own) <= shares.max().unwrap_or(0)
     }
 
     /// Whether there is a reason for which a request may fail like this.
@@ -208,7 +278,9 @@ impl World {
         let config = &self.profile.config;
         match error.kind {
             ErrorKind::Cancelled => stream.is_cancelled,
-            ErrorKind::DeadlineExceeded => request.deadline.is_some_and(|d| d <= time),
+            ErrorKind::DeadlineExceeded => request
+                .deadline
+                .is_some_and(|deadline| deadline <= time || self.least_end(time, id) > deadline),
             ErrorKind::Internal => stream.is_tainted,
             ErrorKind::Draining => self.is_drained,
             ErrorKind::NodeLost => self.num_disruptions > 0,
@@ -217,7 +289,8 @@ impl World {
             }
             ErrorKind::QueueFull => {
                 let max = config.max_waiting_requests as usize;
-                self.core.stats().num_waiting >= max
+                let num_waiting = self.core.stats().num_waiting;
+                num_waiting >= max && self.is_fair_refusal(id, num_waiting)
             }
             ErrorKind::InvalidParameter => {
                 let is_many = request.n > 1 && !request.resumed.is_empty();

@@ -78,6 +78,18 @@ impl SimInstance {
         self.known.len()
     }
 
+    /// The blocks whose memory has the last token of `beginning`, after all the others.
+    pub(crate) fn blocks_with(&self, beginning: &[TokenId]) -> Vec<BlockId> {
+        let tag = Tag {
+            position: beginning.len() - 1,
+            past: Prefix::of(beginning),
+        };
+        let slots = (0_u32..).zip(&self.memory);
+        let held = slots.filter(|&(_, slot)| *slot == Some(tag));
+        let blocks = held.map(|(slot, _)| BlockId(slot / self.config.block_size_tokens));
+        blocks.collect()
+    }
+
     /// The seed of a sequence that it knows.
     pub(crate) fn seed(&self, id: SequenceId) -> u64 {
         self.known[&id].sampling.seed

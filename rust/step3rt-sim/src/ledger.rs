@@ -34,6 +34,8 @@ pub(crate) struct Ledger {
 struct Unanswered {
     key: StepKey,
     sequences: Vec<SequenceId>,
+    /// Tokens of chunks of more than one.
+    num_prefill_tokens: u32,
     is_doomed: bool,
 }
 
@@ -91,9 +93,20 @@ impl Ledger {
         self.instances.len()
     }
 
+    /// The KV blocks of each instance.
+    pub(crate) fn pools(&self) -> impl Iterator<Item = u32> + '_ {
+        self.instances.values().map(|&(_, num_blocks)| num_blocks)
+    }
+
     pub(crate) fn largest_pool_blocks(&self) -> u32 {
-        let pools = self.instances.values().map(|&(_, num_blocks)| num_blocks);
-        pools.max().unwrap_or(0)
+        self.pools().max().unwrap_or(0)
+    }
+
+    /// Whether a sequence on `instance` has `block` in its table.
+    pub(crate) fn is_held(&self, instance: InstanceId, block: BlockId) -> bool {
+        let holdings = self.holdings.values();
+        let mut there = holdings.filter(|holding| holding.instance == instance);
+        there.any(|holding| holding.blocks.contains(&block))
     }
 
     /// Whether an answer to `key` is the one that the lane waits for; all others are stale.
@@ -118,8 +131,8 @@ impl Ledger {
         self.num_preempted
     }
 
-    /// Takes the awaited answer into account.
-    pub(crate) fn answered(&mut self, key: StepKey, has_failed: bool) {
+    /// Takes the awaited answer into account. Returns how many tokens of prompts the step had.
+    pub(crate) fn answered(&mut self, key: StepKey, has_failed: bool) -> u32 {
         let lane = self.lanes.get_mut(&(key.instance, key.lane));
         let lane = lane.expect("the answer is awaited");
         let step = lane.pop_front().expect("the answer is awaited");
@@ -135,6 +148,7 @@ impl Ledger {
                 self.holdings.remove(&id);
             }
         }
+        step.num_prefill_tokens
     }
 
     /// Takes a plan into account, and checks it against all before it.
@@ -183,6 +197,10 @@ impl Ledger {
         lane.push_back(Unanswered {
             key,
             sequences: plan.chunks.iter().map(|chunk| chunk.sequence).collect(),
+            num_prefill_tokens: {
+                let new = plan.chunks.iter().map(|chunk| chunk.num_new_tokens);
+                new.filter(|&num_new_tokens| num_new_tokens > 1).sum()
+            },
             is_doomed: false,
         });
         Ok(())

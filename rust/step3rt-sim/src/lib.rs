@@ -6,17 +6,20 @@
 //!
 //! Reading order: `world` (what happens, and when all is over), `coordinator` (the drive loop and
 //! every check), `node` and `instance` (machines), `traffic` and `clients` (what is asked and
-//! told), `trouble` and [`fault`] (what goes wrong), `ledger` (the second book).
+//! told), `trouble` and [`fault`] (what goes wrong), `ledger` (the second book), `pace` (how long it takes).
 
 pub mod bench;
 mod clients;
 mod coordinator;
 pub mod fault;
+#[cfg(test)]
+mod hindsight;
 mod instance;
 mod ledger;
 mod model;
 mod node;
 pub mod options;
+mod pace;
 mod policy;
 mod profile;
 pub mod replay;

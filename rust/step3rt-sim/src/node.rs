@@ -11,6 +11,7 @@ use step3rt_core::step::{StepKey, StepPlan};
 use crate::clients::owner_of;
 use crate::fault::Fault;
 use crate::instance::{Answer, SimInstance};
+use crate::pace::NOISE_PER_MILLE;
 use crate::sabotage::Sabotage;
 use crate::violation::Violation;
 use crate::world::{Happening, World};
@@ -129,10 +130,16 @@ impl World {
     }
 
     fn start_step(&mut self, key: StepKey) {
-        let is_slow = self.nodes[&key.instance].slow_until_ns > self.now_ns;
-        let step_us = self.rng.within(200, 3_000) * if is_slow { 20 } else { 1 };
+        let node = &self.nodes[&key.instance];
+        let is_slow = node.slow_until_ns > self.now_ns;
+        let plan = node.lanes[&key.lane].front().expect("it starts");
+        let step_ns = self.profile.pace.step_ns(plan) * if is_slow { 20 } else { 1 };
+        let per_mille = self
+            .rng
+            .within(1_000 - NOISE_PER_MILLE, 1_000 + NOISE_PER_MILLE);
+        let ends_ns = self.now_ns + step_ns * u64::from(per_mille) / 1_000;
         let ends = Happening::StepEnds(key.instance, key.epoch, key.lane);
-        self.after_us(step_us, ends);
+        self.at_ns(ends_ns, ends);
     }
 
     pub(crate) fn step_ends(

@@ -32,6 +32,9 @@ struct SimulateReport {
     faults: BTreeMap<&'static str, u64>,
     /// How continuations (`Finished`) and requests (an error's kind) ended.
     ends: BTreeMap<String, u64>,
+    /// Steps with decodes and prompts on instances whose steps are known, and those of them that
+    /// prompts pushed past the TPOT target.
+    judged_steps: (u64, u64),
     events: u64,
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -65,6 +68,7 @@ pub fn simulate(options_json: &str) -> Result<String, String> {
             violations: violation.into_iter().collect(),
             faults: by_name(&outcome.faults),
             ends: outcome.ends,
+            judged_steps: outcome.judged_steps,
             events: outcome.num_events,
             seconds: 0.0,
             trace: Some(outcome.trace),
@@ -87,6 +91,7 @@ pub fn simulate(options_json: &str) -> Result<String, String> {
             .collect(),
         faults: by_name(&report.faults),
         ends: report.ends,
+        judged_steps: report.judged_steps,
         events: report.num_events,
         seconds: report.seconds,
         trace: None,

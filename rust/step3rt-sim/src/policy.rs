@@ -40,6 +40,8 @@ pub(crate) trait Policy {
     fn take_told(&mut self) -> Vec<Told>;
     /// Used and all KV blocks.
     fn kv_blocks(&self) -> (u64, u64);
+    /// How often a sequence has lost its place and what was computed of it.
+    fn num_preemptions(&self) -> u64;
 }
 
 /// The real scheduler.
@@ -64,6 +66,13 @@ impl CorePolicy {
             scheduler,
             running: BTreeMap::new(),
         }
+    }
+}
+
+#[cfg(test)]
+impl CorePolicy {
+    pub(crate) fn next_timer(&self) -> Option<TimeNs> {
+        self.scheduler.next_timer()
     }
 }
 
@@ -122,6 +131,10 @@ impl Policy for CorePolicy {
         blocks.fold((0, 0), |(used, all), (_, free, total)| {
             (used + u64::from(total - free), all + u64::from(total))
         })
+    }
+
+    fn num_preemptions(&self) -> u64 {
+        self.scheduler.stats().num_preemptions
     }
 }
 
@@ -260,5 +273,8 @@ impl Policy for FcfsPolicy {
             filled.sum::<u64>().min(self.num_blocks - free),
             self.num_blocks,
         )
+    }
+    fn num_preemptions(&self) -> u64 {
+        0
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use step3rt_core::config::SchedulerConfig;
 
 use crate::fault::Fault;
+use crate::pace::Pace;
 use crate::rng::Rng;
 
 /// One seed's world before anything happens.
@@ -15,6 +16,8 @@ pub(crate) struct Profile {
     pub(crate) config: SchedulerConfig,
     /// KV blocks of each attention instance.
     pub(crate) pools: Vec<u32>,
+    /// How long the steps of all of them really take.
+    pub(crate) pace: Pace,
     pub(crate) num_requests: u32,
     /// Between two requests, on average.
     pub(crate) mean_gap_us: u32,
@@ -36,12 +39,14 @@ impl Profile {
         let block_size_tokens = rng.pick(&[2, 4, 4, 8]);
         let max_sequences_per_lane = rng.within(1, 6);
         let max_model_len = rng.within(8, 80);
+        let max_prefill_tokens = rng.pick(&[20, 60]);
         let config = SchedulerConfig {
             num_lanes: u8::try_from(rng.within(1, 3)).expect("at most 3"),
             block_size_tokens,
             max_model_len,
-            max_tokens_per_micro_batch: max_sequences_per_lane + rng.within(0, 20),
+            max_tokens_per_micro_batch: max_sequences_per_lane + rng.within(0, max_prefill_tokens),
             max_steps_in_flight: u8::try_from(rng.within(1, 4)).expect("at most 4"),
+            target_tpot_ms: rng.pick(&[1, 2, 2, 3, 50]),
             max_sequences_per_lane,
             max_waiting_requests: rng.within(2, 40),
             recovery_timeout_ms: u64::from(rng.within(20, 800)),
@@ -52,6 +57,7 @@ impl Profile {
         let pools = pools.collect();
         let mut profile = Self {
             pools,
+            pace: Pace::draw(&mut rng.fork()),
             num_requests: rng.within(4, 64),
             mean_gap_us: rng.pick(&[300, 2_000, 8_000]),
             max_prompt_tokens: rng.within(4, max_model_len),

@@ -63,6 +63,8 @@ pub struct PolicyReport {
     pub tpot_ms: Quantiles,
     /// The share of KV blocks that hold tokens, over the time.
     pub kv_utilisation: f64,
+    /// How often a sequence has lost its place and was computed again.
+    pub preemptions: u64,
     /// Jain's index over tenants of tokens per second of waiting and running: 1 is even.
     pub fairness: f64,
 }
@@ -98,6 +100,7 @@ pub fn run(options: &ReplayOptions) -> Result<ReplayReport, String> {
         max_model_len: 65_536,
         max_tokens_per_micro_batch: 512,
         max_steps_in_flight: 1,
+        target_tpot_ms: 50,
         max_sequences_per_lane: 64,
         max_waiting_requests: u32::MAX,
         recovery_timeout_ms: 1_000,
@@ -172,7 +175,9 @@ fn play(options: &ReplayOptions, mut policy: impl Policy) -> PolicyReport {
         }
     }
     let utilisation = used_block_ns / (to_f64(num_blocks) * to_f64(now_ns).max(1.0));
-    summarise(seen.into_values(), options.tpot_target_ms, utilisation)
+    let mut report = summarise(seen.into_values(), options.tpot_target_ms, utilisation);
+    report.preemptions = policy.num_preemptions();
+    report
 }
 
 fn step_time_ns(step: Started) -> u64 {
@@ -258,6 +263,7 @@ fn summarise(
             .collect(),
         tpot_ms: Quantiles::of(completed.iter().map(Seen::tpot_ms).collect()),
         kv_utilisation,
+        preemptions: 0,
         fairness: fairness(&rates),
     }
 }

@@ -26,6 +26,10 @@ pub enum Sabotage {
     StaleAnswerAccepted,
     /// A step has more tokens than the slots hold.
     BudgetExceeded,
+    /// Prompts get whole steps, however long those who decode wait.
+    TargetIgnored,
+    /// Requests are refused whose deadline could be met.
+    DeadlineBroughtForward,
     /// An instance is never told to forget a sequence.
     ForgottenLeave,
     /// A plan is made and not sent.
@@ -44,13 +48,15 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::DuplicateApply,
         Self::LostCancel,
         Self::LeakedBlock,
         Self::BlockGrantedTwice,
         Self::StaleAnswerAccepted,
         Self::BudgetExceeded,
+        Self::TargetIgnored,
+        Self::DeadlineBroughtForward,
         Self::ForgottenLeave,
         Self::PlanNotSent,
         Self::TokenDropped,
@@ -69,6 +75,8 @@ impl Sabotage {
             Self::BlockGrantedTwice => "block-granted-twice",
             Self::StaleAnswerAccepted => "stale-answer-accepted",
             Self::BudgetExceeded => "budget-exceeded",
+            Self::TargetIgnored => "target-ignored",
+            Self::DeadlineBroughtForward => "deadline-brought-forward",
             Self::ForgottenLeave => "forgotten-leave",
             Self::PlanNotSent => "plan-not-sent",
             Self::TokenDropped => "token-dropped",
@@ -111,6 +119,9 @@ impl Core {
         if sabotage == Some(Sabotage::BudgetExceeded) {
             config.max_tokens_per_micro_batch += 1;
         }
+        if sabotage == Some(Sabotage::TargetIgnored) {
+            config.target_tpot_ms = u32::MAX;
+        }
         Self {
             scheduler: Scheduler::new(config),
             sabotage,
@@ -123,6 +134,10 @@ impl Core {
     pub(crate) fn handle(&mut self, now: TimeNs, mut event: Event) {
         match (&mut event, self.sabotage) {
             (Event::Cancel(_), Some(Sabotage::LostCancel)) if self.take_one() => return,
+            (Event::Submit(request), Some(Sabotage::DeadlineBroughtForward)) => {
+                let brought = |TimeNs(ns): TimeNs| TimeNs(now.0 + ns.saturating_sub(now.0) / 2);
+                request.deadline = request.deadline.map(brought);
+            }
             (Event::StepDone(output), Some(Sabotage::StaleAnswerAccepted)) => {
                 let lane = (output.key.instance, output.key.lane);
                 output.key = self.last_plans.get(&lane).copied().unwrap_or(output.key);

@@ -36,6 +36,8 @@ pub struct SweepReport {
     pub faults: FaultCounts,
     /// How continuations and requests ended, as in [`Outcome::ends`].
     pub ends: BTreeMap<String, u64>,
+    /// See [`Outcome::judged_steps`].
+    pub judged_steps: (u64, u64),
     /// How many things happened.
     pub num_events: u64,
     /// Wall-clock time.
@@ -51,6 +53,7 @@ pub fn replay(seed: u64, sabotage: Option<Sabotage>, has_trace: bool) -> Outcome
         violation: Some(Violation(format!("panic: {}", message_of(&*panic)))),
         faults: FaultCounts::default(),
         ends: BTreeMap::new(),
+        judged_steps: (0, 0),
         num_events: 0,
         trace: String::new(),
     })
@@ -64,6 +67,7 @@ pub fn run(sweep: Sweep) -> SweepReport {
         violations: Vec::new(),
         faults: FaultCounts::default(),
         ends: BTreeMap::new(),
+        judged_steps: (0, 0),
         num_events: 0,
         seconds: 0.0,
     });
@@ -93,6 +97,8 @@ impl SweepReport {
     fn take(&mut self, seed: u64, outcome: Outcome) {
         self.faults.add(&outcome.faults);
         self.num_events += outcome.num_events;
+        self.judged_steps.0 += outcome.judged_steps.0;
+        self.judged_steps.1 += outcome.judged_steps.1;
         for (end, count) in outcome.ends {
             *self.ends.entry(end).or_default() += count;
         }

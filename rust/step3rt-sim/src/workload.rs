@@ -78,6 +78,7 @@ impl Workload {
             // Room for the prompts of far more than the one in a hundred that join.
             max_tokens_per_micro_batch: per_lane + NUM_PROMPT_TOKENS * (8 + per_lane / 16),
             max_steps_in_flight: 1,
+            target_tpot_ms: 50,
             max_sequences_per_lane: per_lane + per_lane.div_ceil(8),
             max_waiting_requests: load.num_sequences,
             recovery_timeout_ms: 1_000,

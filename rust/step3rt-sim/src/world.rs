@@ -16,6 +16,7 @@ use crate::fault::{Fault, FaultCounts};
 use crate::instance::{Answer, SimInstance};
 use crate::ledger::Ledger;
 use crate::node::Node;
+use crate::pace::Judge;
 use crate::profile::Profile;
 use crate::rng::Rng;
 use crate::sabotage::{Core, Sabotage};
@@ -72,6 +73,7 @@ pub(crate) struct World {
     num_entries: u64,
     pub(crate) core: Core,
     pub(crate) ledger: Ledger,
+    pub(crate) judge: Judge,
     pub(crate) clients: Clients,
     pub(crate) nodes: BTreeMap<InstanceId, Node>,
     /// Whether the FFN instances hold every expert, and what the coordinator believes.
@@ -82,6 +84,8 @@ pub(crate) struct World {
     /// Losses and failed steps, for which requests may fail.
     pub(crate) num_disruptions: u64,
     pub(crate) num_submitted: u32,
+    /// Requests that were told before their deadline that they would end after it.
+    pub(crate) num_told_early: u64,
     /// Failed requests that their clients make again.
     pub(crate) asked_again: VecDeque<Request>,
     pub(crate) plan_is_due: bool,
@@ -98,8 +102,12 @@ pub struct Outcome {
     pub violation: Option<Violation>,
     /// What went wrong on purpose.
     pub faults: FaultCounts,
-    /// How continuations (`Finished`) and requests (an error's kind) ended.
+    /// How continuations (`Finished`) and requests (an error's kind) ended;
+    /// `DeadlineOutOfReach` are those of `DeadlineExceeded` that were told before their deadline.
     pub ends: BTreeMap<String, u64>,
+    /// Steps with decodes and prompts, on instances whose steps are known; and those of them that
+    /// the prompts pushed past the TPOT target.
+    pub judged_steps: (u64, u64),
     /// How many things happened.
     pub num_events: u64,
     /// Every event in words, if it was asked for.
@@ -115,6 +123,7 @@ impl World {
             core: Core::new(config.clone(), sabotage),
             clients: Clients::new(config.max_model_len),
             ledger: Ledger::new(config),
+            judge: Judge::default(),
             profile,
             sabotage,
             traffic: rng.fork(),
@@ -130,6 +139,7 @@ impl World {
             is_drained: false,
             num_disruptions: 0,
             num_submitted: 0,
+            num_told_early: 0,
             asked_again: VecDeque::new(),
             plan_is_due: false,
             timer_at_ns: None,
@@ -172,10 +182,15 @@ impl World {
         for _ in 0..self.ledger.num_preempted() {
             self.counts.note(Fault::KvExhaustion);
         }
+        if self.num_told_early > 0 {
+            let ends = &mut self.clients.ends;
+            *ends.entry("DeadlineOutOfReach".to_owned()).or_default() += self.num_told_early;
+        }
         Outcome {
             violation,
             faults: self.counts,
             ends: self.clients.ends,
+            judged_steps: (self.judge.num_judged, self.judge.num_pushed),
             num_events: self.num_events,
             trace: self.trace.unwrap_or_default(),
         }

@@ -35,7 +35,7 @@ fn a_seed_replays_event_by_event() {
 #[test]
 fn every_sabotage_is_seen() {
     for sabotage in Sabotage::ALL {
-        let report = run(sweep(60, Some(sabotage)));
+        let report = run(sweep(120, Some(sabotage)));
         let name = sabotage.name();
         assert!(!report.violations.is_empty(), "{name} went unseen");
         let (seed, violation) = &report.violations[0];

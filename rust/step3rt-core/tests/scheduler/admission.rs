@@ -1,7 +1,7 @@
 //! Who is let in, and what the others are told.
 
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{RequestId, TimeNs, TokenId};
+use step3rt_core::ids::{RequestId, TenantId, TimeNs, TokenId};
 use step3rt_core::request::{FinishReason, Request};
 use step3rt_core::scheduler::Event;
 
@@ -107,6 +107,58 @@ fn the_retry_hint_is_bounded_from_below() {
     }
     let error = refusal(&mut world, request(16, 4, 4));
     assert_eq!(error.retry_after_ms, Some(100));
+}
+
+#[test]
+fn one_tenant_cannot_fill_the_queue_for_another() {
+    let mut world = World::new(config(), &[64]);
+    let of = |id: u64, tenant| {
+        let mut new = request(id, 4, 4);
+        new.tenant = TenantId(tenant);
+        new
+    };
+    for id in 0..16 {
+        world.submit(of(id, 1)); // eight run, eight wait
+    }
+    for id in 16..20 {
+        world.submit(of(id, 2));
+        assert!(world.stream(id).error.is_none(), "four are its share");
+    }
+    let displaced = (0..16).filter(|&id| world.stream(id).error.is_some());
+    assert_eq!(
+        displaced.collect::<Vec<_>>(),
+        [12, 13, 14, 15],
+        "the youngest"
+    );
+    let error = world.stream(15).error.clone().expect("displaced");
+    assert_eq!(error.kind, ErrorKind::QueueFull);
+    assert!(error.retry_after_ms.is_some());
+    for tenant in [1, 2] {
+        let id = 20 + tenant;
+        let error = refusal(&mut world, of(id, tenant));
+        assert_eq!(error.kind, ErrorKind::QueueFull, "it has its share");
+    }
+    world.submit(of(23, 3));
+    assert!(world.stream(23).error.is_none(), "a third may come");
+    assert_eq!(world.scheduler.stats().num_waiting, 8);
+    world.run();
+    world.check_done();
+}
+
+#[test]
+fn a_newcomer_that_is_refused_for_itself_displaces_nobody() {
+    let mut world = World::new(config(), &[64]);
+    for id in 0..16 {
+        world.submit(request(id, 4, 4));
+    }
+    let mut late = request(16, 4, 4);
+    (late.tenant, late.deadline) = (TenantId(2), Some(world.now));
+    assert_eq!(refusal(&mut world, late).kind, ErrorKind::DeadlineExceeded);
+    let mut large = request(17, 3, 31);
+    large.tenant = TenantId(2);
+    let mut small = World::new(config(), &[8]);
+    assert_eq!(refusal(&mut small, large).kind, ErrorKind::PromptTooLong);
+    assert!((0..16).all(|id| world.stream(id).error.is_none()));
 }
 
 #[test]

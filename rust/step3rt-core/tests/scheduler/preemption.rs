@@ -168,3 +168,77 @@ fn one_that_is_leaving_already_makes_room_and_nobody_else_has_to() {
     world.run();
     world.check_done();
 }
+
+/// Ends enough requests to teach that all use what they are allowed.
+fn taught(pool: u32) -> World {
+    let mut world = World::new(config_with(1), &[pool]);
+    for id in 0..12 {
+        world.submit(request(id, 2, 4));
+        world.run();
+    }
+    world
+}
+
+#[test]
+fn once_lengths_are_known_nobody_gets_a_place_that_it_would_lose() {
+    let mut world = taught(8);
+    // Each grows from two blocks to five: together they would need ten of eight.
+    world.submit(request(90, 8, 12));
+    world.submit(request(91, 8, 12));
+    world.step();
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.num_running, stats.num_waiting), (1, 1));
+    world.run();
+    world.check_done();
+    assert_eq!(world.scheduler.stats().num_preemptions, 0);
+}
+
+#[test]
+fn one_that_will_be_gone_before_the_other_has_grown_is_no_hindrance() {
+    let mut world = taught(8);
+    world.submit(request(90, 8, 12)); // from two blocks to five
+    world.submit(request(91, 8, 4)); // from two to three, and gone after four tokens
+    world.step();
+    assert_eq!(
+        world.scheduler.stats().num_running,
+        2,
+        "not more than seven at a time"
+    );
+    world.run();
+    world.check_done();
+    assert_eq!(world.scheduler.stats().num_preemptions, 0);
+}
+
+#[test]
+fn one_that_needs_the_whole_pool_gets_it_when_it_is_empty() {
+    let mut world = taught(8);
+    world.submit(request(90, 8, 12));
+    world.submit(request(91, 8, 25)); // 32 tokens, eight blocks
+    world.submit(request(92, 4, 4));
+    world.run();
+    world.check_done();
+    let started = |id| world.stream(id).finished[0].expect("it ends").1.times[1];
+    assert!(started(91) <= started(92), "it is not overtaken");
+    assert_eq!(world.scheduler.stats().num_preemptions, 0);
+}
+
+#[test]
+fn a_wrong_guess_costs_a_place_and_no_token() {
+    let mut world = World::new(config_with(1), &[8]);
+    for id in 0..12 {
+        let mut short = request(id, 2, 20);
+        world.clients.submit(&short);
+        let first = world.stream(id).expected(0, 64).0[0];
+        short.sampling.stop_tokens = vec![first]; // ends with its first token
+        world.submit(short);
+        world.run();
+    }
+    for id in 90..93 {
+        world.submit(request(id, 2, 20)); // go on to the end
+    }
+    world.step();
+    assert_eq!(world.scheduler.stats().num_running, 3);
+    world.run();
+    world.check_done();
+    assert!(world.scheduler.stats().num_preemptions > 0);
+}

@@ -35,6 +35,7 @@ pub(crate) fn config() -> SchedulerConfig {
         max_model_len: 64,
         max_tokens_per_micro_batch: 8,
         max_steps_in_flight: 1,
+        target_tpot_ms: 50,
         max_sequences_per_lane: 4,
         max_waiting_requests: 8,
         recovery_timeout_ms: 1_000,

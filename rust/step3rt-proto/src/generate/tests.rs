@@ -343,3 +343,29 @@ fn an_empty_prompt_is_refused() {
         .expect_err("empty");
     assert_eq!(refusal.error.kind, ErrorKind::InvalidParameter);
 }
+
+fn with_tenant(tenant: &str) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        tenant: Some(tenant.to_owned()),
+        ..request(&[1])
+    }
+}
+
+#[test]
+fn a_tenant_is_a_short_plain_name_or_absent() {
+    let longest = "x".repeat(MAX_TENANT_BYTES);
+    for name in ["", "team-a", "A.b_9", &longest] {
+        let params = check(with_tenant(name), &limits(), 7).expect("valid");
+        assert_eq!(params.tenant, name);
+    }
+    assert_eq!(
+        check(request(&[1]), &limits(), 7).expect("valid").tenant,
+        ""
+    );
+    let too_long = "x".repeat(MAX_TENANT_BYTES + 1);
+    for name in ["a b", "a/b", "t\u{e4}st", "a\n", &too_long] {
+        let (kind, fields) = refused(with_tenant(name));
+        assert_eq!(kind, ErrorKind::InvalidParameter);
+        assert_eq!(fields, ["tenant"]);
+    }
+}

@@ -12,6 +12,7 @@ fn a_model_path_is_enough() {
     assert_eq!(config.listen, "127.0.0.1:50051");
     assert_eq!((config.num_lanes, config.lease_ms), (3, 3_000));
     assert!(!config.reflection && !config.insecure_bind);
+    assert_eq!(config.scheduler_config(64).target_tpot_ms, 50);
 }
 
 #[test]
@@ -36,6 +37,7 @@ fn values_out_of_range_are_refused_by_key() {
         (r#", "lease_ms": 99"#, "lease_ms"),
         (r#", "step_timeout_ms": 10"#, "step_timeout_ms"),
         (r#", "drain_timeout_s": -1"#, "drain_timeout_s"),
+        (r#", "target_tpot_ms": 0"#, "target_tpot_ms"),
         (r#", "fabric": "pigeon""#, "fabric"),
         (r#", "a2f_dtype": "int4""#, "a2f_dtype"),
     ] {

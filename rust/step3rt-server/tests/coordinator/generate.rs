@@ -253,3 +253,32 @@ async fn two_hundred_concurrent_streams_are_all_correct_and_leak_no_block() {
     cluster.wait_blocks_free().await;
     assert_eq!(cluster.stop().await, 0);
 }
+
+#[tokio::test]
+async fn a_tenant_finds_only_its_own_beginnings_in_the_cache() {
+    let (cluster, _attention, _ffn) = Cluster::serving(&json!({})).await;
+    let mut client = cluster.client().await;
+    let prompt: Vec<u32> = (0..100).map(|i| 97 + i % 26).collect();
+    for (tenant, num_cached) in [
+        (None, 0),
+        (Some("team-a"), 0),
+        (Some("team-b"), 0),
+        (Some("team-a"), 96),
+        (None, 96),
+        (Some(""), 96),
+    ] {
+        let mut asked = request(&prompt, 3);
+        asked.tenant = tenant.map(str::to_owned);
+        let mut stream = client.generate(asked).await.expect("succeeds").into_inner();
+        let first = stream
+            .message()
+            .await
+            .expect("a stream")
+            .and_then(|m| m.event);
+        let Some(v1::generate_response::Event::Started(started)) = first else {
+            panic!("not {first:?}");
+        };
+        assert_eq!(started.cached_tokens, num_cached, "{tenant:?}");
+        while stream.message().await.expect("a stream").is_some() {}
+    }
+}
