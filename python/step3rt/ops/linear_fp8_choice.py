@@ -25,9 +25,10 @@ CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     ),
     (7168, 16384): (  # o_proj
         (64, LinearVariant(64, 128, 2, 4, 8, 1, 4)),  # 31.6 us
-        (128, LinearVariant(128, 112, 2, 1, 7, 1, 4)),  # 37.0 us
-        (256, LinearVariant(256, 112, 2, 1, 4, 1, 1)),  # 60.8 us
-        (2048, LinearVariant(256, 112, 1, 1, 4, 1, 1)),
+        (128, LinearVariant(128, 128, 2, 4, 6, 1, 4)),  # 34.9 us
+        (256, LinearVariant(256, 112, 2, 1, 4, 1, 1)),  # 57.7 us
+        (1024, LinearVariant(256, 112, 1, 1, 4, 1, 1)),  # 105.1 us at 512, 237.4 at 1,024
+        (2048, LinearVariant(256, 128, 1, 2, 4, 1, 0)),  # 477.5 us
     ),
 }
 """(outputs, inputs) -> (most tokens, variant), in rising order; the last serves all above."""
