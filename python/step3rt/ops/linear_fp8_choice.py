@@ -8,8 +8,9 @@ from step3rt.ops.linear_fp8_variant import LinearVariant
 FALLBACK = LinearVariant(128, 128, split=1, cast=1, stages=6)
 """Covers every weight of whole 128x128 blocks."""
 
-# One NVIDIA H200, CUDA 13.0, 2026-11-22, `python -m step3rt.bench.linear_fp8`: CUDA graph replay,
-# medians, weights in rotation beyond the L2. Tile, split, cast, stages, CTAs of an SM, chunk.
+# One NVIDIA H200, CUDA 13.0, 2026-11-22: CUDA graph replay, medians, 400 MiB of weights in rotation,
+# the best of several sweeps. `python -m step3rt.bench.linear_fp8` measures its candidates anew.
+# Tile, split, cast, stages, CTAs of an SM, chunk.
 CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     (2560, 7168): (  # qkv
         (64, LinearVariant(64, 128, 5, 1, 8, 1, 4)),  # 8.6 us
