@@ -8,7 +8,7 @@ from step3rt.ops.linear_fp8_variant import LinearVariant
 FALLBACK = LinearVariant(128, 128, split=1, cast=1, stages=6)
 """Covers every weight of whole 128x128 blocks."""
 
-# One NVIDIA H200, CUDA 13.0, 2026-11-22: CUDA graph replay, medians, 400 MiB of weights in rotation,
+# One NVIDIA H200, CUDA 13.0, 2026-11-22: CUDA graph replay, medians, 400 MiB of weights rotated,
 # the best of several sweeps. `python -m step3rt.bench.linear_fp8` measures its candidates anew.
 # Tile, split, cast, stages, CTAs of an SM, chunk.
 CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
