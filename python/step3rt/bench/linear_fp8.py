@@ -155,9 +155,9 @@ class _LinearBench:
         outputs = torch.ones(1, num_outputs, device=self.device)
         by_blocks = (self.x_scale.t().contiguous().t(), self.weight_scale.t())
         results = {}
-        for name, (x_scale, w_scale) in (
-            ("scaled_mm_blockwise", by_blocks),
-            ("scaled_mm_rowwise", (ones, outputs)),
+        for name, (x_scale, w_scale), is_fast in (
+            ("scaled_mm_blockwise", by_blocks, False),
+            ("scaled_mm_rowwise", (ones, outputs), True),
         ):
             launches: list[Launch] = []
             for weight in self._rotation():
@@ -166,8 +166,16 @@ class _LinearBench:
                     weight: torch.Tensor = weight,
                     x_scale: torch.Tensor = x_scale,
                     w_scale: torch.Tensor = w_scale,
+                    is_fast: bool = is_fast,
                 ) -> None:
-                    torch._scaled_mm(self.x, weight.t(), x_scale, w_scale, out_dtype=torch.bfloat16)
+                    torch._scaled_mm(
+                        self.x,
+                        weight.t(),
+                        x_scale,
+                        w_scale,
+                        out_dtype=torch.bfloat16,
+                        use_fast_accum=is_fast,
+                    )
 
                 launches.append(launch)
             try:

@@ -8,8 +8,9 @@ from step3rt.ops.linear_fp8_variant import LinearVariant
 FALLBACK = LinearVariant(128, 128, split=1, cast=1, stages=6)
 """Covers every weight of whole 128x128 blocks."""
 
-# One NVIDIA H200, CUDA 13.0, 2026-11-22, `python -m step3rt.bench.linear_fp8`: CUDA graph replay,
-# medians, weights in rotation beyond the L2. Tile, split, cast, stages, CTAs of an SM, chunk.
+# One NVIDIA H200, CUDA 13.0, 2026-11-22: CUDA graph replay, medians, 400 MiB of weights rotated,
+# the best of several sweeps. `python -m step3rt.bench.linear_fp8` measures its candidates anew.
+# Tile, split, cast, stages, CTAs of an SM, chunk.
 CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     (2560, 7168): (  # qkv
         (64, LinearVariant(64, 128, 5, 1, 8, 1, 4)),  # 8.6 us
@@ -25,9 +26,10 @@ CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     ),
     (7168, 16384): (  # o_proj
         (64, LinearVariant(64, 128, 2, 4, 8, 1, 4)),  # 31.6 us
-        (128, LinearVariant(128, 112, 2, 1, 7, 1, 4)),  # 37.0 us
-        (256, LinearVariant(256, 112, 2, 1, 4, 1, 1)),  # 60.8 us
-        (2048, LinearVariant(256, 112, 1, 1, 4, 1, 1)),
+        (128, LinearVariant(128, 128, 2, 4, 6, 1, 4)),  # 34.9 us
+        (256, LinearVariant(256, 112, 2, 1, 4, 1, 1)),  # 57.7 us
+        (1024, LinearVariant(256, 112, 1, 1, 4, 1, 1)),  # 105.1 us at 512, 237.4 at 1,024
+        (2048, LinearVariant(256, 128, 1, 2, 4, 1, 0)),  # 477.5 us
     ),
 }
 """(outputs, inputs) -> (most tokens, variant), in rising order; the last serves all above."""
