@@ -104,7 +104,9 @@ def test_bucket_and_cuts_of_a_prompt_change_next_to_nothing(is_fp8: bool, is_fp8
     for max_tokens in (1, 7, 64):
         cut = gpu_logits(model, token_ids, max_tokens)
         error = float((cut - whole).norm() / whole.norm())
-        assert error < 2e-2
+        # Other tiles sum in another order. With FP8 K and V a difference of one rounding may move a
+        # value to the next e4m3 step: the attention kernel's own bound against float64 holds.
+        assert error < (3e-2 if is_fp8_kv else 2e-2)
         assert float((cut.argmax(-1) == whole.argmax(-1)).float().mean()) > 0.95
 
 

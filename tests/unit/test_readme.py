@@ -20,6 +20,18 @@ def test_kernel_table_is_the_recorded_run() -> None:
         assert float(cudnn_us) == bf16["peers"]["sdpa_cudnn_contiguous"]
 
 
+def test_every_other_kernel_row_is_of_the_recorded_run_too() -> None:
+    run = json.loads((ROOT / "docs/results/kernels-h200-2026-11-22.json").read_text())
+    rows = {(row["kernel"], row["shape"]): row for row in run["rows"]}
+    table = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| ([\d.]+) \| ([\d.]*) ?\|$", README, re.M)
+    assert len(table) == 11
+    for kernel, shape, us, peer_us in table:
+        row = rows[kernel, shape]
+        assert float(us) == row["us"]
+        assert bool(peer_us) == bool(row["peers"])
+        assert not peer_us or float(peer_us) == min(row["peers"].values())
+
+
 def test_links_to_files_lead_somewhere() -> None:
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for document in documents:
