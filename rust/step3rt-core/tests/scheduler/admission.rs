@@ -100,6 +100,30 @@ fn a_full_queue_refuses_with_a_retry_hint_and_keeps_those_it_has() {
 }
 
 #[test]
+fn the_retry_hint_is_the_time_between_places_while_there_was_a_line() {
+    let mut world = World::new(config(), &[64]);
+    for id in 0..16 {
+        world.submit(request(id, 4, 4)); // 8 run, 8 wait
+    }
+    let began = world.now;
+    while world.scheduler.stats().num_waiting > 0 {
+        world.step();
+        world.now = world.now.plus_ms(500);
+        world.plan();
+    }
+    let waited_ms = (world.now.0 - began.0) / 1_000_000;
+    world.run();
+    world.now = world.now.plus_ms(60_000); // nobody waits: that says nothing about the line
+    for id in 16..32 {
+        world.submit(request(id, 4, 4));
+    }
+    world.plan();
+    let error = refusal(&mut world, request(40, 4, 4));
+    assert_eq!(error.retry_after_ms, Some(waited_ms / 8), "8 were served");
+    world.run();
+}
+
+#[test]
 fn the_retry_hint_is_bounded_from_below() {
     let mut world = World::new(config(), &[64]);
     for id in 0..16 {
