@@ -22,8 +22,10 @@ __all__ = [
     "StepPlan",
     "__version__",
     "bench_scheduler",
+    "echo_link",
     "host_capabilities",
     "list_instances",
+    "measure_link",
     "rdma_findings",
     "replay_traffic",
     "serve",
@@ -82,6 +84,31 @@ def replay_traffic(options_json: str) -> str:
 
     Raises:
         InvalidArgument: a field is missing, unknown or not usable.
+    """
+
+def measure_link(
+    carrier: str, num_bytes: int, num_rounds: int, address: str
+) -> tuple[list[float], float]:
+    """Measures frames to and fro, without the GIL.
+
+    Returns every round's one-way time, and the CPU time of this process per round; microseconds.
+    `carrier` is shm, tcp, rdma, socket (without a link) or memcpy (without a second process, for
+    which `address` is not used). `address` is the first line that `echo_link` has written.
+
+    Raises:
+        InvalidArgument: an argument is not usable.
+        Unavailable: the ends did not link, or the other one went away.
+    """
+
+def echo_link(carrier: str, num_bytes: int, num_rounds: int) -> None:
+    """The other process of `measure_link`, with the same arguments: sends back what comes.
+
+    Writes two lines to standard output: its address at the start, and at the end its CPU
+    microseconds per round.
+
+    Raises:
+        InvalidArgument: an argument is not usable.
+        Unavailable: this end cannot be made, or the other one went away.
     """
 
 @final

@@ -45,6 +45,8 @@ tests peer_death rdma::
 step "nothing is left behind, nothing allocated"
 tests leaks rdma
 tests no_allocation rdma
+step "a link is measured"
+"$python" -m step3rt bench link --fabric rdma --rounds 20 --json
 step "generation"
 "$python" -m pytest -m rdma -p no:cacheprovider tests/rdma
 step "done"

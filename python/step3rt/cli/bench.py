@@ -82,11 +82,14 @@ def _add_engine(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = parts.add_parser("link", help="one-way times of a link between two processes")
-    parser.add_argument("--fabric", choices=("cuda_ipc",), required=True)
+    parser.add_argument("--fabric", choices=("shm", "tcp", "rdma", "cuda_ipc"), required=True)
     parser.add_argument(
         "--bytes", type=int, default=917_504, help="payload of a frame (default: 917504)"
     )
     parser.add_argument("--peers", type=int, default=2, help="processes; 2 is what is measured")
+    parser.add_argument(
+        "--rounds", type=int, help="there and back (default: 2000; cuda_ipc has its own)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(run=run_link)
 
@@ -157,18 +160,40 @@ def run_link(arguments: argparse.Namespace) -> int:
         InvalidArgument: a flag cannot be used.
         Unavailable: this host has no such link.
     """
-    from step3rt.bench import device_link
-
     if arguments.peers != 2:
         raise InvalidArgument(
             f"--peers {arguments.peers} cannot be measured. A link has two ends. Use --peers 2"
         )
-    report = device_link.measure(arguments.bytes)
+    report = _measure_link(arguments)
     if not arguments.json:
         quantiles = ", ".join(f"{key} {us} us" for key, us in report["one_way_us"].items())
-        print(f"{report['fabric']}, {report['bytes']} bytes one way: {quantiles}")
+        baseline = report["baseline"]
+        print(
+            f"{report['fabric']}, {report['bytes']} bytes one way: {quantiles}; "
+            f"{baseline['name']} p50 {baseline['one_way_us']['p50']} us"
+        )
     print(json.dumps(report))
     return 0
+
+
+def _measure_link(arguments: argparse.Namespace) -> dict[str, Any]:
+    for flag in ("bytes", "rounds"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise InvalidArgument(f"--{flag} {value} cannot be measured. Use --{flag} 1 or more")
+    if arguments.fabric != "cuda_ipc":
+        from step3rt.bench import link
+
+        num_rounds = link.NUM_ROUNDS if arguments.rounds is None else arguments.rounds
+        return link.measure(arguments.fabric, arguments.bytes, num_rounds)
+    if arguments.rounds is not None:
+        raise InvalidArgument(
+            "--rounds cannot be used with --fabric cuda_ipc: it measures as many as the size "
+            "needs. Leave --rounds out"
+        )
+    from step3rt.bench import device_link
+
+    return device_link.measure(arguments.bytes)
 
 
 def _parse_peer(text: str) -> tuple[str, str]:

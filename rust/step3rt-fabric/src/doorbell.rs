@@ -5,7 +5,7 @@
 //! Spinning saves the wake-up where a core is free for it and costs the whole spin where none is:
 //! with 11 runnable threads on the 2 cores of a virtual machine, 64 bytes one way over shm took 42 µs
 //! when every wait spun for 50 µs, 2.4 µs when none did, and 2.4 µs with the back-off below
-//! (2026-11-22, `cargo run --release -p step3rt-fabric --example link_speed 64`).
+//! (2026-11-22, as `step3rt bench link --fabric shm --bytes 64` measures it).
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -83,6 +83,7 @@ pub mod address;
 pub mod contract;
 pub mod endpoint;
 pub mod frame;
+pub mod measure;
 pub mod sim;
 
 mod accept;

@@ -5,6 +5,8 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
+use step3rt_fabric::endpoint::BindError;
+use step3rt_fabric::measure::MeasureError;
 use step3rt_node::error::{NodeError, NodeErrorKind};
 use step3rt_server::ListError;
 use step3rt_server::coordinator::StartError;
@@ -70,6 +72,21 @@ pub(crate) fn list_error(py: Python<'_>, error: &ListError) -> PyErr {
     let class = match error {
         ListError::Unreachable { .. } => &UNAVAILABLE,
         ListError::System(_) => &INTERNAL,
+    };
+    class.raise(py, error.to_string())
+}
+
+/// The exception for a link that could not be measured.
+pub(crate) fn measure_error(py: Python<'_>, error: &MeasureError) -> PyErr {
+    let class = match error {
+        MeasureError::Carrier(_)
+        | MeasureError::Nothing { .. }
+        | MeasureError::Bind(BindError::Geometry(_)) => &INVALID_ARGUMENT,
+        MeasureError::Bind(_)
+        | MeasureError::Connect(_)
+        | MeasureError::Push(_)
+        | MeasureError::Ended
+        | MeasureError::System(_) => &UNAVAILABLE,
     };
     class.raise(py, error.to_string())
 }

@@ -12,6 +12,7 @@ mod detach;
 mod errors;
 mod events;
 mod host;
+mod measure;
 mod outputs;
 mod serve;
 mod session;
@@ -31,6 +32,8 @@ mod _core {
     };
     #[pymodule_export]
     use crate::host::{host_capabilities, rdma_findings};
+    #[pymodule_export]
+    use crate::measure::{echo_link, measure_link};
     #[pymodule_export]
     use crate::outputs::SequenceOutput;
     #[pymodule_export]
