@@ -185,3 +185,30 @@ impl PrefixCache {
 
 /// Below this, looking for stale entries is not worth while.
 const MIN_IDLE_ENTRIES: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_of_idle_blocks_does_not_grow_with_how_often_they_are_used() {
+        let mut cache = PrefixCache::default();
+        let num_blocks = 10;
+        for block in 0..num_blocks {
+            cache.insert(NodeId::Root(TenantId(0)), &[TokenId(block)], BlockId(block));
+            cache.set_idle(BlockId(block));
+        }
+        let most = 2 * num_blocks as usize + MIN_IDLE_ENTRIES;
+        let mut longest = 0;
+        for _ in 0..1_000 {
+            for block in 0..num_blocks {
+                cache.set_used(BlockId(block));
+                cache.set_idle(BlockId(block));
+                longest = longest.max(cache.idle.len());
+            }
+        }
+        assert_eq!(longest, most, "and it is not tidied more often than that");
+        let forgotten = std::iter::from_fn(|| cache.forget_one());
+        assert_eq!(forgotten.count(), num_blocks as usize);
+    }
+}

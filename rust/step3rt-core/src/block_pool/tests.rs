@@ -49,6 +49,24 @@ fn a_block_cannot_be_returned_twice() {
 const BLOCK: usize = 2;
 const TENANT: TenantId = TenantId(3);
 
+#[test]
+fn a_block_that_was_used_again_is_forgotten_after_those_idle_for_longer() {
+    let mut pool = BlockPool::new(2);
+    let blocks = pool.allocate(2).unwrap();
+    let contents = [tokens(&[1, 2]), tokens(&[3, 4])];
+    let root = find(&pool, &contents[0]).node;
+    for (content, &block) in contents.iter().zip(&blocks) {
+        pool.publish(root, content, block);
+    }
+    pool.release(&blocks[..1]);
+    pool.release(&blocks[1..]);
+    pool.share(&blocks[..1]);
+    pool.release(&blocks[..1]);
+    let taken = pool.allocate(1).unwrap();
+    assert_eq!(taken, blocks[1..]);
+    assert_eq!(find(&pool, &contents[0]).blocks, blocks[..1]);
+}
+
 fn tokens(ids: &[u32]) -> Vec<TokenId> {
     ids.iter().copied().map(TokenId).collect()
 }

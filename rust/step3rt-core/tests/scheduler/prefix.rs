@@ -92,6 +92,18 @@ fn continuations_wait_for_the_prompt_and_share_it() {
 }
 
 #[test]
+fn continuations_of_a_prompt_without_a_block_to_share_start_together() {
+    let mut world = World::new(one_lane(), &[32]);
+    let mut new = request(0, 4, 4); // one block, of which the last token is always computed
+    new.n = 2;
+    world.submit(new);
+    world.plan();
+    assert_eq!(world.scheduler.stats().num_running, 2);
+    world.run();
+    world.check_done();
+}
+
+#[test]
 fn continuations_do_not_wait_for_a_sibling_that_is_gone() {
     let mut world = World::new(one_lane(), &[32]);
     let mut new = request(0, 40, 4);
