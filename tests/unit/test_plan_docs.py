@@ -61,12 +61,12 @@ def test_the_page_has_what_the_measured_kernels_give(
         assert line.strip() in TEXT
     command = (
         "simulate --attention-gpus 2 --ffn-gpus 2 --experts 6 --hardware h200 "
-        f"--profile {saved} --lanes 2 --batch 1460 --context 4096"
+        f"--profile {saved} --lanes 2 --batch 1200 --context 4096"
     )
     assert main(["plan", *command.split()]) == 0
     rate = re.search(r"([\d,]+) per GPU", capsys.readouterr().out)
     assert rate
-    assert f"{rate[1]} tokens/s/GPU (`--batch 1460`" in TEXT
+    assert f"{rate[1]} tokens/s/GPU (`--batch 1200`" in TEXT
 
 
 def test_the_page_lists_every_disagreement() -> None:
