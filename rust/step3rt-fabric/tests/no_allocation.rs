@@ -68,26 +68,32 @@ fn a_frame_is_carried_over_rdma_without_an_allocation() {
     check(&[(Fabric::Rdma, 4096), (Fabric::Rdma, 4 << 20)]);
 }
 
+const FRAMES_PER_WINDOW: u64 = 20;
+const NUM_WINDOWS: u64 = 4;
+
+/// The first window, in which buffers get their size, does not count. A frame that allocates does so in
+/// every window; a thread that linked the two and ends later, or the test harness, in one.
 fn check(cases: &[(Fabric, usize)]) {
     for &(fabric, payload_bytes) in cases {
         let (mut attention, mut ffn) = linked(fabric, geometry(1, payload_bytes));
         let mut events = Vec::with_capacity(4);
-        let mut before = 0;
-        for step in 0..30 {
-            if step == 10 {
-                // Buffers have their size by now.
-                before = NUM_ALLOCATIONS.load(Ordering::SeqCst);
+        let mut fewest = usize::MAX;
+        for window in 0..=NUM_WINDOWS {
+            let before = NUM_ALLOCATIONS.load(Ordering::SeqCst);
+            for place in 0..FRAMES_PER_WINDOW {
+                let frame = frame(window * FRAMES_PER_WINDOW + place, payload_bytes);
+                attention
+                    .endpoint
+                    .push(InstanceId(2), LaneId(0), frame)
+                    .unwrap();
+                await_frame(&mut ffn, &mut events);
+                ffn.endpoint.push(InstanceId(1), LaneId(0), frame).unwrap();
+                await_frame(&mut attention, &mut events);
             }
-            let frame = frame(step, payload_bytes);
-            attention
-                .endpoint
-                .push(InstanceId(2), LaneId(0), frame)
-                .unwrap();
-            await_frame(&mut ffn, &mut events);
-            ffn.endpoint.push(InstanceId(1), LaneId(0), frame).unwrap();
-            await_frame(&mut attention, &mut events);
+            if window > 0 {
+                fewest = fewest.min(NUM_ALLOCATIONS.load(Ordering::SeqCst) - before);
+            }
         }
-        let after = NUM_ALLOCATIONS.load(Ordering::SeqCst);
-        assert_eq!(after - before, 0, "{fabric:?} with {payload_bytes} bytes");
+        assert_eq!(fewest, 0, "{fabric:?} with {payload_bytes} bytes");
     }
 }
