@@ -28,7 +28,6 @@ done
 $bb mkdir -p /view/dev/shm /view/dev/pts
 $bb mount -t tmpfs tmpfs /view/dev/shm
 $bb mount -t devpts devpts /view/dev/pts
-$bb mount -t tmpfs tmpfs /view/tmp
 $bb mount -t tmpfs tmpfs /view/run
 $bb mkdir /view/run/job
 $bb mount -t 9p -o "ro,$share" job /view/run/job || fail "cannot mount the job"
