@@ -71,7 +71,8 @@ def test_adjusted_logits_are_those_of_the_formulas(
     right = adjusted_logits(logits.numpy(), prompt, generated, **parameters)  # type: ignore[arg-type]
     # Bias and result are rounded to float32, at the size that the logit has between the two.
     scale = max(repetition, 1 / repetition)
-    error = 2.0**-22 * (np.abs(logits.numpy()) + 100) * scale + 2.0**-22 * np.abs(right)
+    sizes = np.abs(logits.double().numpy())
+    error = 2.0**-22 * (sizes + 100) * scale + 2.0**-22 * np.abs(right)
     most = float(np.finfo(np.float32).max)
     assert (np.abs(found.double().numpy() - right.clip(-most, most)) <= error).all()
     assert torch.isfinite(found).all()
