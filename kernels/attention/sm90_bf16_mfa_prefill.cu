@@ -21,6 +21,8 @@
 using Shared = PrefillShared<kBufferBytes, kBufferBytes, 5>;
 static_assert(sizeof(Shared) == 230400, "the launcher asks for this many bytes");
 
+// The scores of block b + 1 are on their way while block b's values are accumulated, and its softmax
+// runs beside that: a warpgroup's tensor-core work does not wait for its own exponentials.
 __device__ __forceinline__ void consume(Shared& shared, const PrefillParams& params, int consumer) {
   const float scale[2] = {params.softmax_scale_log2, params.softmax_scale_log2};
   RingCursor<Shared::kStages> cursor;
@@ -31,39 +33,57 @@ __device__ __forceinline__ void consume(Shared& shared, const PrefillParams& par
     const int num_in_use = item.num_seen + item.num_tokens - 1;
     const int num_blocks = item.num_blocks();
     MfaRows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    float rescale[2];
+    float scores[kScoreRegs];
     float acc[kOutputRegs];
 #pragma unroll
     for (int i = 0; i < kOutputRegs; ++i) acc[i] = 0.0f;
 
     mfa_acquire(&shared.query_full[consumer], query_parity);
     query_parity ^= 1;
-    for (int b = 0; b < num_blocks; ++b) {
-      float scores[kScoreRegs];
-      float rescale[2];
+    mfa_acquire(&shared.full[cursor.stage], cursor.parity);
+    compute_scores(shared.query[consumer], shared.ring[cursor.stage], scores);
+    wgmma_wait_group<0>(scores);
+    mfa_release(&shared.empty[cursor.stage]);
+    cursor.advance();
+    mfa_softmax(scores, rows, scale, 0.0f, num_seen, rescale);  // nothing yet to rescale
 
+    for (int b = 0; b < num_blocks - 1; ++b) {
+      RingCursor<Shared::kStages> keys = cursor;
+      keys.advance();
+      float next[kScoreRegs];
+      mfa_acquire(&shared.full[keys.stage], keys.parity);
+      compute_scores(shared.query[consumer], shared.ring[keys.stage], next);
       mfa_acquire(&shared.full[cursor.stage], cursor.parity);
-      compute_scores(shared.query[consumer], shared.ring[cursor.stage], scores);
-      wgmma_wait_group<0>(scores);
-      mfa_release(&shared.empty[cursor.stage]);
-      if (b == num_blocks - 1) mfa_release(&shared.query_empty[consumer]);
-      cursor.advance();
+      accumulate_values(scores, shared.ring[cursor.stage], acc);
 
-      mfa_softmax(scores, rows, scale, 0.0f, num_seen - b * kBlockTokens, rescale);
-#pragma unroll
-      for (int i = 0; i < kOutputRegs; ++i) acc[i] *= rescale[i / 2 % 2];
+      wgmma_wait_group<1>(next);
+      mfa_release(&shared.empty[keys.stage]);
+      mfa_softmax(next, rows, scale, 0.0f, num_seen - (b + 1) * kBlockTokens, rescale);
 
-      uint8_t* values = shared.ring[cursor.stage];
-      mfa_acquire(&shared.full[cursor.stage], cursor.parity);
-      if (num_in_use - b * kBlockTokens < kBlockTokens) {
-        // Both consumers read this block's values: one of them cleans up for both.
-        if (consumer == 0) zero_unused_values(values, num_in_use - b * kBlockTokens);
-        bar_sync<kBarrierConsumers, kConsumerThreads>();
-      }
-      accumulate_values(scores, values, acc);
       wgmma_wait_group<0>(acc);
       mfa_release(&shared.empty[cursor.stage]);
+      cursor = keys;
       cursor.advance();
+#pragma unroll
+      for (int i = 0; i < kOutputRegs; ++i) acc[i] *= rescale[i / 2 % 2];
+#pragma unroll
+      for (int i = 0; i < kScoreRegs; ++i) scores[i] = next[i];
     }
+    mfa_release(&shared.query_empty[consumer]);
+
+    uint8_t* values = shared.ring[cursor.stage];
+    mfa_acquire(&shared.full[cursor.stage], cursor.parity);
+    const int num_valid = num_in_use - (num_blocks - 1) * kBlockTokens;
+    if (num_valid < kBlockTokens) {
+      // Both consumers read this block's values: one of them cleans up for both.
+      if (consumer == 0) zero_unused_values(values, num_valid);
+      bar_sync<kBarrierConsumers, kConsumerThreads>();
+    }
+    accumulate_values(scores, values, acc);
+    wgmma_wait_group<0>(acc);
+    mfa_release(&shared.empty[cursor.stage]);
+    cursor.advance();
     if (is_real) prefill_store(params, item.row + consumer, rows, acc);
   });
 }

@@ -14,12 +14,15 @@ from step3rt.ops import launch
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.mfa_decode import (
     LOG2_E,
+    MfaBatch,
     bf16_kv_map,
     check_scales,
+    mfa_decode_bf16,
+    mfa_decode_fp8,
     query_map,
     reference_mfa_decode,
 )
-from step3rt.ops.mfa_schedule import HEAD_DIM, PADDED_HEADS
+from step3rt.ops.mfa_schedule import HEAD_DIM, PADDED_HEADS, allocate_schedule
 
 ITEM_TOKENS = 2
 """Tokens of a chunk that a CTA attends with at a time: one per consumer warpgroup."""
@@ -125,6 +128,12 @@ def mfa_prefill_bf16(
     """
     _check(q, torch.bfloat16, batch, out, softmax_scale)
     launch.check_tensor("kv_cache", kv_cache, bf16_cache_shape(-1), torch.bfloat16, q.device)
+    if q.device.type == "cpu":
+        rows, decode = _as_decode(batch)
+        part = torch.empty(out[rows].shape, dtype=out.dtype)
+        mfa_decode_bf16(q[rows], kv_cache, decode, part, softmax_scale)
+        out[rows] = part
+        return
     params = _params(q, batch, out, softmax_scale, 1.0)
     arguments = (query_map(q), bf16_kv_map(kv_cache), params)
     _BF16_KERNEL.launch(q.device, _num_ctas(q.device), arguments)
@@ -157,6 +166,12 @@ def mfa_prefill_fp8(
     launch.check_tensor("q_scale", q_scale, q.shape[:2], torch.float32, q.device)
     launch.check_tensor("kv_cache", kv_cache, fp8_cache_shape(-1), torch.uint8, q.device)
     k_scale, v_scale = check_scales(kv_scale)
+    if q.device.type == "cpu":
+        rows, decode = _as_decode(batch)
+        part = torch.empty(out[rows].shape, dtype=out.dtype)
+        mfa_decode_fp8(q[rows], q_scale[rows], kv_cache, decode, part, softmax_scale, kv_scale)
+        out[rows] = part
+        return
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
     arguments = (query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
     _FP8_KERNEL.launch(q.device, _num_ctas(q.device), arguments)
@@ -190,6 +205,16 @@ def reference_mfa_prefill(
             first, first + chunk.num_tokens, dtype=torch.int32, device=q.device
         )
     return reference_mfa_decode(q, kv, table, seq_lens, softmax_scale)
+
+
+def _as_decode(batch: PrefillBatch) -> tuple[torch.Tensor, MfaBatch]:
+    """The rows of the items, and as many sequences that end with them: what the kernels compute."""
+    items = batch.items[: int(batch.num_items)].long()
+    firsts, seconds = items, items[items[:, 1] == ITEM_TOKENS]
+    rows = torch.cat([firsts[:, 0], seconds[:, 0] + 1])
+    seq_lens = torch.cat([firsts[:, 2], seconds[:, 2] + 1]).int()
+    table = batch.block_table[torch.cat([firsts[:, 3], seconds[:, 3]])]
+    return rows, MfaBatch(table, seq_lens, allocate_schedule(rows.device, 1))
 
 
 def _num_ctas(device: torch.device) -> int:
