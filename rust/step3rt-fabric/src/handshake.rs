@@ -57,8 +57,8 @@ pub(crate) enum Kind {
         /// Length of the text that says why the present link is to be replaced; 0 if none is.
         reason_bytes: u8,
     },
-    /// The link exists. (By RDMA it says that it goes over the socket: the offer that follows is known
-    /// to.)
+    /// The link exists. The queue pairs that follow one for RDMA are not announced: whoever asked for
+    /// RDMA awaits them.
     Welcome { epoch: LinkEpoch, by: By },
     /// It does not.
     Refusal(RefusalCode),
