@@ -22,6 +22,7 @@ use crate::contract::{DownReason, Link, LinkEvent, LinkIdentity, PushError, Slot
 use crate::frame::{Frame, FrameHeader, HEADER_BYTES, ProtocolError};
 use crate::lane::{Alternation, Lanes, LinkTerms};
 use crate::region::Region;
+use crate::reset_ask;
 use crate::state::LinkState;
 use crate::tcp_socket::down_reason;
 
@@ -67,8 +68,9 @@ impl TcpLink {
         state: Arc<LinkState>,
     ) -> io::Result<Self> {
         let num_lanes = usize::from(terms.geometry.num_lanes);
-        // A lane has one frame on its way at most; the head may be sent and not yet taken off.
-        let (backlog, frames) = sync_channel(num_lanes + 1);
+        // A lane has one frame on its way at most; the head may be sent and not yet taken off; and
+        // there is one request for a new link.
+        let (backlog, frames) = sync_channel(num_lanes + 2);
         let receiver = FrameReceiver {
             terms,
             incoming: incoming.clone(),
@@ -166,6 +168,14 @@ impl Link for TcpLink {
         })
     }
 
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        if let Some(notes) = self.lanes.outgoing.write_notes(reason) {
+            // As a frame is: one that is on its way goes before.
+            self.send(notes).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {
         self.state
             .poll_lanes(&mut self.lanes, &mut self.is_down_reported, out);
@@ -208,6 +218,9 @@ impl FrameReceiver {
 
     fn receive_frame(&mut self) -> Result<(), DownReason> {
         let bytes = self.receive_header()?;
+        if reset_ask::is_note(&bytes) {
+            return self.state.hear(&bytes).map_err(DownReason::Protocol);
+        }
         let header = self.check(&bytes).map_err(DownReason::Protocol)?;
         let lane = header.lane;
         self.receive_payload(lane, header.frame.payload_bytes)?;
