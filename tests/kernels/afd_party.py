@@ -1,7 +1,7 @@
 """Attention and FFN instances that link and count but compute almost nothing, for tests.
 
-A party runs its lanes in threads, each with a stream of its own on a GPU. What an "expert" makes of a
-row is its number times the row, so that a source can tell what it should get back, bit for bit.
+A party runs its lanes in threads, each with a stream of its own on a GPU. What an "expert" makes of
+a row is its number times the row, so that a source can tell what it should get back, bit for bit.
 """
 
 import contextlib
