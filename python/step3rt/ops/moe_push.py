@@ -41,6 +41,13 @@ def moe_fp8_push(experts: Fp8Experts, workspace: MoeWorkspace, slots: FfnSlots, 
             "expert's too. Pass `first_expert=0, num_routed=num_groups`."
         )
     tokens = slots.tokens(lane)
+    num_rows, num_columns = tokens.topk_ids.shape
+    if num_rows > workspace.max_tokens or num_columns != workspace.num_columns:
+        raise ValueError(
+            f"{num_rows} rows of {num_columns} ids do not fit a workspace for "
+            f"{workspace.max_tokens} tokens of {workspace.num_columns}. Allocate it for the rows of "
+            "all sources."
+        )
     if slots.device.type == "cpu":
         sums = torch.empty(tokens.hidden.shape, dtype=torch.bfloat16)
         moe_fp8(tokens, experts, workspace, sums)
