@@ -186,6 +186,8 @@ class LocalCluster:
             coordinator=self.control_address,
             threads=self._threads,
             kv_blocks=self._kv_blocks,
+            # Who assumes that prompts are computed needs something in their place.
+            random_kv=self._serve.assume_computed_prompts and role == "attention",
         )
         return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
 
