@@ -21,7 +21,7 @@ ON_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 EPOCHS = itertools.count(1)
-NUM_EXPERTS = 5
+NUM_EXPERTS = 9
 SIZES = (256, 128)
 
 
