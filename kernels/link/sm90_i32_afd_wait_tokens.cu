@@ -8,7 +8,7 @@
 //
 // Threads         512 in one CTA; thread a of the first warp waits for source a, then all copy
 // Shared memory   128 bytes
-// Registers       38, 0 spills
+// Registers       36, 0 spills
 // Roofline        latency: a load from L2 that hits after one NVLink trip, about 1.3 us, then 32 bytes per
 //                 row in and out of L2 by one SM: 512 rows predicted 1.5 us, 2048 rows 3 us
 // Reference       step3rt.ops.afd_reference.FfnHostLane.wait

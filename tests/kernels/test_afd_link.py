@@ -726,8 +726,8 @@ def test_processes_exchange_whole_layers(remote: Any, kind: str) -> None:
 def test_a_source_killed_in_a_step_costs_the_others_no_row(
     remote: Any, kind: str, is_told: bool
 ) -> None:
-    limits = Limits(wait_s=20.0 if is_told else 1.0)
-    cluster = Cluster(remote(kind), SHAPE, replace(limits, wait_s=20.0))
+    limits = Limits(wait_s=20.0 if is_told else 3.0)
+    cluster = Cluster(remote(kind), SHAPE, replace(limits, wait_s=30.0))
     for rank, party in enumerate(cluster.ranks):
         party.handle = party.do("open", SHAPE, rank, limits)
     cluster.link()
