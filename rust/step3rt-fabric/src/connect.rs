@@ -18,7 +18,7 @@ use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::tcp::{TcpLink, TcpSlots};
-use crate::tcp_socket;
+use crate::tcp_socket::{self, FrameSocket};
 
 /// Why a peer could not be linked. Nothing of the attempt is left.
 #[derive(Debug, Error)]
@@ -251,7 +251,7 @@ impl Attempt<'_> {
             terms,
             outgoing,
             memory,
-            (socket, state),
+            (socket, state, self.hub.bell.expect_far_ringer()),
         )))
     }
 
@@ -266,8 +266,9 @@ impl Attempt<'_> {
         let bytes = tcp_socket::read_message(&stream, self.hub.settings.handshake_timeout)
             .map_err(|error| self.interrupted(error))?;
         self.check_answer(&bytes)?;
-        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
-            .and_then(|()| TcpLink::new(terms, slots, stream, self.hub.new_state()))
+        let ends = (self.hub.new_state(), self.hub.bell.sockets());
+        FrameSocket::new(stream, self.hub.settings.peer_timeout)
+            .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
             .map(|link| Box::new(link) as Box<dyn Link>)
             .map_err(|error| self.resources(error))
     }

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
+use crate::bell::EndpointBell;
 use crate::config::LinkSettings;
 use crate::contract::{Doorbell, Link, LinkIdentity};
-use crate::doorbell::FutexDoorbell;
 use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
 use crate::rdma;
@@ -47,7 +47,7 @@ struct Registry {
 pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
-    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) bell: Arc<EndpointBell>,
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
@@ -66,7 +66,7 @@ impl Hub {
         settings: LinkSettings,
         has_rdma: bool,
     ) -> io::Result<Self> {
-        let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
+        let (bell, bell_fd) = EndpointBell::create(settings.spin_us)?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             introduction,
@@ -191,9 +191,10 @@ impl Hub {
         &self.wake
     }
 
-    /// Ends the watcher.
+    /// Ends the watcher, and the thread of the sockets.
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
+        self.bell.sockets().stop();
         self.wake_watcher();
     }
 

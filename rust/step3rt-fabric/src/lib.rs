@@ -76,7 +76,7 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `connect`,
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits). How links come about: `handshake`, `connect`,
 //! `accept`, `watcher`, `hub`.
 
 pub mod address;
@@ -87,6 +87,7 @@ pub mod measure;
 pub mod sim;
 
 mod accept;
+mod bell;
 mod config;
 mod connect;
 mod credentials;
@@ -104,8 +105,10 @@ mod rdma_status;
 mod refusal;
 mod region;
 mod shm;
+mod sockets;
 mod state;
 mod tcp;
+mod tcp_receiver;
 mod tcp_socket;
 mod watcher;
 
