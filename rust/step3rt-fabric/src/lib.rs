@@ -95,6 +95,7 @@ mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+mod measure_flag;
 mod memory;
 #[cfg(feature = "rdma")]
 mod rdma;
