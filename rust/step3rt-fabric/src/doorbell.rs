@@ -95,6 +95,16 @@ impl FutexDoorbell {
         })
     }
 
+    /// How long a wait that starts now may spin, if it may; then [`FutexDoorbell::learn`] follows.
+    pub(crate) fn may_spin(&self) -> Option<Duration> {
+        (!self.spin.is_zero() && self.patience.may_spin()).then_some(self.spin)
+    }
+
+    /// Says whether spinning has paid.
+    pub(crate) fn learn(&self, has_paid: bool) {
+        self.patience.learn(has_paid);
+    }
+
     fn counter(&self) -> &AtomicU32 {
         self.memory.u32_at(COUNTER_AT)
     }
@@ -103,8 +113,7 @@ impl FutexDoorbell {
         self.memory.u32_at(SLEEPERS_AT)
     }
 
-    fn spin(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
-        let budget = self.spin.min(timeout);
+    fn spin(&self, seen: u32, started: Instant, budget: Duration) -> bool {
         loop {
             for _ in 0..SPINS_PER_CLOCK_READ {
                 if self.current() != seen {
@@ -118,7 +127,8 @@ impl FutexDoorbell {
         }
     }
 
-    fn sleep(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
+    /// The end of every wait: sleeps without spinning first.
+    pub(crate) fn sleep(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
         // Counted before the kernel compares the word: a ringer that increments after that compare
         // sees the sleeper, one that increments before it makes the compare fail.
         self.sleepers().fetch_add(1, Ordering::SeqCst);
@@ -163,9 +173,9 @@ impl Doorbell for FutexDoorbell {
             return true;
         }
         let started = Instant::now();
-        if !self.spin.is_zero() && self.patience.may_spin() {
-            let is_rung = self.spin(seen, started, timeout);
-            self.patience.learn(is_rung);
+        if let Some(limit) = self.may_spin() {
+            let is_rung = self.spin(seen, started, limit.min(timeout));
+            self.learn(is_rung);
             if is_rung {
                 return true;
             }

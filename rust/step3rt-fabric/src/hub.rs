@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
+use crate::bell::EndpointBell;
 use crate::config::LinkSettings;
 use crate::contract::{Doorbell, LinkIdentity};
 use crate::device_offer::DeviceOffer;
-use crate::doorbell::FutexDoorbell;
 use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
 use crate::new_link::NewLink;
@@ -46,7 +46,7 @@ struct Registry {
 pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
-    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) bell: Arc<EndpointBell>,
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
@@ -67,7 +67,7 @@ impl Hub {
         settings: LinkSettings,
         has_rdma: bool,
     ) -> io::Result<Self> {
-        let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
+        let (bell, bell_fd) = EndpointBell::create(settings.spin_us)?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             introduction,
@@ -234,9 +234,10 @@ impl Hub {
         &self.wake
     }
 
-    /// Ends the watcher.
+    /// Ends the watcher, and the thread of the sockets.
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
+        self.bell.sockets().stop();
         self.wake_watcher();
     }
 

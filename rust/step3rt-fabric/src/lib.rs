@@ -76,8 +76,9 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `choice`, `dialer`,
-//! `connect`, `accept`, `watcher`, `hub`; and how one takes the place of another: `reset_ask`.
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits). How links come
+//! about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
+//! place of another: `reset_ask`.
 //!
 //! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
 //! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
@@ -92,6 +93,7 @@ pub mod measure;
 pub mod sim;
 
 mod accept;
+mod bell;
 mod choice;
 mod config;
 mod connect;
@@ -102,6 +104,7 @@ mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+mod measure_flag;
 mod memory;
 mod new_link;
 #[cfg(feature = "rdma")]
@@ -114,8 +117,10 @@ mod refusal;
 mod region;
 mod reset_ask;
 mod shm;
+mod sockets;
 mod state;
 mod tcp;
+mod tcp_receiver;
 mod tcp_socket;
 mod watcher;
 
