@@ -94,7 +94,15 @@ mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+pub mod late_doorbell;
 mod memory;
+#[cfg(loom)]
+mod models;
+#[cfg(not(any(loom, miri)))]
+mod pages;
+#[cfg(any(loom, miri))]
+#[path = "heap_pages.rs"]
+mod pages;
 #[cfg(feature = "rdma")]
 mod rdma;
 #[cfg(not(feature = "rdma"))]
@@ -105,6 +113,7 @@ mod refusal;
 mod region;
 mod shm;
 mod state;
+mod sync;
 mod tcp;
 mod tcp_socket;
 mod watcher;

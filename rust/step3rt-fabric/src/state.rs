@@ -1,9 +1,10 @@
 //! Whether a link is up, shared between the thread that owns it and those that see it die.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use crate::contract::{Doorbell, DownReason, LinkEvent};
 use crate::lane::Lanes;
+use crate::sync::OnceLock;
 
 /// Up until the first failure; that one is kept.
 pub(crate) struct LinkState {
