@@ -120,6 +120,8 @@ mod watcher;
 
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod two_sides;
 
 pub use memory::MapError;
 pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};

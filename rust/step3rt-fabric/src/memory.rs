@@ -246,6 +246,8 @@ impl SlotMemory for SlotBytes {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
 
     #[test]
@@ -272,6 +274,31 @@ mod tests {
         );
         let error = Mapping::open(&fd, PAGE_BYTES, Sharing::PeerReads).unwrap_err();
         assert!(matches!(error, MapError::Seals { .. }), "{error}");
+    }
+
+    #[test]
+    fn bytes_go_from_one_mapping_by_a_socket_into_another() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let [from, to] = [(); 2].map(|()| Mapping::private(PAGE_BYTES).unwrap());
+        from.store_u64(64, 0xfeed, Ordering::Relaxed);
+        assert_eq!(from.send(&near, 64..72, 0).unwrap(), 8);
+        let mut missing = 128..136;
+        while !missing.is_empty() {
+            missing.start += to.receive(&far, missing.clone()).unwrap();
+        }
+        assert_eq!(to.load_u64(128, Ordering::Relaxed), 0xfeed);
+        drop(near);
+        assert_eq!(to.receive(&far, 0..PAGE_BYTES).unwrap(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of a mapping")]
+    fn receiving_past_the_end_of_a_mapping_panics() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let memory = Mapping::private(PAGE_BYTES).unwrap();
+        let _ = memory.receive(&listener, PAGE_BYTES - 1..PAGE_BYTES + 1);
     }
 
     #[test]

@@ -7,12 +7,13 @@ use std::sync::Arc;
 
 use loom::thread;
 
-use super::pair::{End, LANE, Made, frame, pair, terms};
+use super::ends::pair;
 use super::sync::{Event, Ordering, Weakness};
 use super::{check, check_without};
 use crate::contract::{Doorbell, DownReason, Link, LinkEvent, PushError, Side};
 use crate::doorbell::FutexDoorbell;
 use crate::frame::HEADER_BYTES;
+use crate::two_sides::pair::{End, LANE, Made, frame, terms};
 
 /// A socket that hangs up when its process ends, and a thread that waits for it.
 struct Watched {

@@ -5,10 +5,11 @@
 use loom::thread;
 use step3rt_core::ids::LaneId;
 
-use super::pair::{End, LANE, arrival, frame, pair};
+use super::ends::pair;
 use super::sync::Weakness;
 use super::{check, check_up_to, check_without};
 use crate::contract::{Link, PushError};
+use crate::two_sides::pair::{End, LANE, arrival, frame};
 
 /// Takes one frame, whose payload must be `value`, without answering it.
 fn expect(end: &mut End, lane: LaneId, value: u64) {

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use loom::thread;
 use step3rt_core::ids::{Epoch, InstanceId};
 
-use super::pair::{ATTENTION, End, FFN, FOREVER, Made, terms};
 use super::sync::{AtomicUsize, Ordering, Weakness};
 use super::{check, check_without};
 use crate::config::LinkSettings;
@@ -19,6 +18,7 @@ use crate::handshake::{Introduction, RefusalCode};
 use crate::hub::{Accepted, Hub, Watch};
 use crate::late_doorbell::LateDoorbell;
 use crate::state::LinkState;
+use crate::two_sides::pair::{ATTENTION, End, FFN, FOREVER, Made, terms};
 
 fn hub() -> Arc<Hub> {
     let introduction = Introduction {

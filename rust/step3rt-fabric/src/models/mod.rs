@@ -21,11 +21,11 @@ mod doorbell;
 #[cfg(test)]
 mod ending;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod frames;
 #[cfg(test)]
 mod handing_over;
-#[cfg(test)]
-mod pair;
 #[cfg(test)]
 mod unmapping;
 

@@ -9,11 +9,12 @@ use loom::thread;
 use step3rt_core::ids::Epoch;
 
 use super::check;
-use super::pair::{ATTENTION, LANE, Made, arrival, pair, terms};
+use super::ends::pair;
 use super::sync::{AtomicU64, Ordering};
 use crate::contract::{Link, LinkIdentity, Side};
 use crate::frame::HEADER_BYTES;
 use crate::region::Region;
+use crate::two_sides::pair::{ATTENTION, LANE, Made, arrival, terms};
 
 fn private_region() -> Region {
     let terms = terms(Side::Responder, 1);

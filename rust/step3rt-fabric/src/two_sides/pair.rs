@@ -1,5 +1,5 @@
-//! Two ends of a link through shared memory, for models: what a handshake makes, without sockets
-//! that block.
+//! Two ends of a link through shared memory in one process: what a handshake makes, without one.
+//! For tests by threads, and for models.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -11,41 +11,42 @@ use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use crate::contract::{Doorbell, Geometry, Link, LinkEvent, LinkIdentity, Side};
 use crate::doorbell::FutexDoorbell;
 use crate::frame::{Frame, FrameHeader};
-use crate::lane::{Lanes, LinkTerms};
+use crate::lane::LinkTerms;
 use crate::region::Region;
 use crate::shm::{PeerMemory, ShmLink};
 use crate::state::LinkState;
 
-pub(super) const FOREVER: Duration = Duration::MAX;
-pub(super) const PAYLOAD_BYTES: usize = 8;
-pub(super) const LANE: LaneId = LaneId(0);
+/// Longer than any test; models sleep until they are woken.
+pub(crate) const FOREVER: Duration = Duration::from_mins(10);
+pub(crate) const PAYLOAD_BYTES: usize = 8;
+pub(crate) const LANE: LaneId = LaneId(0);
 
-pub(super) const ATTENTION: LinkIdentity = LinkIdentity {
+pub(crate) const ATTENTION: LinkIdentity = LinkIdentity {
     instance: InstanceId(1),
     epoch: Epoch(5),
 };
-pub(super) const FFN: LinkIdentity = LinkIdentity {
+pub(crate) const FFN: LinkIdentity = LinkIdentity {
     instance: InstanceId(2),
     epoch: Epoch(7),
 };
 
 /// One end, whose owner sleeps on `bell`, and whose watcher fails `state`.
-pub(super) struct End {
-    pub(super) link: ShmLink,
-    pub(super) bell: Arc<FutexDoorbell>,
-    pub(super) state: Arc<LinkState>,
+pub(crate) struct End {
+    pub(crate) link: ShmLink,
+    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) state: Arc<LinkState>,
 }
 
 /// What one end makes and passes to the other.
 #[derive(Clone)]
-pub(super) struct Made {
-    pub(super) terms: LinkTerms,
-    pub(super) outgoing: Region,
-    pub(super) bell: Arc<FutexDoorbell>,
-    pub(super) fds: Arc<[OwnedFd; 2]>,
+pub(crate) struct Made {
+    pub(crate) terms: LinkTerms,
+    pub(crate) outgoing: Region,
+    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) fds: Arc<[OwnedFd; 2]>,
 }
 
-pub(super) fn terms(side: Side, num_lanes: u8) -> LinkTerms {
+pub(crate) fn terms(side: Side, num_lanes: u8) -> LinkTerms {
     let (local, peer) = match side {
         Side::Initiator => (ATTENTION, FFN),
         Side::Responder => (FFN, ATTENTION),
@@ -64,7 +65,7 @@ pub(super) fn terms(side: Side, num_lanes: u8) -> LinkTerms {
 }
 
 impl Made {
-    pub(super) fn new(terms: LinkTerms) -> Self {
+    pub(crate) fn new(terms: LinkTerms) -> Self {
         let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends()).unwrap();
         let (bell, bell_fd) = FutexDoorbell::create(0).unwrap();
         Self {
@@ -76,7 +77,7 @@ impl Made {
     }
 
     /// The end that this and what the peer made come to.
-    pub(super) fn meet(&self, peer: &Self) -> End {
+    pub(crate) fn meet(&self, peer: &Self) -> End {
         let memory = PeerMemory::open(&peer.fds, &self.terms).unwrap();
         let bell = Arc::clone(&self.bell);
         let state = Arc::new(LinkState::new(Arc::clone(&bell) as Arc<dyn Doorbell>));
@@ -86,32 +87,11 @@ impl Made {
         let link = ShmLink::new(self.terms, self.outgoing.clone(), memory, kept);
         End { link, bell, state }
     }
-
-    /// As [`Made::meet`], but only the lanes, for a process that stops in the middle of a push.
-    pub(super) fn lanes(&self, peer: &Self) -> Lanes {
-        let geometry = &self.terms.geometry;
-        let incoming = Region::open(&peer.fds[0], geometry, self.terms.side.receives()).unwrap();
-        Lanes::new(self.terms, self.outgoing.clone(), incoming)
-    }
-}
-
-/// The attention instance's end and the FFN instance's.
-pub(super) fn pair(num_lanes: u8) -> (End, End) {
-    let sides = [Side::Initiator, Side::Responder];
-    let [attention, ffn] = sides.map(|side| Made::new(terms(side, num_lanes)));
-    (attention.meet(&ffn), ffn.meet(&attention))
 }
 
 impl End {
-    /// Writes and pushes a payload of `value`'s bytes.
-    pub(super) fn push(&mut self, lane: LaneId, value: u64) {
-        let slot = self.link.send_slot(lane).unwrap();
-        slot.write(&value.to_ne_bytes());
-        self.link.push(lane, frame()).unwrap();
-    }
-
     /// What the next poll with news says. Sleeps as the contract says one may.
-    pub(super) fn next(&mut self) -> Vec<LinkEvent> {
+    pub(crate) fn next(&mut self) -> Vec<LinkEvent> {
         let mut events = Vec::new();
         loop {
             let seen = self.bell.current();
@@ -122,16 +102,9 @@ impl End {
             assert!(self.bell.wait(seen, FOREVER));
         }
     }
-
-    /// The payload of an arrival.
-    pub(super) fn payload(&self, lane: LaneId) -> u64 {
-        let mut bytes = [0; PAYLOAD_BYTES];
-        self.link.receive_slot(lane).unwrap().read(&mut bytes);
-        u64::from_ne_bytes(bytes)
-    }
 }
 
-pub(super) fn frame() -> Frame {
+pub(crate) fn frame() -> Frame {
     Frame {
         step: 0,
         layer: 0,
@@ -141,7 +114,7 @@ pub(super) fn frame() -> Frame {
 }
 
 /// The header of an event that must be an arrival.
-pub(super) fn arrival(event: &LinkEvent) -> &FrameHeader {
+pub(crate) fn arrival(event: &LinkEvent) -> &FrameHeader {
     match event {
         LinkEvent::Arrived(header) => header,
         LinkEvent::Down(reason) => panic!("no arrival: {reason}"),
