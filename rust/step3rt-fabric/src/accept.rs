@@ -290,7 +290,7 @@ fn link_shm(
         process,
         state: Arc::clone(&state),
     });
-    let ends = (own_socket, state, hub.bell.expect_far_ringer());
+    let ends = (own_socket, state, hub.bell.expect_far_ringer().into());
     let link = ShmLink::new(terms, outgoing, peer_memory, ends);
     Ok(Box::new(link))
 }

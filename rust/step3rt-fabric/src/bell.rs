@@ -6,12 +6,12 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::contract::Doorbell;
 use crate::doorbell::FutexDoorbell;
 use crate::sockets::{Attendance, Sockets};
+use crate::sync::{AtomicUsize, Instant, Ordering, spin_loop};
 
 /// Looks at the counter between two at the sockets, which are system calls.
 const LOOKS_PER_SYSTEM_CALL: u32 = 8;
@@ -67,7 +67,7 @@ impl EndpointBell {
                 if is_rung() {
                     return true;
                 }
-                std::hint::spin_loop();
+                spin_loop();
             }
             if progress_at.elapsed() >= limit {
                 return false;

@@ -110,7 +110,7 @@ impl Attempt<'_> {
             process,
             state: Arc::clone(&state),
         });
-        let ends = (socket, state, self.hub.bell.expect_far_ringer());
+        let ends = (socket, state, self.hub.bell.expect_far_ringer().into());
         let link = ShmLink::new(terms, outgoing, memory, ends);
         Ok((Box::new(link), welcome, offer))
     }

@@ -104,9 +104,17 @@ mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+pub mod late_doorbell;
 mod measure_flag;
 mod memory;
+#[cfg(loom)]
+mod models;
 mod new_link;
+#[cfg(not(any(loom, miri)))]
+mod pages;
+#[cfg(any(loom, miri))]
+#[path = "heap_pages.rs"]
+mod pages;
 #[cfg(feature = "rdma")]
 mod rdma;
 #[cfg(not(feature = "rdma"))]
@@ -119,6 +127,7 @@ mod reset_ask;
 mod shm;
 mod sockets;
 mod state;
+mod sync;
 mod tcp;
 mod tcp_receiver;
 mod tcp_socket;
@@ -126,6 +135,8 @@ mod watcher;
 
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod two_sides;
 
 pub use choice::DeviceError;
 pub use memory::MapError;

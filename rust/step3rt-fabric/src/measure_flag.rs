@@ -7,13 +7,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::contract::Side;
 use crate::measure::{MeasureError, PATIENCE, Plan, Times, copy_in, copy_out, say};
-use crate::memory::{Mapping, PAGE_BYTES, Sharing, SlotBytes};
+use crate::memory::{Mapping, PAGE_BYTES, SharedMapping, Sharing, SlotBytes};
+use crate::sync::{Instant, Ordering};
 
 /// Two cache lines, because x86 fetches them in pairs.
 const FLAG_STRIDE_BYTES: usize = 128;
@@ -30,7 +29,7 @@ const SPIN: Duration = Duration::from_micros(50);
 /// │ flag, one way │ flag, other way │ slot, one way (bytes) │ slot, other way │
 /// ```
 struct SharedSlots {
-    memory: Arc<Mapping>,
+    memory: SharedMapping,
     send: SlotBytes,
     receive: SlotBytes,
     send_flag_at: usize,
@@ -43,10 +42,10 @@ impl SharedSlots {
     }
 
     fn new(memory: Mapping, plan: Plan, side: Side) -> Self {
-        let memory = Arc::new(memory);
+        let memory = SharedMapping::new(memory);
         let slot = |way: usize| {
             let start = PAGE_BYTES + way * plan.num_bytes.next_multiple_of(PAGE_BYTES);
-            SlotBytes::new(Arc::clone(&memory), start..start + plan.num_bytes)
+            SlotBytes::new(memory.clone(), start..start + plan.num_bytes)
         };
         let (sends, receives) = match side {
             Side::Initiator => (0, 1),

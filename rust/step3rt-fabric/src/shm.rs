@@ -187,7 +187,7 @@ pub(crate) struct ShmLink {
     state: Arc<LinkState>,
     socket: Arc<OwnedFd>,
     /// The peer rings this end's bell.
-    _ringer: FarRinger,
+    _ringer: Option<FarRinger>,
     is_down_reported: bool,
 }
 
@@ -219,7 +219,7 @@ impl ShmLink {
         terms: LinkTerms,
         outgoing: Region,
         peer: PeerMemory,
-        (socket, state, ringer): (Arc<OwnedFd>, Arc<LinkState>, FarRinger),
+        (socket, state, ringer): (Arc<OwnedFd>, Arc<LinkState>, Option<FarRinger>),
     ) -> Self {
         let lanes = Lanes::new(terms, outgoing, peer.incoming);
         Self {
