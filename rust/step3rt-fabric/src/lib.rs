@@ -76,8 +76,8 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `pages`, `memory` and `region` (where slots lie), `lane` (whose turn it
-//! is), `state` (whether the link is up), `doorbell`, `sync` (what models replace). How links come about: `handshake`, `connect`,
-//! `accept`, `watcher`, `hub`.
+//! is), `state` (whether the link is up), `doorbell`, `sync` (what models replace). How links come
+//! about: `handshake`, `connect`, `accept`, `watcher`, `hub`.
 
 pub mod address;
 pub mod contract;
