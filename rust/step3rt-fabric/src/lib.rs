@@ -75,9 +75,9 @@
 //!
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
-//! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits). How links come
-//! about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
+//! What the fabrics share: `pages`, `memory` and `region` (where slots lie), `lane` (whose turn it is),
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits), `sync` (what
+//! models replace). How links come about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
 //! place of another: `reset_ask`.
 //!
 //! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
