@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::contract::Doorbell;
-use crate::doorbell::FutexDoorbell;
+use crate::doorbell::{FutexDoorbell, Spin};
 use crate::sockets::{Attendance, Sockets};
 use crate::sync::{AtomicUsize, Instant, Ordering, spin_loop};
 
@@ -126,19 +126,23 @@ impl Doorbell for EndpointBell {
             // Another thread waits where the sockets are.
             return self.counter.wait(seen, timeout);
         };
-        if let Some(limit) = self.counter.may_spin() {
-            let is_rung = self.spin(&attendance, seen, limit.min(timeout));
-            self.counter.learn(is_rung);
-            if is_rung {
-                return true;
-            }
-        }
-        if self.sleep(&attendance, seen, deadline) {
+        let spin = self.counter.may_spin();
+        if let Some(Spin { limit, .. }) = spin
+            && self.spin(&attendance, seen, limit.min(timeout))
+        {
+            self.counter.has_paid();
             return true;
         }
-        // With a peer that can wake a futex only, the sockets are left to their thread.
-        drop(attendance);
-        self.counter.sleep(seen, started, timeout)
+        let is_rung = self.sleep(&attendance, seen, deadline) || {
+            // With a peer that can wake a futex only, the sockets are left to their thread.
+            drop(attendance);
+            self.counter.sleep(seen, started, timeout)
+        };
+        if let Some(spin) = spin {
+            let rung_after = is_rung.then(|| started.elapsed());
+            self.counter.was_in_vain(spin, rung_after);
+        }
+        is_rung
     }
 }
 

@@ -40,8 +40,9 @@ pub struct EndpointConfig {
 /// Settings of links, with sound defaults.
 #[derive(Clone, Copy, Debug)]
 pub struct LinkSettings {
-    /// Longest busy wait before the doorbell sleeps, at most 50; 0 when the ranks of this host
-    /// outnumber its cores, where spinning costs milliseconds instead of saving microseconds.
+    /// Longest busy wait before the doorbell sleeps, at most 50, and six times that while waits are
+    /// found to end within it; 0 when the ranks of this host outnumber its cores, where spinning
+    /// can only be in vain. It is tried rarely where it is.
     pub spin_us: u32,
     /// How long connecting, and accepting, may take.
     pub handshake_timeout: Duration,

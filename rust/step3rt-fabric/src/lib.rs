@@ -77,8 +77,8 @@
 //! [`sim`]).
 //! What the fabrics share: `pages`, `memory` and `region` (where slots lie), `lane` (whose turn it is),
 //! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits), `sync` (what
-//! models replace). How links come about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
-//! place of another: `reset_ask`.
+//! models replace). How links come about: `handshake`, `choice`, `dialer`, `connect`, `accept`,
+//! `watcher`, `hub`; and how one takes the place of another: `reset_ask`.
 //!
 //! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
 //! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
