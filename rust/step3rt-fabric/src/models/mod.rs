@@ -28,6 +28,8 @@ mod frames;
 mod handing_over;
 #[cfg(test)]
 mod unmapping;
+#[cfg(test)]
+mod waiting;
 
 #[cfg(test)]
 use self::sync::{Weakness, weaken};

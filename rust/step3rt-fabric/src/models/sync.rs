@@ -306,7 +306,6 @@ impl Event {
     }
 
     /// What `poll` does with the descriptor: sleeps until it is readable.
-    #[cfg(test)]
     pub(crate) fn wait(&self) {
         let mut is_set = self.is_set.lock().expect("no panic under the lock");
         while !*is_set {
