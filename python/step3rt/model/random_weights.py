@@ -25,19 +25,21 @@ def random_gpu_weights(
         ConfigError: the kernels cannot compute a model of these sizes.
     """
     check_sizes(config)
-    return build_gpu_weights(_RandomTensors(config, device, seed), is_fp8=is_fp8)
+    return build_gpu_weights(RandomTensors(config, device, seed), is_fp8=is_fp8)
 
 
-class _RandomTensors:
+class RandomTensors:
     """Tensors by name, each from a generator of its own."""
 
     def __init__(self, config: Step3Config, device: torch.device, seed: int) -> None:
+        """Draws nothing yet."""
         self.config = config
         self._device = device
         self._seed = seed
         self._shapes = {wanted.name: wanted.shape for wanted in wanted_tensors(config)}
 
     def plain(self, name: str) -> torch.Tensor:
+        """Draws a tensor in bf16."""
         shape = self._shapes[name]
         values = self._draw(name, shape)
         if len(shape) == 1:
@@ -46,6 +48,7 @@ class _RandomTensors:
         return values if name == EMBEDDING else values * shape[1] ** -0.5
 
     def matrix(self, name: str, expert: int | None = None) -> Fp8Matrix:
+        """Draws a linear layer, or one expert's of a stack, in FP8."""
         rows, columns = self._shapes[name][-2:]
         values = self._draw(f"{name}/{expert}", (rows, columns)).to(torch.float8_e4m3fn)
         scales = torch.full((rows // BLOCK, columns // BLOCK), columns**-0.5, device=self._device)
