@@ -24,6 +24,7 @@ from step3rt.model.gpu_weights import GpuWeights
 from step3rt.ops.afd_link import AttentionSlots
 from step3rt.ops.graph import StepGraph
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.linear import linear_bf16
 from step3rt.ops.mfa_decode import MfaBatch
 from step3rt.ops.mfa_schedule import (
     BLOCK_SIZE_TOKENS,
@@ -179,41 +180,31 @@ class AttentionLane:
         `host` belongs to the step until the event is done; then it has the results.
         """
         bucket = bucket_of(order.num_rows, self._pool.options.max_tokens)
+        num_logits = order.num_samples + len(order.scored_token_ids)
         host.pad(order.num_rows, bucket)
-        num_scored = len(order.scored_token_ids)
-        num_logits = order.num_samples + num_scored
         host.logit_rows[num_logits:bucket] = 0
-        graph = self._graphs[bucket, _logit_bucket(num_logits, bucket)]
-        scores = self._new_scores(num_scored, order.num_top) if num_scored else None
-        batch: list[SamplingBatch] = []
-        self._stream.run(lambda: self._copy_in(host, order, batch))
-        graph.replay()
-        self._stream.run(lambda: self._finish(host, order, batch, scores))
-        return self._stream.record(), scores
+        step = _QueuedStep(host, order)
+        if self._pool.device.type == "cuda":
+            step.pin()
+        self._stream.run(lambda: self._copy_in(step))
+        self._graphs[bucket, _logit_bucket(num_logits, bucket)].replay()
+        self._stream.run(lambda: self._finish(step))
+        return self._stream.record(), step.scores
 
     def close(self) -> None:
         """Ends the lane's stream; nothing may be parked in it."""
         self._stream.close()
 
     @torch.inference_mode()
-    def _copy_in(self, host: HostStep, order: StepOrder, batch: list[SamplingBatch]) -> None:
-        self._inputs_buffer.copy_(host.inputs_buffer, non_blocking=True)
+    def _copy_in(self, step: "_QueuedStep") -> None:
         device = self._pool.device
-        if order.table_changes is not None:
-            places, blocks = order.table_changes.to(device, non_blocking=True)
+        self._inputs_buffer.copy_(step.host.inputs_buffer, non_blocking=True)
+        if step.table_changes is not None:
+            places, blocks = step.table_changes.to(device, non_blocking=True)
             self._tables.view(-1).index_copy_(0, places.long(), blocks)
-        if order.num_samples:
+        if step.edits is not None:
             # Before the graph: the sampler reads them before the kernel ahead of it has ended.
-            edits = self._no_edits if order.edits is None else order.edits.to(device)
-            batch.append(
-                SamplingBatch(
-                    rows=self._inputs.sampling_rows[: order.num_samples],
-                    edit_offsets=self._inputs.edit_offsets[: order.num_samples + 1],
-                    edits=edits,
-                    num_top=MAX_TOP if order.has_logprobs else 0,
-                    is_greedy=order.is_greedy,
-                )
-            )
+            step.edits = step.edits.to(device, non_blocking=True)
 
     @torch.inference_mode()
     def _launch(self, bucket: int, num_logit_rows: int) -> None:
@@ -233,69 +224,95 @@ class AttentionLane:
         )
         torch.index_select(pool.weights.embed_tokens, 0, token_ids, out=buffers.residual)
         buffers.norm_only(pool.first_norm, config.rms_norm_eps)
-        for layer, runner, norm in zip(config.layers, pool.runners, pool.next_norms, strict=True):
-            runner.launch_attention(buffers, batch, places)
-            topk = buffers.topk if layer.is_moe else None
-            slots.send(lane, buffers.hidden, topk, inputs.num_rows, config.num_experts)
-            slots.wait(lane)
-            buffers.add_present_and_norm(
-                slots.sums(lane), slots.present(lane), norm, config.rms_norm_eps
+        for index, layer in enumerate(config.layers):
+            pool.runners[index].launch_attention(buffers, batch, places)
+            slots.send(
+                lane,
+                buffers.hidden,
+                buffers.topk if layer.is_moe else None,
+                inputs.num_rows,
+                config.num_experts if layer.is_moe else 0,
+                is_first_layer=index == 0,
             )
+            slots.wait(lane, is_first_layer=index == 0)
+            sums = (slots.sums(lane), slots.present(lane))
+            buffers.add_sums_and_norm(*sums, pool.next_norms[index], config.rms_norm_eps)
         final, logits = self._final[:num_logit_rows], self._logits[:num_logit_rows]
         torch.index_select(buffers.normed, 0, inputs.logit_rows[:num_logit_rows], out=final)
-        torch.mm(final, pool.weights.lm_head.T, out=logits)
+        linear_bf16(final, pool.weights.lm_head, logits)
 
     @torch.inference_mode()
-    def _finish(
-        self,
-        host: HostStep,
-        order: StepOrder,
-        batch: list[SamplingBatch],
-        scores: PromptScores | None,
-    ) -> None:
-        num_samples, results = order.num_samples, self._results
-        if num_samples:
-            rows = slice(0, num_samples)
-            samples = Samples(
-                results.token_ids[rows],
-                results.is_corrupt[rows],
-                results.logprobs[rows],
-                results.top_ids[rows],
-                results.top_logprobs[rows],
-            )
-            sample_on_device(self._logits[rows], batch[0], samples)
-            rows_of_samples = self._inputs.logit_rows[rows]
-            slots = self._inputs.sequence_slots.index_select(0, rows_of_samples)
-            self._last_token_ids.index_copy_(0, slots.long(), samples.token_ids)
-        if scores is not None:
-            self._score(num_samples, order, scores)
-        results.error.copy_(self._slots.error(self._lane))
+    def _finish(self, step: "_QueuedStep") -> None:
+        order = step.order
+        if order.num_samples:
+            self._sample(order, self._no_edits if step.edits is None else step.edits)
+        if step.scores is not None:
+            self._score(order, step.scores, step.scored_token_ids)
         max_tokens = self._pool.options.max_tokens
         num_bytes = StepResults.buffer_bytes(max_tokens, MAX_TOP)
         if not order.has_logprobs:
             num_bytes = StepResults.token_bytes(max_tokens, MAX_TOP)
-        host.results_buffer[:num_bytes].copy_(self._results_buffer[:num_bytes], non_blocking=True)
+        results = step.host.results_buffer[:num_bytes]
+        results.copy_(self._results_buffer[:num_bytes], non_blocking=True)
 
-    def _score(self, first: int, order: StepOrder, scores: PromptScores) -> None:
-        token_ids = torch.tensor(order.scored_token_ids, device=self._pool.device)
+    def _sample(self, order: StepOrder, edits: torch.Tensor) -> None:
+        rows, results = slice(0, order.num_samples), self._results
+        samples = Samples(
+            results.token_ids[rows],
+            results.is_corrupt[rows],
+            results.logprobs[rows],
+            results.top_ids[rows],
+            results.top_logprobs[rows],
+        )
+        batch = SamplingBatch(
+            rows=self._inputs.sampling_rows[rows],
+            edit_offsets=self._inputs.edit_offsets[: order.num_samples + 1],
+            edits=edits,
+            num_top=MAX_TOP if order.has_logprobs else 0,
+            is_greedy=order.is_greedy,
+        )
+        sample_on_device(self._logits[rows], batch, samples)
+        slots = self._inputs.sequence_slots.index_select(0, self._inputs.logit_rows[rows])
+        self._last_token_ids.index_copy_(0, slots.long(), samples.token_ids)
+
+    def _score(self, order: StepOrder, scores: PromptScores, token_ids: torch.Tensor) -> None:
+        token_ids = token_ids.to(self._pool.device, non_blocking=True)
+        logits = self._logits[order.num_samples :][: len(token_ids)]
         for start in range(0, len(token_ids), MAX_SCORED_ROWS):
             part = slice(start, start + MAX_SCORED_ROWS)
-            rows = self._logits[first:][: len(token_ids)][part]
-            found = score_tokens(rows.float(), token_ids[part], order.num_top)
+            found = score_tokens(logits[part].float(), token_ids[part], order.num_top)
             for name, values in zip(("logprobs", "top_ids", "top_logprobs"), found, strict=True):
                 getattr(scores, name)[part].copy_(values, non_blocking=True)
 
-    def _new_scores(self, num_rows: int, num_top: int) -> PromptScores:
-        is_pinned = self._pool.device.type == "cuda"
 
-        def host(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, pin_memory=is_pinned)
+class _QueuedStep:
+    """A launched step: tensors that live until its last launch, and where scores go."""
 
-        return PromptScores(
-            host(num_rows, dtype=torch.float32),
-            host(num_rows, num_top, dtype=torch.int32),
-            host(num_rows, num_top, dtype=torch.float32),
-        )
+    def __init__(self, host: HostStep, order: StepOrder) -> None:
+        self.host = host
+        self.order = order
+        self.table_changes = order.table_changes
+        self.edits = order.edits
+        self.scored_token_ids = torch.tensor(order.scored_token_ids, dtype=torch.int64)
+        self.scores: PromptScores | None = None
+        num_rows = len(order.scored_token_ids)
+        if num_rows:
+            self.scores = PromptScores(
+                torch.zeros(num_rows),
+                torch.zeros(num_rows, order.num_top, dtype=torch.int32),
+                torch.zeros(num_rows, order.num_top),
+            )
+
+    def pin(self) -> None:
+        """Pins what is copied: a copy of other memory would wait for the stream."""
+        self.scored_token_ids = self.scored_token_ids.pin_memory()
+        if self.table_changes is not None:
+            self.table_changes = self.table_changes.pin_memory()
+        if self.edits is not None:
+            self.edits = self.edits.pin_memory()
+        if self.scores is not None:
+            names = ("logprobs", "top_ids", "top_logprobs")
+            self.scores = PromptScores(*(getattr(self.scores, name).pin_memory() for name in names))
 
 
 def bucket_of(num_rows: int, max_tokens: int) -> int:

@@ -11,8 +11,14 @@ import torch
 from step3rt.model.ffn_groups import FfnGroups
 from step3rt.ops.afd_link import FfnSlots
 from step3rt.ops.graph import StepGraph
-from step3rt.ops.moe_fp8 import Fp8Experts, MoeWorkspace, allocate_moe_workspace, moe_fp8_push
+from step3rt.ops.launch import num_sms
+from step3rt.ops.moe_fp8 import Fp8Experts, MoeWorkspace, allocate_moe_workspace
+from step3rt.ops.moe_push import moe_fp8_push
 from step3rt.ops.stream import Event, Stream
+
+
+SMS_PER_WAITING_LANE = 2
+"""Left out by a lane's GEMMs for each other lane, whose wait holds a part of one: see moe_push."""
 
 
 class FfnLane:
@@ -23,13 +29,13 @@ class FfnLane:
         self._groups = groups
         self._slots = slots
         self._lane = lane
-        self._tokens = slots.tokens(lane)
-        num_rows, num_columns = self._tokens.topk_ids.shape
+        shape = slots.shape
+        num_ctas = num_sms(groups.device) - SMS_PER_WAITING_LANE * (shape.num_lanes - 1)
         self._workspaces: dict[tuple[int, int], MoeWorkspace] = {}
         for experts in groups.layers:
             if _shape_of(experts) not in self._workspaces:
                 self._workspaces[_shape_of(experts)] = allocate_moe_workspace(
-                    experts, num_rows, num_columns
+                    experts, shape.num_rows, shape.num_columns, num_ctas // 2 * 2
                 )
         self._stream = Stream(groups.device)
         self._graph = StepGraph.capture(groups.device, self._launch, self._stream)
@@ -48,7 +54,7 @@ class FfnLane:
         for index, experts in enumerate(self._groups.layers):
             self._slots.wait(self._lane, is_first_layer=index == 0)
             workspace = self._workspaces[_shape_of(experts)]
-            moe_fp8_push(self._tokens, experts, workspace, self._slots, self._lane)
+            moe_fp8_push(experts, workspace, self._slots, self._lane)
 
 
 def _shape_of(experts: Fp8Experts) -> tuple[int, int]:

@@ -79,9 +79,8 @@ class HostStep:
     """What the host fills for one step, and where its results come back to; used over and over.
 
     Attributes are numpy views of memory that the device reads and writes, so that filling them
-    costs a copy of an array: those of `StepInputs`, `sampling_rows` as records. `token_ids_out`,
-    `is_corrupt_out` i32[T], `logprobs_out` f32[T], `top_ids_out` i32[T, N] and `top_logprobs_out`
-    f32[T, N] are `ops.sample.Samples`; `error_out` i32[1] the lane's `LinkError`.
+    costs a copy of an array: those of `StepInputs`, `sampling_rows` as records. `token_ids_out` and
+    `is_corrupt_out` i32[T] come back, and what else `results` has if it was asked for.
     """
 
     def __init__(self, max_tokens: int, num_top: int, device: torch.device) -> None:
@@ -105,7 +104,6 @@ class HostStep:
 
         self.results_buffer = host(StepResults.buffer_bytes(max_tokens, num_top))
         self.results = StepResults.view(self.results_buffer, max_tokens, num_top)
-        self.error_out = _numpy(self.results.error)
         self.token_ids_out = _numpy(self.results.token_ids)
         self.is_corrupt_out = _numpy(self.results.is_corrupt)
 
@@ -123,7 +121,6 @@ class HostStep:
 class StepResults:
     """What comes back of T rows, views of one buffer; see `HostStep` and `ops.sample.Samples`."""
 
-    error: torch.Tensor
     token_ids: torch.Tensor
     is_corrupt: torch.Tensor
     logprobs: torch.Tensor
@@ -135,8 +132,8 @@ class StepResults:
         """Views a buffer u8[`buffer_bytes(max_tokens, num_top)`]."""
         sizes = cls._section_bytes(max_tokens, num_top)
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        shapes = [(1,), *[(max_tokens,)] * 3, *[(max_tokens, num_top)] * 2]
-        dtypes = [torch.int32] * 3 + [torch.float32, torch.int32, torch.float32]
+        shapes = [*[(max_tokens,)] * 3, *[(max_tokens, num_top)] * 2]
+        dtypes = [torch.int32] * 2 + [torch.float32, torch.int32, torch.float32]
         views = []
         for start, shape, dtype in zip(starts[:-1], shapes, dtypes, strict=True):
             num_bytes = int(np.prod(shape)) * dtype.itemsize
@@ -151,12 +148,12 @@ class StepResults:
     @classmethod
     def token_bytes(cls, max_tokens: int, num_top: int) -> int:
         """Bytes up to the log-probabilities: all that comes back when nobody asked for those."""
-        return sum(cls._section_bytes(max_tokens, num_top)[:3])
+        return sum(cls._section_bytes(max_tokens, num_top)[:2])
 
     @staticmethod
     def _section_bytes(max_tokens: int, num_top: int) -> list[int]:
         rows, tops = _aligned(4 * max_tokens), _aligned(4 * max_tokens * num_top)
-        return [_aligned(4), rows, rows, rows, tops, tops]
+        return [rows, rows, rows, tops, tops]
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.int32]:
