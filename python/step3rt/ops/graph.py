@@ -32,14 +32,15 @@ class StepGraph:
 
         On a GPU `launch` is called twice: once for its effect, which loads kernels and lets cuBLAS
         choose, both impossible in a capture; then once to be captured, which computes nothing.
-        Let the buffers hold what the first call may harmlessly compute. On the CPU it is not
-        called: a replay calls it.
+        Let the buffers hold what the first call may harmlessly compute; a launch that awaits a peer
+        needs one that answers, or to be told not to wait. On the CPU it is not called: a replay
+        calls it.
 
         Other streams may be at work meanwhile: nothing here waits for them.
 
         Args:
             device: Of all that `launch` touches.
-            launch: Launches kernels and copies between fixed buffers, and waits for nothing.
+            launch: Launches kernels and copies between fixed buffers; the host waits for nothing.
             stream: Where replays run; None: on the stream that is current then, and on the CPU in
                 the caller's thread.
 
