@@ -82,6 +82,9 @@ class FfnSlots(AfdEndpoint):
         self._lanes: list[FfnHostLane] = []
         if self._is_on_cpu:
             self._lanes = [self._host_lane(lane) for lane in range(shape.num_lanes)]
+        else:
+            for kernel in (_WAIT, _PUSH):
+                kernel.load(device)
         self.reset()
 
     def _host_lanes(self) -> Sequence[HostLane]:
@@ -147,8 +150,8 @@ class FfnSlots(AfdEndpoint):
     def set_active(self, source: int, is_active: bool) -> None:
         """Says whether a linked source may still send; `connect` says that it may.
 
-        A source that may not leaves the step that it takes part in, at the next wait for it at the
-        latest, and the others go on. It comes back with `connect`.
+        A source that may not send leaves the step that it takes part in as soon as it is waited
+        for in vain, and the others go on. It comes back with `connect`.
 
         Args:
             source: Which one.
@@ -206,6 +209,9 @@ class FfnSlots(AfdEndpoint):
 
     def wait(self, lane: int, is_first_layer: bool) -> None:
         """Lets the stream wait for a layer's rows, of all sources that take part in the step.
+
+        A step's first wait has no limit, so nothing else may wait for the whole GPU meanwhile:
+        allocate, and launch every kernel once, before. After an error nobody takes part.
 
         Args:
             lane: Whose slots.

@@ -160,6 +160,10 @@ class AttentionHostLane(HostLane):
         self.ranks: list[RankSlot | None] = [None] * shape.num_ranks
         self.state.peers = [PeerState() for _ in self.ranks]
 
+    @property
+    def _linked(self) -> list[RankSlot]:
+        return [slot for slot in self.ranks if slot is not None]
+
     def send(
         self,
         hidden: QuantizedRows,
@@ -174,10 +178,11 @@ class AttentionHostLane(HostLane):
         if self.state.error:
             return
         capacity, count = hidden.values.shape[0], int(num_rows[0])
-        if not 0 <= count <= capacity:
-            self.fail(LinkError.WRONG_LENGTH)
+        slots = self._linked
+        if len(slots) < len(self.ranks) or not 0 <= count <= capacity:
+            is_linked = len(slots) == len(self.ranks)
+            self.fail(LinkError.WRONG_LENGTH if is_linked else LinkError.NOT_LINKED)
             return
-        slots = self._linked()
         ids, weights = local_ids(self._shape, topk, count, num_experts)
         is_wanted = (ids >= 0).any(dim=2)
         places = torch.arange(self._shape.num_ranks, dtype=torch.int32)
@@ -198,7 +203,7 @@ class AttentionHostLane(HostLane):
         self.note(_SEND_COLUMN, begin_ns, self.state.frames, 1 << self._source)
 
     def _publish(self, rank: int, mask: int) -> None:
-        slot, peer = self._linked()[rank], self.state.peers[rank]
+        slot, peer = self._linked[rank], self.state.peers[rank]
         slot.peer_flag.publish(_number(peer, peer.sent), peer.num_rows | mask << _MASK_SHIFT)
 
     def wait(self, *, is_first_layer: bool) -> None:
@@ -206,7 +211,7 @@ class AttentionHostLane(HostLane):
         begin_ns = time.time_ns()
         if self.state.error:
             return
-        slots, pause = self._linked(), _Pause()
+        slots, pause = self._linked, _Pause()
         if is_first_layer and len(slots) > 1:
             mask = self._await(0, self._admission, self.state.peers[0].sent, pause)
             if self.state.error:
@@ -243,15 +248,6 @@ class AttentionHostLane(HostLane):
     def _lose_all(self, rank: int, error: LinkError) -> None:
         self.lose(rank, error)
         self.fail(error)  # a row needs the sums of all its ranks
-
-    def _linked(self) -> list[RankSlot]:
-        slots = [slot for slot in self.ranks if slot is not None]
-        if len(slots) < len(self.ranks):
-            missing = [rank for rank, slot in enumerate(self.ranks) if slot is None]
-            raise ValueError(
-                f"FFN ranks {missing} are not linked. A layer needs all. Connect them."
-            )
-        return slots
 
 
 class FfnHostLane(HostLane):

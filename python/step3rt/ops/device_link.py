@@ -63,6 +63,7 @@ class LinkError(enum.IntEnum):
     TIMED_OUT = 2
     WRONG_SEQUENCE = 3
     WRONG_LENGTH = 4
+    NOT_LINKED = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,10 @@ class Kernel:
     is_dependent: bool = False
     options: tuple[str, ...] = ()
 
+    def load(self, device: torch.device) -> None:
+        """Loads it now; a first launch might wait for the device, and so for what spins on it."""
+        _load_function(self, torch.cuda.current_device() if device.index is None else device.index)
+
     def launch(self, device: torch.device, num_ctas: int, arguments: Sequence[Any]) -> None:
         """Launches on torch's current stream of `device`; capturable after the first launch.
 

@@ -1,7 +1,7 @@
 """Residual add of what FFN ranks sent back, RMS normalisation and FP8 quantisation, fused.
 
-As ops/rmsnorm_quantize.py, but for sums that lie in slots: rows of a rank are as far apart as the slot
-is large, and a row has the sums of only some ranks. Computes no GEMM.
+As ops/rmsnorm_quantize.py, but for sums that lie in slots: those of two ranks are a whole slot
+apart, and a row has the sums of only some ranks. Computes no GEMM.
 """
 
 import numpy as np
