@@ -12,22 +12,18 @@ use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
 use crate::config::LinkSettings;
-use crate::contract::{Doorbell, Link, LinkIdentity};
+use crate::contract::{Doorbell, LinkIdentity};
+use crate::device_offer::DeviceOffer;
 use crate::doorbell::FutexDoorbell;
-use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
+use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
+use crate::new_link::NewLink;
 use crate::rdma;
 use crate::state::LinkState;
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
 /// what is forgotten is long gone.
 const MAX_REMEMBERED_EPOCHS: usize = 4096;
-
-/// A link that the watcher accepted, on its way to the owner.
-pub(crate) struct Accepted {
-    pub(crate) link: Box<dyn Link>,
-    pub(crate) reason: String,
-}
 
 /// A socket whose hang-up is the end of a link.
 pub(crate) struct Watch {
@@ -42,6 +38,9 @@ struct Registry {
     epochs: HashMap<InstanceId, Epoch>,
     /// Links of each linked instance: more than one while a new one takes the place of the last.
     num_links: HashMap<InstanceId, usize>,
+    /// Instances whose new link is about to take the place of the present one, as an end asked for:
+    /// how many such links there are, and why the last one.
+    resets: HashMap<InstanceId, (usize, String)>,
 }
 
 pub(crate) struct Hub {
@@ -51,9 +50,11 @@ pub(crate) struct Hub {
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
+    /// What this end offers of its device's memory, where the setting allows that.
+    pub(crate) device_offer: Option<DeviceOffer>,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
-    accepted: Mutex<Vec<Accepted>>,
+    accepted: Mutex<Vec<NewLink>>,
     num_accepted: AtomicUsize,
     new_watches: Mutex<Vec<Watch>>,
     wake: OwnedFd,
@@ -74,6 +75,7 @@ impl Hub {
             bell: Arc::new(bell),
             has_rdma,
             rdma_devices: rdma::Devices::default(),
+            device_offer: None,
             bell_fd,
             registry: Mutex::default(),
             accepted: Mutex::default(),
@@ -98,13 +100,26 @@ impl Hub {
         .encode()
     }
 
+    /// What follows a hello or welcome that says `by` of this end's device memory.
+    pub(crate) fn offer_by(&self, by: By) -> &[u8] {
+        match (by, &self.device_offer) {
+            (By::Device { .. }, Some(offer)) => offer.as_bytes(),
+            _ => &[],
+        }
+    }
+
     /// The terms of a link to a peer whose introduction was found good.
-    pub(crate) fn terms(&self, peer: LinkIdentity) -> LinkTerms {
+    pub(crate) fn terms(&self, peer: LinkIdentity, by: By) -> LinkTerms {
+        let geometry = self.introduction.geometry;
         LinkTerms {
             local: self.introduction.identity,
             peer,
             side: self.introduction.side,
-            geometry: self.introduction.geometry,
+            geometry: match by {
+                // Payloads lie in the devices' memory.
+                By::Device { .. } => geometry.without_payloads(),
+                By::Carrier | By::Rdma => geometry,
+            },
             payload_checksum: self.settings.payload_checksum,
         }
     }
@@ -146,8 +161,33 @@ impl Hub {
         }
     }
 
+    /// Notes that a new link is about to take the place of the present one. Before the peer knows that
+    /// there is one: from then on it may close the old one, whose end is then no loss of a peer.
+    pub(crate) fn begin_reset(&self, peer: InstanceId, reason: String) {
+        let mut registry = lock(&self.registry);
+        let num_before = registry.resets.get(&peer).map_or(0, |(num, _)| *num);
+        registry.resets.insert(peer, (num_before + 1, reason));
+    }
+
+    /// Why the link to a peer is being replaced, if it is.
+    pub(crate) fn reset_of(&self, peer: InstanceId) -> Option<String> {
+        let registry = lock(&self.registry);
+        registry.resets.get(&peer).map(|(_, reason)| reason.clone())
+    }
+
+    /// Takes [`Hub::begin_reset`] back: the link was replaced, or will not be.
+    pub(crate) fn end_reset(&self, peer: InstanceId) {
+        let mut registry = lock(&self.registry);
+        if let Some((num, _)) = registry.resets.get_mut(&peer) {
+            *num -= 1;
+            if *num == 0 {
+                registry.resets.remove(&peer);
+            }
+        }
+    }
+
     /// Hands a link to the owner. One of the same instance that it has not taken yet is dropped.
-    pub(crate) fn deliver(&self, link: Accepted) {
+    pub(crate) fn deliver(&self, link: NewLink) {
         let mut accepted = lock(&self.accepted);
         let instance = link.link.peer().instance;
         let earlier = accepted
@@ -157,14 +197,17 @@ impl Hub {
         accepted.push(link);
         self.num_accepted.store(accepted.len(), Ordering::Release);
         drop(accepted);
-        if earlier.is_some() {
+        if let Some(earlier) = earlier {
+            if earlier.reset.is_some() {
+                self.end_reset(instance);
+            }
             self.dismiss(instance);
         }
         self.bell.ring();
     }
 
     /// The links accepted since the last call; no lock when there are none.
-    pub(crate) fn take_accepted(&self) -> Vec<Accepted> {
+    pub(crate) fn take_accepted(&self) -> Vec<NewLink> {
         if self.num_accepted.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }

@@ -81,20 +81,26 @@
 
 pub mod address;
 pub mod contract;
+pub mod device_offer;
 pub mod endpoint;
 pub mod frame;
+pub mod link_epoch;
 pub mod measure;
 pub mod sim;
 
 mod accept;
+mod choice;
 mod config;
 mod connect;
+mod connect_error;
 mod credentials;
+mod dialer;
 mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
 mod memory;
+mod new_link;
 #[cfg(feature = "rdma")]
 mod rdma;
 #[cfg(not(feature = "rdma"))]
@@ -103,6 +109,7 @@ mod rdma;
 mod rdma_status;
 mod refusal;
 mod region;
+mod reset_ask;
 mod shm;
 mod state;
 mod tcp;
@@ -112,6 +119,7 @@ mod watcher;
 #[cfg(test)]
 mod hostile;
 
+pub use choice::DeviceError;
 pub use memory::MapError;
 pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};
 pub use refusal::{HandshakeError, Refusal};

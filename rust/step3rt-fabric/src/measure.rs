@@ -251,7 +251,7 @@ fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> Result
                 FabricEvent::LinkDown { .. } | FabricEvent::DialFailed { .. } => {
                     return Err(MeasureError::Ended);
                 }
-                FabricEvent::LinkUp(_) => {}
+                FabricEvent::LinkUp(_) | FabricEvent::ResetAsked { .. } => {}
             }
         }
         let started = Instant::now();

@@ -54,6 +54,11 @@ pub enum Refusal {
     /// It cannot link by RDMA.
     #[error("it cannot be linked by RDMA. See its log, and `step3rt doctor` on its host")]
     NoRdma,
+    /// It offers no device memory, or the fabric it is set to keeps it from that.
+    #[error(
+        "it offers no device memory. Give it a device with `--device`, or set `fabric` to \"auto\""
+    )]
+    NoDeviceOffer,
 }
 
 /// Why bytes are not a handshake message.
@@ -77,8 +82,11 @@ pub enum HandshakeError {
         value: u64,
     },
     /// Not the size of a message.
-    #[error("it has {0} bytes, not {MESSAGE_BYTES}")]
+    #[error("it has {0} bytes, not {MESSAGE_BYTES} and what it says that follows")]
     Size(usize),
+    /// What follows a hello as text is none.
+    #[error("its reason is not text")]
+    Text,
     /// Not what comes at this point.
     #[error("a {0} came where it does not belong")]
     Unexpected(&'static str),
@@ -108,6 +116,7 @@ impl Introduction {
             RefusalCode::Full => Refusal::Full,
             RefusalCode::Resources => Refusal::Resources,
             RefusalCode::NoRdma => Refusal::NoRdma,
+            RefusalCode::NoDeviceOffer => Refusal::NoDeviceOffer,
         }
     }
 }

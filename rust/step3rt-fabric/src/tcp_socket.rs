@@ -38,13 +38,22 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream>
 
 /// Reads a handshake message within `timeout`, however slowly its bytes come.
 pub(crate) fn read_message(
-    mut stream: &TcpStream,
+    stream: &TcpStream,
     timeout: Duration,
 ) -> io::Result<[u8; MESSAGE_BYTES]> {
-    let deadline = Instant::now() + timeout;
     let mut bytes = [0; MESSAGE_BYTES];
+    read_until(stream, &mut bytes, Instant::now() + timeout)?;
+    Ok(bytes)
+}
+
+/// Fills `bytes` before `deadline`, however slowly they come.
+pub(crate) fn read_until(
+    mut stream: &TcpStream,
+    bytes: &mut [u8],
+    deadline: Instant,
+) -> io::Result<()> {
     let mut num_bytes = 0;
-    while num_bytes < MESSAGE_BYTES {
+    while num_bytes < bytes.len() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
@@ -57,7 +66,7 @@ pub(crate) fn read_message(
             Err(error) => return Err(error),
         }
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// Takes the next connection of a listener, not blocking.
