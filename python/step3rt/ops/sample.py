@@ -257,7 +257,7 @@ def sample_on_device(
 
 
 def _sample_on_cpu(logits: torch.Tensor, batch: SamplingBatch, out: Samples) -> None:
-    rows = batch.rows.numpy().reshape(-1).view(_ROW_DTYPE)
+    rows = batch.rows.numpy().reshape(-1).view(SAMPLING_ROW)
     edits = batch.edits.numpy().reshape(-1).view(_EDIT_DTYPE)
     offsets = batch.edit_offsets.tolist()
     for index, row in enumerate(rows):
