@@ -35,7 +35,7 @@ class FfnLane:
         for experts in groups.layers:
             if _shape_of(experts) not in self._workspaces:
                 self._workspaces[_shape_of(experts)] = allocate_moe_workspace(
-                    experts, shape.num_rows, shape.num_columns, num_ctas // 2 * 2
+                    experts, shape.num_rows, shape.num_columns, max(2, num_ctas // 2 * 2)
                 )
         self._stream = Stream(groups.device)
         self._graph = StepGraph.capture(groups.device, self._launch, self._stream)

@@ -1,0 +1,259 @@
+"""Attention and FFN instances of the device pipeline, against the one-GPU decoder.
+
+All instances are in this process, each lane on a stream of its own; links are real. On the CPU the
+same programs run by the references behind their launchers, whose sums do not depend on batch mates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from step3rt.model.checkpoint import Checkpoint
+from step3rt.model.ffn_groups import build_ffn_groups
+from step3rt.model.gpu_decoder import GpuDecoder, GpuDecoderOptions, StepTokens, steps_of_prompt
+from step3rt.model.gpu_weights import CheckpointTensors, GpuWeights, load_gpu_weights
+from tests.fixtures.device_party import NANO, Party, PartyLane, chunk, join, plan
+from tests.kernels.decoder_inputs import windows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DECIDED = 0.75
+"""Where the best logit leads by this, no rounding of nano's FP8 activations makes another best. An
+FFN rank rounds its sum to bf16, and what differs by that may fall to another value in FP8."""
+
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda:0", marks=pytest.mark.gpu, id="gpu"),
+]
+MAX_MODEL_LEN = 192
+BLOCKS_PER_SEQUENCE = MAX_MODEL_LEN // 64
+
+
+@cache
+def weights_of(device: str) -> GpuWeights:
+    return load_gpu_weights(Checkpoint.open(NANO), torch.device(device))
+
+
+@cache
+def merged_weights(device: str) -> GpuWeights:
+    """Routed and shared experts as one launch, as an FFN instance has them."""
+    tensors = CheckpointTensors(Checkpoint.open(NANO), torch.device(device))
+    groups = build_ffn_groups(tensors, 0, 1)
+    weights = weights_of(device)
+    layers = [
+        replace(layer, experts=(replace(experts, num_routed=experts.num_groups - 1),))
+        for layer, experts in zip(weights.layers, groups.layers, strict=True)
+    ]
+    return replace(weights, layers=tuple(layers))
+
+
+def decoder(weights: GpuWeights, is_fp8_kv: bool = True) -> GpuDecoder:
+    options = GpuDecoderOptions(
+        num_blocks=32, max_model_len=MAX_MODEL_LEN, max_tokens=32, is_fp8_kv=is_fp8_kv
+    )
+    return GpuDecoder(weights, options)
+
+
+def teacher_forced(model: GpuDecoder, token_ids: list[int]) -> torch.Tensor:
+    steps = steps_of_prompt(token_ids, [7, 3, 19], 32)
+    return torch.cat([model.step(step).clone() for step in steps]).float().cpu()
+
+
+def greedy(model: GpuDecoder, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """The decoder's own continuations."""
+    known = [list(prompt) for prompt in prompts]
+    tables = [
+        list(range(BLOCKS_PER_SEQUENCE * index, BLOCKS_PER_SEQUENCE * (index + 1)))
+        for index in range(len(prompts))
+    ]
+    for ids, table in zip(known, tables, strict=True):
+        ids.append(int([model.step(s) for s in steps_of_prompt(ids, table, 32)][-1][-1].argmax()))
+    for _ in range(num_tokens - 1):
+        rows = [
+            steps_of_prompt(ids, table, MAX_MODEL_LEN)[0].rows(len(ids) - 1, len(ids))
+            for ids, table in zip(known, tables, strict=True)
+        ]
+        sampled = model.step(StepTokens.concatenate(rows)).argmax(dim=1).tolist()
+        for ids, token_id in zip(known, sampled, strict=True):
+            ids.append(token_id)
+    return [ids[len(prompt) :] for ids, prompt in zip(known, prompts, strict=True)]
+
+
+@dataclass
+class Scripted:
+    """A sequence that a test drives: tokens computed and known, as a coordinator counts them."""
+
+    number: int
+    prompt: list[int]
+    start_step: int
+    chunk_tokens: int
+    max_tokens: int
+    first_block: int
+    computed: int = 0
+    known: int = 0
+    has_left: bool = False
+    generated: list[int] = field(default_factory=list)
+
+    def next_chunk(self, is_joining: bool) -> Any:
+        if is_joining:
+            self.known = len(self.prompt)
+        end = min(self.known, self.computed + self.chunk_tokens)
+        blocks = range(-(-self.computed // 64), -(-end // 64))
+        made = chunk(
+            self.number,
+            self.computed,
+            end,
+            known=self.known,
+            blocks=[self.first_block + block for block in blocks],
+        )
+        self.computed = end
+        self.known += made.samples
+        return made
+
+    @property
+    def is_planned_out(self) -> bool:
+        return self.known - len(self.prompt) >= self.max_tokens
+
+
+class Conductor:
+    """Plans the steps of one lane, each while the one before is in flight."""
+
+    def __init__(self, lane: PartyLane, sequences: list[Scripted]) -> None:
+        self.lane = lane
+        self.waiting = list(sequences)
+        self.running: list[Scripted] = []
+        self.planned: list[list[Scripted]] = []
+        self.step = 0
+
+    def advance(self) -> bool:
+        """Launches a step and takes the results of the one before; False when all is done."""
+        left = [one for one in self.running if one.is_planned_out]
+        self.running = [one for one in self.running if not one.is_planned_out]
+        joined = [one for one in self.waiting if one.start_step <= self.step]
+        self.waiting = [one for one in self.waiting if one.start_step > self.step]
+        self.step += 1
+        self.running += joined
+        if self.running:
+            chunks = [one.next_chunk(one in joined) for one in self.running]
+            self.lane.launch(
+                plan(
+                    self.step,
+                    chunks,
+                    [join(one.number, one.prompt) for one in joined],
+                    [one.number for one in left],
+                )
+            )
+            self.planned.append(list(self.running))
+        while len(self.lane.in_flight) > (1 if self.running else 0):
+            for one, (number, token_id) in zip(
+                self.planned.pop(0), self.lane.collect(), strict=True
+            ):
+                assert number == one.number
+                if token_id is not None:
+                    one.generated.append(token_id)
+        return bool(self.running or self.waiting)
+
+
+def scripts(lane: int, num_tokens: int) -> list[Scripted]:
+    """Sequences that join at different steps, whole prompts and chunks of them, one over a block.
+
+    Each has KV blocks of its own, whatever the `lane` of its instance.
+    """
+    texts = windows()
+    shapes = [(0, 9, 16), (0, 1, 16), (3, 70, 5), (5, 23, 16)]
+    return [
+        Scripted(
+            number=index,
+            prompt=texts[(lane + index) % len(texts)][:length],
+            start_step=start,
+            chunk_tokens=chunk_tokens,
+            max_tokens=num_tokens + 2 * index,
+            first_block=BLOCKS_PER_SEQUENCE * (len(shapes) * lane + index),
+        )
+        for index, (start, length, chunk_tokens) in enumerate(shapes)
+    ]
+
+
+def run(party: Party, lanes: list[tuple[PartyLane, list[Scripted]]]) -> None:
+    """Runs all lanes to their end; those that are done take part no more."""
+    conductors = [Conductor(lane, sequences) for lane, sequences in lanes]
+    while conductors:
+        conductors = [conductor for conductor in conductors if conductor.advance()]
+    for source in party.sources:
+        assert all(errors.is_ok for errors in source.slots.errors())
+    for rank in party.ranks:
+        assert all(errors.is_ok for errors in rank.slots.errors())
+
+
+def assert_agrees(model: GpuDecoder, sequences: list[Scripted]) -> None:
+    """Every generated token is the decoder's where that is decided, and most of the others are."""
+    num_same = num_decided = num_all = 0
+    for one in sequences:
+        assert len(one.generated) == one.max_tokens
+        logits = teacher_forced(model, one.prompt + one.generated)[len(one.prompt) - 1 : -1]
+        best = logits.topk(2)
+        is_decided = (best.values[:, 0] - best.values[:, 1]) > DECIDED
+        is_same = best.indices[:, 0] == torch.tensor(one.generated)
+        assert bool(is_same[is_decided].all()), (one.number, one.generated, best)
+        num_same, num_all = num_same + int(is_same.sum()), num_all + len(is_same)
+        num_decided += int(is_decided.sum())
+    assert num_decided > num_all / 4
+    assert num_same > 0.8 * num_all
+
+
+@pytest.fixture
+def make_party() -> Iterator[Any]:
+    parties: list[Party] = []
+
+    def make(*sizes: int, device: str, **options: Any) -> Party:
+        party = Party(
+            *sizes,
+            device=torch.device(device),
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=sizes[2] * 4 * BLOCKS_PER_SEQUENCE,
+            **options,
+        )
+        parties.append(party)
+        return party
+
+    yield make
+    for party in parties:
+        party.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_fp8_kv", [True, False])
+def test_one_rank_gives_the_decoders_own_tokens(
+    make_party: Any, device: str, is_fp8_kv: bool
+) -> None:
+    party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv)
+    sequences = scripts(0, 8)
+    run(party, [(party.sources[0].lanes[0], sequences)])
+    model = decoder(merged_weights(device), is_fp8_kv)
+    if device == "cpu":
+        # The same sums in the same order: bit for bit, whatever the batch and the chunks.
+        for one in sequences:
+            [expected] = greedy(model, [one.prompt], one.max_tokens)
+            assert one.generated == expected
+    assert_agrees(model, sequences)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 3), (2, 2, 2), (1, 3, 1)], ids=str)
+def test_sources_ranks_and_lanes_give_the_decoders_tokens(
+    make_party: Any, device: str, sizes: tuple[int, int, int]
+) -> None:
+    party = make_party(*sizes, device=device)
+    driven = [
+        (lane, scripts(index, 3 + 2 * number))
+        for number, source in enumerate(party.sources)
+        for index, lane in enumerate(source.lanes)
+    ]
+    run(party, driven)
+    model = decoder(merged_weights(device))
+    for _, sequences in driven:
+        assert_agrees(model, sequences)
