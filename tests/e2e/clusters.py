@@ -20,11 +20,16 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def running_cluster(
-    model: Path, *, kv_blocks: int = 64, log_dir: Path | None = None, **settings: Any
+    model: Path,
+    *,
+    kv_blocks: int = 64,
+    log_dir: Path | None = None,
+    device: str = "reference",
+    **settings: Any,
 ) -> Iterator[LocalCluster]:
-    """A cluster that serves `model`; `settings` are those of `ServeConfig`."""
+    """A cluster that serves `model` on `device`; `settings` are those of `ServeConfig`."""
     serve = ServeConfig(model=model, listen="127.0.0.1:0", **settings)
-    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir) as cluster:
+    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=[device]) as cluster:
         yield cluster
 
 

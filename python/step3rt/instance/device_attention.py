@@ -5,6 +5,7 @@ expert.
 """
 
 import logging
+import time
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,9 @@ from step3rt.ops.device_link import StopWord
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 
 logger = logging.getLogger(__name__)
+
+SURPLUS_PAUSE_S = 1.0
+"""Before an instance that has no place in the cluster asks again."""
 
 
 @dataclass(slots=True)
@@ -61,6 +65,7 @@ class DeviceAttentionRole:
         check_settings(settings)
         shape = link_shape(settings, self._model.config)
         if session.role_rank >= shape.num_sources:
+            time.sleep(SURPLUS_PAUSE_S)
             raise Unavailable(
                 f"This would be attention instance {session.role_rank + 1} of "
                 f"{shape.num_sources}. The FFN instances have slots for no more. Wait until one "

@@ -5,6 +5,8 @@ by their logits; they mean nothing. The same seed gives the same tensor whatever
 """
 
 import hashlib
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,28 @@ def random_gpu_weights(
     """
     check_sizes(config)
     return build_gpu_weights(RandomTensors(config, device, seed), is_fp8=is_fp8)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUpModel:
+    """A model directory of which config.json alone is used."""
+
+    directory: Path
+    config: Step3Config
+
+    @classmethod
+    def open(cls, directory: Path) -> "MadeUpModel":
+        """Reads config.json.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        return cls(directory, Step3Config.from_directory(directory))
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 in hex of config.json; not that of a checkpoint beside it."""
+        text = (self.directory / "config.json").read_bytes()
+        return hashlib.sha256(b"made up\n" + text).hexdigest()
 
 
 class RandomTensors:
