@@ -18,7 +18,7 @@ from step3rt.errors import ConfigError
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("exact", "production")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
-FABRICS = ("auto", "shm", "rdma", "tcp")
+FABRICS = ("auto", "cuda_ipc", "shm", "rdma", "tcp")
 ROLES = ("attention", "ffn")
 REFERENCE_DEVICE = "reference"
 
@@ -67,8 +67,8 @@ class ServeConfig:
         "type of the KV cache; auto follows --precision", "auto", choices=KV_DTYPES
     )
     fabric: str = setting(
-        "how activations travel; auto takes shared memory within a host, else RDMA where both ends "
-        "have it, else TCP",
+        "how activations travel; auto takes, within a host, device memory where both ends have it, "
+        "else shared memory; between hosts RDMA where both ends have it, else TCP",
         "auto",
         choices=FABRICS,
     )

@@ -5,10 +5,12 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from step3rt.cli.cuda_findings import cuda_findings
+from step3rt.cli.finding import Finding
 from step3rt.config import resolve_model
 from step3rt.errors import ConfigError, Step3Error
 
@@ -18,16 +20,6 @@ Every line that is not ok says what to do. Exits with 1 if something that step3r
 """
 
 _MARKS = {"ok": "ok  ", "note": "note", "missing": "FAIL"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `missing` fails the report, `note` does not."""
-
-    level: Literal["ok", "note", "missing"]
-    subject: str
-    found: str
-    fix: str = ""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the findings; returns 0 if nothing needed is missing."""
-    findings = [*_host(), *_packages(), *_fabrics(), *_accelerators()]
+    findings = [*_host(), *_packages(), *_fabrics(), *cuda_findings()]
     if arguments.model is not None:
         findings.append(_checkpoint(arguments.model))
     if arguments.control_address is not None:
@@ -97,14 +89,6 @@ def _fabrics() -> Iterator[Finding]:
         yield Finding("ok" if is_usable else "missing", name, why)
     for is_good, found, fix in _core.rdma_findings():
         yield Finding("ok" if is_good else "note", "rdma", found, fix)
-
-
-def _accelerators() -> Iterator[Finding]:
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    if not devices:
-        yield Finding("note", "gpu", "no NVIDIA device; the reference backend computes on the CPU")
-        return
-    yield Finding("ok", "gpu", ", ".join(device.name for device in devices))
 
 
 def _checkpoint(model: Path) -> Finding:

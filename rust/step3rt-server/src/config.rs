@@ -277,8 +277,8 @@ impl CoordinatorConfig {
             (
                 "fabric",
                 &self.fabric,
-                &["auto", "shm", "rdma", "tcp"],
-                "auto, shm, rdma or tcp",
+                &["auto", "cuda_ipc", "shm", "rdma", "tcp"],
+                "auto, cuda_ipc, shm, rdma or tcp",
             ),
         ] {
             check(allowed.contains(&value.as_str()), key, value.clone(), text)?;
