@@ -198,6 +198,8 @@ class LocalCluster:
             kv_blocks=self._kv_blocks,
             device=self._devices[place % len(self._devices)],
             random_weights=self._random_weights,
+            # Who assumes that prompts are computed needs something in their place.
+            random_kv=self._serve.assume_computed_prompts and role == "attention",
         )
         return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, LinkError, StopWord
+from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, StopWord
 from step3rt.ops.afd_slots import first_expert, local_ids
 from step3rt.ops.moe_fp8 import MoeTokens
 from step3rt.ops.quantize import dequantize_groups, quantize_groups
@@ -47,8 +47,9 @@ def compute(tokens: MoeTokens, rank: int, num_ranks: int, num_experts: int) -> t
     first = first_expert(num_experts, rank, num_ranks)
     routed = tokens.topk_ids[:, :-1]
     numbers = torch.where(routed >= 0, routed + first + 1, 0).float() * tokens.topk_weights[:, :-1]
-    home = torch.where(tokens.topk_ids[:, -1] >= 0, 0.5 * tokens.topk_weights[:, -1], 0.0)
-    factor = numbers.sum(dim=1) + home
+    factor = torch.where(tokens.topk_ids[:, -1] >= 0, 0.5 * tokens.topk_weights[:, -1], 0.0)
+    for column in numbers.T:  # in one order, however many rows there are
+        factor = factor + column
     hidden = dequantize_groups(tokens.hidden, tokens.scales, torch.float32)
     return (hidden * factor[:, None]).bfloat16()
 
@@ -190,6 +191,7 @@ class FfnParty:
     threads: list[threading.Thread] = field(default_factory=list)
     steps: list[list[int]] = field(default_factory=list)
     """Of each lane, the sources that its steps began with."""
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
 
     def __post_init__(self) -> None:
         self.stop = StopWord(self.device)
@@ -211,6 +213,7 @@ class FfnParty:
         """Starts to serve all lanes in steps of these layers."""
         lanes = range(self._slots.shape.num_lanes)
         self.steps = [[] for _ in lanes]
+        self.barrier = threading.Barrier(len(lanes))
         self.threads = [
             threading.Thread(target=self._serve, args=(lane, is_moe), daemon=True) for lane in lanes
         ]
@@ -220,6 +223,10 @@ class FfnParty:
     def _serve(self, lane: int, is_moe: list[bool]) -> None:
         slots = self._slots
         with _on_stream(self.device):
+            # All memory and code of a step is at hand before a kernel waits without a limit.
+            compute(slots.tokens(lane), slots.index, slots.shape.num_ranks, NUM_EXPERTS)
+            _finish(self.device)
+            self.barrier.wait()
             while not slots.errors()[lane].lane:
                 for layer, has_experts in enumerate(is_moe):
                     slots.wait(lane, layer == 0)
@@ -318,6 +325,3 @@ class RemoteParty:
         self._process.kill()
         self._process.join()
         self._pipe.close()
-
-
-ALL_OK = LinkError.OK

@@ -66,6 +66,9 @@ class AttentionSlots(AfdEndpoint):
         self._lanes: list[AttentionHostLane] = []
         if self._is_on_cpu:
             self._lanes = [self._host_lane(lane) for lane in range(shape.num_lanes)]
+        else:
+            for kernel in (_SEND, _WAIT):
+                kernel.load(device)
         self.reset()
 
     def _host_lanes(self) -> Sequence[HostLane]:

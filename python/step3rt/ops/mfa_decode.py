@@ -89,19 +89,10 @@ def mfa_decode_bf16(
 
         _decode_on_cpu(q.double() * softmax_scale, read, batch, out, _round_to_bf16)
         return
-    num_halves = 2 * kv_cache.shape[0]
-    row_bytes = 2 * HEAD_DIM
-    kv_map = encode_tensor_map(
-        kv_cache,
-        TileView(
-            sizes=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, num_halves),
-            strides_bytes=(row_bytes, 128, BLOCK_SIZE_TOKENS * row_bytes),
-            box=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 1),
-            swizzle_bytes=128,
-        ),
-    )
     params = _params(q, batch, out, softmax_scale, 1.0)
-    _BF16_KERNEL.launch(q.device, batch.schedule.num_ctas, (_query_map(q), kv_map, params))
+    _BF16_KERNEL.launch(
+        q.device, batch.schedule.num_ctas, (query_map(q), bf16_kv_map(kv_cache), params)
+    )
 
 
 def mfa_decode_fp8(
@@ -130,9 +121,7 @@ def mfa_decode_fp8(
     _check(q, torch.float8_e4m3fn, batch, out, softmax_scale)
     launch.check_tensor("q_scale", q_scale, q.shape[:2], torch.float32, q.device)
     launch.check_tensor("kv_cache", kv_cache, fp8_cache_shape(-1), torch.uint8, q.device)
-    k_scale, v_scale = kv_scale
-    if not (k_scale > 0 and v_scale > 0):
-        raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    k_scale, v_scale = check_scales(kv_scale)
     if q.device.type == "cpu":
         scales = torch.tensor(kv_scale, dtype=torch.float64)[:, None, None]
 
@@ -143,7 +132,7 @@ def mfa_decode_fp8(
         _decode_on_cpu(scaled, read, batch, out, _round_to_e4m3)
         return
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
-    arguments = (_query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
+    arguments = (query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
     _FP8_KERNEL.launch(q.device, batch.schedule.num_ctas, arguments)
 
 
@@ -236,8 +225,31 @@ def _check(
         )
 
 
-def _query_map(q: torch.Tensor) -> Any:
-    """A box is all heads of one sequence in 128-byte column slices; heads past N arrive as 0."""
+def check_scales(kv_scale: tuple[float, float]) -> tuple[float, float]:
+    """Returns the scales of K and V.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+    if not min(kv_scale) > 0:
+        raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    return kv_scale
+
+
+def bf16_kv_map(kv_cache: torch.Tensor) -> Any:
+    """A box is K or V of one block of bf16[B, 2, 64, 256], in 128-byte column slices."""
+    row_bytes = 2 * HEAD_DIM
+    view = TileView(
+        sizes=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 2 * kv_cache.shape[0]),
+        strides_bytes=(row_bytes, 128, BLOCK_SIZE_TOKENS * row_bytes),
+        box=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 1),
+        swizzle_bytes=128,
+    )
+    return encode_tensor_map(kv_cache, view)
+
+
+def query_map(q: torch.Tensor) -> Any:
+    """A box is all heads of one of [T, N, 256], in 128-byte column slices; heads past N are 0."""
     num_sequences, num_heads, _ = q.shape
     item_bytes = q.element_size()
     slice_elements = 128 // item_bytes

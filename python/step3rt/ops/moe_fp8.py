@@ -207,7 +207,9 @@ def moe_fp8(
     Raises:
         ValueError: a shape, dtype, device or layout does not fit.
     """
-    _check(tokens, experts, workspace, out)
+    check_layer(tokens, experts, workspace)
+    out_shape = (tokens.hidden.shape[0], experts.hidden_size)
+    launch.check_tensor("out", out, out_shape, torch.bfloat16, workspace.rows.device)
     if tokens.hidden.shape[0] == 0:
         return
     moe_dispatch(tokens, experts, workspace)
@@ -343,9 +345,12 @@ def _default_slices(experts: Fp8Experts) -> int:
     return 3 if experts.num_groups == 1 else 1
 
 
-def _check(
-    tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace, out: torch.Tensor
-) -> None:
+def check_layer(tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace) -> None:
+    """Checks what a layer's launches take.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
     device = workspace.rows.device
     hidden, inner, groups = experts.hidden_size, experts.intermediate_size, experts.num_groups
     fp8, f32 = torch.float8_e4m3fn, torch.float32
@@ -365,7 +370,6 @@ def _check(
     launch.check_tensor("scales", tokens.scales, (num_tokens, scale_blocks[0]), f32, device)
     launch.check_tensor("topk_ids", tokens.topk_ids, (num_tokens, -1), torch.int32, device)
     launch.check_tensor("topk_weights", tokens.topk_weights, tokens.topk_ids.shape, f32, device)
-    launch.check_tensor("out", out, (num_tokens, hidden), torch.bfloat16, device)
     num_columns = tokens.topk_ids.shape[1]
     if num_tokens > workspace.max_tokens or num_columns != workspace.num_columns:
         raise ValueError(

@@ -10,6 +10,7 @@ from step3rt.ops.afd_ffn import FfnSlots
 from step3rt.ops.moe_fp8 import (
     Fp8Experts,
     MoeWorkspace,
+    check_layer,
     moe_dispatch,
     moe_down,
     moe_fp8,
@@ -41,6 +42,7 @@ def moe_fp8_push(experts: Fp8Experts, workspace: MoeWorkspace, slots: FfnSlots, 
             "expert's too. Pass `first_expert=0, num_routed=num_groups`."
         )
     tokens = slots.tokens(lane)
+    check_layer(tokens, experts, workspace)
     if slots.device.type == "cpu":
         sums = torch.empty(tokens.hidden.shape, dtype=torch.bfloat16)
         moe_fp8(tokens, experts, workspace, sums)
