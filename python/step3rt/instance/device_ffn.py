@@ -176,7 +176,7 @@ class DeviceFfnLoop:
             )
             return
         try:
-            self.slots.connect(link.role_rank, link.device_offer, link.epoch)
+            self.slots.connect(link.role_rank, link.device_offer or b"", link.epoch)
         except (InvalidArgument, Unavailable) as error:
             logger.error("Attention instance %d cannot be linked: %s", link.peer, error)
             return

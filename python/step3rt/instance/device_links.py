@@ -142,7 +142,7 @@ class FfnLinks:
     def _connect(self, rank: int) -> None:
         link = self._up[rank]
         try:
-            self._slots.connect(rank, link.device_offer, link.epoch)
+            self._slots.connect(rank, link.device_offer or b"", link.epoch)
             self._connected.add(rank)
             self._session.push(link.peer, GREETING_LANE, 0, 0, 0, 0)
         except Unavailable as error:

@@ -124,6 +124,4 @@ class _ReportingTensors:
         phase = f"layer {parts[2]}" if parts[1] == "layers" else "embedding and head"
         if phase != self._said:
             self._said = phase
-            self._session.set_status(
-                f"loading weights, {phase} of {self.config.num_layers} layers"
-            )
+            self._session.set_status(f"loading weights, {phase} of {self.config.num_layers} layers")

@@ -73,12 +73,7 @@ def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
     # middle of some step. Frozen objects are not looked at.
     gc.collect()
     gc.freeze()
-    directory = resolve_model(config.model)
-    model: Model
-    if config.random_weights:
-        model = MadeUpModel.open(directory)
-    else:
-        model = Checkpoint.open(directory)
+    model = _open(config)
     role = make_role(model)
     while True:
         logger.info(
@@ -100,6 +95,13 @@ def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
             logger.warning("The session with the coordinator is over: %s", error)
         finally:
             session.close()
+
+
+def _open(config: NodeConfig) -> Model:
+    directory = resolve_model(config.model)
+    if config.random_weights:
+        return MadeUpModel.open(directory)
+    return Checkpoint.open(directory)
 
 
 def load_progress(session: _core.NodeSession) -> Progress:

@@ -13,6 +13,7 @@ so that no time passes between the two.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -166,7 +167,7 @@ class AttentionLane:
         # Rows that are all unused: what a capture computes is kept nowhere.
         self._inputs.kv_slots.fill_(-1)
         self._graphs = {
-            shape: StepGraph.capture(device, lambda shape=shape: self._launch(*shape), self._stream)
+            shape: StepGraph.capture(device, partial(self._launch, *shape), self._stream)
             for shape in _shapes(max_tokens)
         }
 

@@ -16,7 +16,6 @@ from step3rt.ops.moe_fp8 import Fp8Experts, MoeWorkspace, allocate_moe_workspace
 from step3rt.ops.moe_push import moe_fp8_push
 from step3rt.ops.stream import Event, Stream
 
-
 SMS_PER_WAITING_LANE = 2
 """Left out by a lane's GEMMs for each other lane, whose wait holds a part of one: see moe_push."""
 

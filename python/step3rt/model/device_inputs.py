@@ -58,10 +58,15 @@ class StepInputs:
             return view
 
         return cls(
-            section(1),
-            *(section(max_tokens) for _ in range(6)),
-            section(max_tokens, SAMPLING_ROW.itemsize, dtype=torch.uint8),
-            section(max_tokens + 1),
+            num_rows=section(1),
+            token_ids=section(max_tokens),
+            sequence_slots=section(max_tokens),
+            positions=section(max_tokens),
+            kv_slots=section(max_tokens),
+            num_context_tokens=section(max_tokens),
+            logit_rows=section(max_tokens),
+            sampling_rows=section(max_tokens, SAMPLING_ROW.itemsize, dtype=torch.uint8),
+            edit_offsets=section(max_tokens + 1),
         )
 
     @staticmethod

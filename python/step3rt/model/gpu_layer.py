@@ -152,7 +152,6 @@ class LayerBuffers:
         self.normed.copy_(rms_norm(self.residual, weight, eps))
         _quantize(self.normed, self.hidden)
 
-
     def add_sums_and_norm(
         self, sums: torch.Tensor, present: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> None:

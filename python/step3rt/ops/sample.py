@@ -298,7 +298,7 @@ def _record(row: DeviceSamplingRow, index: int) -> np.void:
         raise ValueError(
             f"Row {index} lists {row.num_top} tokens, the kernel {MAX_TOP} at most. Ask for fewer."
         )
-    record = np.zeros(1, dtype=SAMPLING_ROW)[0]
+    record: np.void = np.zeros(1, dtype=SAMPLING_ROW)[0]
     for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"):
         record[name] = getattr(row, name)
     record["top_k"] = row.top_k

@@ -1,0 +1,150 @@
+"""The device pipeline over real processes and the real coordinator, on the CPU."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import takewhile
+
+import pytest
+import torch
+
+from step3rt import Client, LocalCluster
+from tests.e2e.clusters import (
+    assert_all_blocks_return,
+    pid_of,
+    running_cluster,
+    snapshot,
+    wait_until,
+)
+from tests.fixtures.device_reference import DECIDED, assert_agrees, leads, reference_decoder
+from tests.kernels.decoder_inputs import NANO, windows
+
+NUM_TOKENS = 24
+Texts = list[tuple[list[int], list[int]]]
+
+
+def prompts() -> list[list[int]]:
+    """Beginnings of held-out texts; one is computed in two chunks of 64 tokens at most."""
+    lengths = (9, 30, 80, 5, 17, 44)
+    return [window[:length] for window, length in zip(windows(), lengths, strict=False)]
+
+
+@contextmanager
+def device_cluster(attention: int, ffn: int, lanes: int = 2) -> Iterator[LocalCluster]:
+    with running_cluster(
+        NANO,
+        device="cpu",
+        attention=attention,
+        ffn=ffn,
+        lanes=lanes,
+        dtype="bfloat16",
+        precision="production",
+        max_tokens_per_micro_batch=64,
+        max_model_len=192,
+    ) as cluster:
+        links = [link for item in cluster.instances() for link in item["links"]]
+        assert [link["fabric"] for link in links] == ["cuda_ipc"] * attention * ffn
+        yield cluster
+
+
+def generate(cluster: LocalCluster, num_tokens: int = NUM_TOKENS) -> Texts:
+    """All prompts at once, greedily."""
+    with Client(cluster.address) as client, ThreadPoolExecutor(len(prompts())) as pool:
+        streams = [
+            client.generate(prompt, temperature=0, max_tokens=num_tokens, ignore_eos=True)
+            for prompt in prompts()
+        ]
+        outputs = list(pool.map(lambda stream: stream.result(), streams))
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert [len(token_ids) for token_ids in found] == [num_tokens] * len(found)
+    return list(zip(prompts(), found, strict=True))
+
+
+def assert_same_while_decided(one: Texts, other: Texts) -> None:
+    """Two runs give the same tokens up to the first of each text that rounding may have chosen."""
+    model = reference_decoder()
+    num_same = 0
+    for (prompt, first), (_, second) in zip(one, other, strict=True):
+        _, lead = leads(model, prompt, first)
+        count = len(list(takewhile(lambda value: value > DECIDED, lead.tolist())))
+        assert first[:count] == second[:count]
+        num_same += len(list(takewhile(bool, (a == b for a, b in zip(first, second, strict=True)))))
+    assert num_same > len(one) * 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def smallest() -> Texts:
+    """What 1A1F gives."""
+    with device_cluster(1, 1) as cluster:
+        texts = generate(cluster)
+        assert_all_blocks_return(cluster)
+    return texts
+
+
+def test_one_attention_and_one_ffn_instance_give_the_decoders_tokens(smallest: Texts) -> None:
+    assert_agrees(reference_decoder(), smallest)
+
+
+def test_experts_over_three_instances_give_the_same_tokens(smallest: Texts) -> None:
+    with device_cluster(1, 3) as cluster:
+        texts = generate(cluster)
+    assert_agrees(reference_decoder(), texts)
+    assert_same_while_decided(smallest, texts)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[LocalCluster]:
+    """2A2F; every test here leaves it whole again."""
+    with device_cluster(2, 2) as cluster:
+        yield cluster
+
+
+def test_two_of_each_give_the_same_tokens(four: LocalCluster, smallest: Texts) -> None:
+    texts = generate(four)
+    assert_agrees(reference_decoder(), texts)
+    assert_same_while_decided(smallest, texts)
+    assert_all_blocks_return(four)
+
+
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+def test_streams_go_on_after_an_instance_is_killed_and_replaced(
+    four: LocalCluster, role: str
+) -> None:
+    pids = {item["pid"] for item in four.instances()}
+    killed = pid_of(four, role)
+    with Client(four.address) as client:
+        streams = [
+            client.generate(prompt, temperature=0, max_tokens=80, ignore_eos=True)
+            for prompt in prompts()
+        ]
+        begun = [next(stream) for stream in streams]
+        killed_s = time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        four.forget(killed)
+        if role == "ffn":
+            # Whoever lacks experts knows within a second.
+            wait_until(lambda: not snapshot(four.control_address)["is_serving"], "notice", 30)
+            assert time.monotonic() - killed_s < 1.0
+        four.start_instance(role)
+        outputs = [stream.result() for stream in streams]
+    assert all(event.position == 0 for event in begun)
+    found = [output.outputs[0] for output in outputs]
+    assert [(one.finish_reason, len(one.token_ids)) for one in found] == [("length", 80)] * 6
+    texts = [(prompt, one.token_ids) for prompt, one in zip(prompts(), found, strict=True)]
+    assert_agrees(reference_decoder(), texts)
+    wait_until(
+        lambda: sum(item["state"] == "ready" for item in four.instances()) == 4, "the return"
+    )
+    assert len(pids & {item["pid"] for item in four.instances()}) == 3, "the others lived on"
+    assert_all_blocks_return(four)
