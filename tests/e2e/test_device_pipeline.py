@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import pytest
 import torch
 
 from step3rt import Client, LocalCluster
+from step3rt.errors import Unavailable
 from tests.e2e.clusters import (
     assert_all_blocks_return,
     pid_of,
@@ -19,10 +22,18 @@ from tests.e2e.clusters import (
     snapshot,
     wait_until,
 )
+from tests.e2e.commands import Commands, Running
 from tests.fixtures.device_reference import DECIDED, assert_agrees, leads, reference_decoder
 from tests.kernels.decoder_inputs import NANO, windows
 
 NUM_TOKENS = 24
+SETTINGS: dict[str, Any] = {
+    "lanes": 2,
+    "dtype": "bfloat16",
+    "precision": "production",
+    "max_tokens_per_micro_batch": 64,
+    "max_model_len": 192,
+}
 Texts = list[tuple[list[int], list[int]]]
 
 
@@ -33,25 +44,16 @@ def prompts() -> list[list[int]]:
 
 
 @contextmanager
-def device_cluster(attention: int, ffn: int, lanes: int = 2) -> Iterator[LocalCluster]:
-    with running_cluster(
-        NANO,
-        device="cpu",
-        attention=attention,
-        ffn=ffn,
-        lanes=lanes,
-        dtype="bfloat16",
-        precision="production",
-        max_tokens_per_micro_batch=64,
-        max_model_len=192,
-    ) as cluster:
+def device_cluster(attention: int, ffn: int) -> Iterator[LocalCluster]:
+    with running_cluster(NANO, device="cpu", attention=attention, ffn=ffn, **SETTINGS) as cluster:
         links = [link for item in cluster.instances() for link in item["links"]]
         assert [link["fabric"] for link in links] == ["cuda_ipc"] * attention * ffn
         yield cluster
 
 
-def generate(cluster: LocalCluster, num_tokens: int = NUM_TOKENS) -> Texts:
-    """All prompts at once, greedily."""
+def generate(cluster: LocalCluster | Running, num_tokens: int = NUM_TOKENS) -> Texts:
+    """All prompts at once, greedily, once the cluster serves."""
+    wait_until(lambda: snapshot(cluster.control_address)["is_serving"], "serving")
     with Client(cluster.address) as client, ThreadPoolExecutor(len(prompts())) as pool:
         streams = [
             client.generate(prompt, temperature=0, max_tokens=num_tokens, ignore_eos=True)
@@ -83,24 +85,59 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@dataclass(slots=True)
+class Smallest:
+    """1A1F, started as an operator does, and what it gave at first."""
+
+    commands: Commands
+    coordinator: Running
+    nodes: list[Running]
+    texts: Texts
+
+
 @pytest.fixture(scope="module")
-def smallest() -> Texts:
-    """What 1A1F gives."""
-    with device_cluster(1, 1) as cluster:
-        texts = generate(cluster)
-        assert_all_blocks_return(cluster)
-    return texts
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smallest]:
+    with Commands(tmp_path_factory.mktemp("smallest")) as commands:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+        coordinator = commands.serve(NANO, *flags)
+        nodes = [
+            commands.node(role, NANO, coordinator, "--device=cpu", "--kv-blocks=64")
+            for role in ("attention", "ffn")
+        ]
+        yield Smallest(commands, coordinator, nodes, generate(coordinator))
 
 
-def test_one_attention_and_one_ffn_instance_give_the_decoders_tokens(smallest: Texts) -> None:
-    assert_agrees(reference_decoder(), smallest)
+def test_one_attention_and_one_ffn_instance_give_the_decoders_tokens(smallest: Smallest) -> None:
+    assert_agrees(reference_decoder(), smallest.texts)
 
 
-def test_experts_over_three_instances_give_the_same_tokens(smallest: Texts) -> None:
+def test_instances_outlive_a_killed_coordinator_and_serve_the_next_one(smallest: Smallest) -> None:
+    first = smallest.coordinator
+    with Client(first.address) as client:
+        stream = client.generate(prompts()[0], temperature=0, max_tokens=100, ignore_eos=True)
+        next(stream)
+        first.process.kill()
+        first.process.wait()
+        with pytest.raises(Unavailable):
+            stream.result()
+    addresses = {"listen": first.address, "control-listen": first.control_address}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    flags += [f"--{name}={value}" for name, value in addresses.items()]
+    second = smallest.commands.serve(NANO, *flags)
+    # One rank: tokens do not depend on batch mates, not even in the last bit.
+    assert generate(second) == smallest.texts
+    assert [node.process.poll() for node in smallest.nodes] == [None, None]
+    second.process.terminate()
+    assert second.process.wait(60) == 0
+    # A coordinator that drains dismisses its instances.
+    assert [node.process.wait(60) for node in smallest.nodes] == [0, 0]
+
+
+def test_experts_over_three_instances_give_the_same_tokens(smallest: Smallest) -> None:
     with device_cluster(1, 3) as cluster:
         texts = generate(cluster)
     assert_agrees(reference_decoder(), texts)
-    assert_same_while_decided(smallest, texts)
+    assert_same_while_decided(smallest.texts, texts)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +147,10 @@ def four() -> Iterator[LocalCluster]:
         yield cluster
 
 
-def test_two_of_each_give_the_same_tokens(four: LocalCluster, smallest: Texts) -> None:
+def test_two_of_each_give_the_same_tokens(four: LocalCluster, smallest: Smallest) -> None:
     texts = generate(four)
     assert_agrees(reference_decoder(), texts)
-    assert_same_while_decided(smallest, texts)
+    assert_same_while_decided(smallest.texts, texts)
     assert_all_blocks_return(four)
 
 

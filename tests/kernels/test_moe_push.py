@@ -33,10 +33,11 @@ class Layer:
         self.device = device
         self.shape = AfdShape(1, 2, 2, 70, SIZES[0], 3)
         self.stop = StopWord(device)
-        self.sources = [AttentionSlots(self.shape, a, device, self.stop) for a in range(2)]
-        self.ranks = [
-            FfnSlots(self.shape, f, device, self.stop, join_window_ns=0) for f in range(2)
+        limit_ns = 60_000_000_000  # kernels may have to be compiled while a source waits
+        self.sources = [
+            AttentionSlots(self.shape, a, device, self.stop, limit_ns) for a in range(2)
         ]
+        self.ranks = [FfnSlots(self.shape, f, device, self.stop, limit_ns, 0) for f in range(2)]
         for (a, source), (f, rank) in itertools.product(
             enumerate(self.sources), enumerate(self.ranks)
         ):
@@ -104,7 +105,7 @@ def test_pushed_sums_are_those_of_the_experts_alone(layer: Layer, num_experts: i
             slots.wait(0, is_first_layer=True)
             moe_fp8_push(experts, workspace, slots, 0)
         for wait in waits:
-            wait.result(timeout=20)
+            wait.result(timeout=60)
     for source, (hidden, topk), count in zip(layer.sources, sent, counts, strict=True):
         assert source.errors()[0].is_ok
         num_rows = int(count)

@@ -116,6 +116,9 @@ class DeviceAttentionRole:
         if self._pool is None or self._pool.options != options:
             self._pool = self._ends = None  # frees them before others are allocated
             self._pool = DevicePool(weights, options)
+            if self._node.random_kv:
+                logger.warning("All KV blocks are filled with random values, for measurements")
+                self._pool.fill_randomly()
         return self._pool
 
     def _num_blocks(self, weights: GpuWeights, *, is_fp8_kv: bool) -> int:

@@ -59,7 +59,7 @@ class FfnLinks:
         self._ready: set[int] = set()
         self._resetting: set[int] = set()
         self._broken: str | None = None
-        self._incomplete_since_s = time.monotonic()
+        self._changed_s = time.monotonic()
 
     @property
     def is_ready(self) -> bool:
@@ -69,7 +69,7 @@ class FfnLinks:
     @property
     def are_coming(self) -> bool:
         """Whether steps had better wait: every rank is there, and its link is being made."""
-        is_recent = time.monotonic() - self._incomplete_since_s < HOLD_LIMIT_S
+        is_recent = time.monotonic() - self._changed_s < HOLD_LIMIT_S
         return is_recent and len(self._up.keys() | self._resetting) == self._num_ranks
 
     @property
@@ -92,6 +92,7 @@ class FfnLinks:
             )
             return
         self._up[link.role_rank] = link
+        self._changed_s = time.monotonic()
         self._resetting.discard(link.role_rank)
         if self._broken is None:
             self._connect(link.role_rank)
@@ -120,7 +121,7 @@ class FfnLinks:
         if self._broken is None:
             logger.warning("The links to the FFN instances break: %s", reason)
             self._broken = reason
-            self._incomplete_since_s = time.monotonic()
+            self._changed_s = time.monotonic()
             self._stop.set()
 
     def settle(self) -> None:

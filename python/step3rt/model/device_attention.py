@@ -43,6 +43,9 @@ FEW_LOGIT_ROWS = 16
 MAX_SCORED_ROWS = 64
 """Rows of logits that are scored at a time: in float32 they take 33 MB at Step-3's vocabulary."""
 
+_RANDOM_BLOCKS = 4096
+"""KV blocks that are filled at a time, to bound what is drawn."""
+
 _LOGIT_ALIGNMENT = 8
 """The sampler reads rows of logits that begin at multiples of so many."""
 
@@ -99,6 +102,19 @@ class DevicePool:
         ]
         norms = [layer.input_norm for layer in weights.layers] + [weights.final_norm]
         self.first_norm, self.next_norms = norms[0], norms[1:]
+
+    def fill_randomly(self, seed: int = 0) -> None:
+        """Overwrites all KV blocks with values of unit variance, as normed K and V have about."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for layer in self.kv:
+            for blocks in layer.split(_RANDOM_BLOCKS):
+                shape, dtype = blocks.shape, torch.bfloat16
+                values = torch.randn(shape, dtype=dtype, device=self.device, generator=generator)
+                blocks.copy_(
+                    values.to(torch.float8_e4m3fn).view(torch.uint8)
+                    if self.options.is_fp8_kv
+                    else values
+                )
 
 
 @dataclass(frozen=True, slots=True)

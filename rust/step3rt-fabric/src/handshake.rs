@@ -57,8 +57,8 @@ pub(crate) enum Kind {
         /// Length of the text that says why the present link is to be replaced; 0 if none is.
         reason_bytes: u8,
     },
-    /// The link exists. (By RDMA it says that it goes over the socket: the offer that follows is known
-    /// to.)
+    /// The link exists. The queue pairs that follow one for RDMA are not announced: whoever asked for
+    /// RDMA awaits them.
     Welcome { epoch: LinkEpoch, by: By },
     /// It does not.
     Refusal(RefusalCode),
@@ -154,7 +154,7 @@ impl Message {
             Kind::Refusal(RefusalCode::Full) => (2, 5, nobody),
             Kind::Refusal(RefusalCode::Resources) => (2, 6, nobody),
             Kind::Refusal(RefusalCode::NoRdma) => (2, 7, nobody),
-            Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 8, nobody),
+            Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 10, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -275,7 +275,7 @@ fn kind(bytes: &[u8; MESSAGE_BYTES], other: LinkIdentity) -> Result<Kind, Handsh
         (2, 5) => Ok(Kind::Refusal(RefusalCode::Full)),
         (2, 6) => Ok(Kind::Refusal(RefusalCode::Resources)),
         (2, 7) => Ok(Kind::Refusal(RefusalCode::NoRdma)),
-        (2, 8) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
+        (2, 10) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }

@@ -352,6 +352,20 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_being_replaced_until_the_last_that_was_to_take_its_place_has() {
+        let (hub, peer) = (hub(4), InstanceId(1));
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer), None);
+        hub.begin_reset(peer, "first".to_owned());
+        hub.begin_reset(peer, "second".to_owned());
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer).as_deref(), Some("second"));
+        assert_eq!(hub.reset_of(InstanceId(2)), None);
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer), None);
+    }
+
+    #[test]
     fn memory_of_the_departed_is_bounded() {
         let hub = hub(2);
         let last = u32::try_from(MAX_REMEMBERED_EPOCHS + 10).unwrap();

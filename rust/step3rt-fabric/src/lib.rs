@@ -76,8 +76,11 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `connect`,
-//! `accept`, `watcher`, `hub`.
+//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `choice`, `dialer`,
+//! `connect`, `accept`, `watcher`, `hub`; and how one takes the place of another: `reset_ask`.
+//!
+//! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
+//! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
 
 pub mod address;
 pub mod contract;

@@ -4,11 +4,12 @@
 //!
 //! ```text
 //! 0           128         128·L                                         128·L + stride
-//! ├ flag 0 ───┼ flag 1 ───┼ ... ┼ header 0 (64) │ payload 0 (slot_bytes) │ pad to 64 ┼ header 1 ...
+//! ├ flag 0 ───┼ flag 1 ───┼ ... ┼ header 0 (64) │ payload 0 (slot_bytes) │ pad to 64 ┼ header 1 ... ┼ notes
 //! ```
 //! A flag is the sequence number of the last frame published on the lane: the header and payload
 //! are written first, the flag is stored with release and loaded with acquire. Header and payload
-//! are contiguous, so that a frame is one range for a system call too.
+//! are contiguous, so that a frame is one range for a system call too; and so are the notes by which a
+//! fabric that sends ranges asks for a new link, once.
 
 use std::io;
 use std::ops::Range;
@@ -21,6 +22,7 @@ use step3rt_core::ids::LaneId;
 use crate::contract::{Geometry, SlotMemory};
 use crate::frame::{Direction, FrameHeader, HEADER_BYTES, ProtocolError};
 use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing, SlotBytes, WORD_BYTES};
+use crate::reset_ask::{self, NOTE_BYTES};
 
 /// Two cache lines, because x86 fetches them in pairs and some ARM lines are that long.
 const FLAG_STRIDE_BYTES: usize = 128;
@@ -43,9 +45,12 @@ impl Layout {
         self.header_at(lane) + HEADER_BYTES
     }
 
-    fn total_bytes(self) -> usize {
+    fn notes_at(self) -> usize {
         self.header_at(LaneId(self.num_lanes))
-            .next_multiple_of(PAGE_BYTES)
+    }
+
+    fn total_bytes(self) -> usize {
+        (self.notes_at() + MAX_NOTES_BYTES).next_multiple_of(PAGE_BYTES)
     }
 }
 
@@ -55,6 +60,9 @@ pub(crate) struct Region {
     mapping: Arc<Mapping>,
     layout: Layout,
 }
+
+/// Room for the notes of the longest reason.
+const MAX_NOTES_BYTES: usize = reset_ask::MAX_NOTES * NOTE_BYTES;
 
 impl Region {
     /// Makes the slots that this process writes and a peer reads.
@@ -171,6 +179,22 @@ impl Region {
             word.copy_from_slice(&value.to_ne_bytes());
         }
         header
+    }
+
+    /// Writes the notes that ask for a new link because of `reason`, and returns where they lie; `None`
+    /// when they were written before, and so are on their way.
+    pub(crate) fn write_notes(&self, reason: &str) -> Option<Range<usize>> {
+        let start = self.layout.notes_at();
+        if self.mapping.load_u64(start, Ordering::Relaxed) != 0 {
+            return None;
+        }
+        let notes = reset_ask::encode(reason).concat();
+        for (i, word) in notes.chunks_exact(WORD_BYTES).enumerate() {
+            let word = u64::from_ne_bytes(word.try_into().expect("chunks are of a word's size"));
+            self.mapping
+                .store_u64(start + i * WORD_BYTES, word, Ordering::Relaxed);
+        }
+        Some(start..start + notes.len())
     }
 
     /// Makes header and payload visible to the consumer, as frame `sequence` of the lane.

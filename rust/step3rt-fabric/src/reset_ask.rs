@@ -25,6 +25,9 @@ const TEXT_AT: usize = 8;
 const CRC_AT: usize = NOTE_BYTES - 4;
 const PART_BYTES: usize = CRC_AT - TEXT_AT;
 
+/// Most notes of one request.
+pub(crate) const MAX_NOTES: usize = MAX_REASON_BYTES.div_ceil(PART_BYTES);
+
 /// What travels of a reason: never nothing, and whole characters.
 pub(crate) fn bounded(reason: &str) -> &str {
     if reason.is_empty() {

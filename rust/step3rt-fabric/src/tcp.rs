@@ -8,12 +8,12 @@
 //! Frames are neither encrypted nor authenticated: as for RDMA, the network between instances is
 //! trusted.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use step3rt_core::ids::LaneId;
@@ -52,7 +52,7 @@ pub(crate) struct TcpLink {
     /// Per lane, the sequence of this end's last push: the receiver's knowledge of credit.
     pushed: Arc<[AtomicU64]>,
     /// None only while the link is dropped.
-    backlog: Option<SyncSender<Outgoing>>,
+    backlog: Option<SyncSender<Range<usize>>>,
     /// Frames in `backlog` or in the sender's hands; a push may only send by itself at zero.
     num_in_backlog: Arc<AtomicUsize>,
     threads: Vec<JoinHandle<()>>,
@@ -120,25 +120,14 @@ impl TcpLink {
                 return Ok(());
             }
         }
-        // Full only if the peer answered a frame before it had all of it, or with the sender gone,
-        // which has then said why.
-        self.leave_to_sender(Outgoing::Frame(frame))
-            .map_err(|_| DownReason::Protocol(ProtocolError::EarlyReply))
-    }
-
-    fn leave_to_sender(&self, outgoing: Outgoing) -> Result<(), TrySendError<Outgoing>> {
         self.num_in_backlog.fetch_add(1, Ordering::Relaxed);
         let backlog = self.backlog.as_ref().expect("set until drop");
-        backlog.try_send(outgoing)
+        // Full only if the peer answered a frame before it had all of it, or with the sender gone,
+        // which has then said why.
+        backlog
+            .try_send(frame)
+            .map_err(|_| DownReason::Protocol(ProtocolError::EarlyReply))
     }
-}
-
-/// What waits for the socket.
-enum Outgoing {
-    /// The rest of a frame, in the mapping.
-    Frame(Range<usize>),
-    /// A request for a new link.
-    Notes(Vec<u8>),
 }
 
 fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -180,10 +169,11 @@ impl Link for TcpLink {
     }
 
     fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
-        // By the sender, as a frame may be on its way.
-        let notes = reset_ask::encode(reason).concat();
-        self.leave_to_sender(Outgoing::Notes(notes))
-            .map_err(|_| io::ErrorKind::WouldBlock.into())
+        if let Some(notes) = self.lanes.outgoing.write_notes(reason) {
+            // As a frame is: one that is on its way goes before.
+            self.send(notes).map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {
@@ -306,7 +296,7 @@ fn short_frame(found: usize, expected: usize) -> DownReason {
 /// Sends the rest of frames that the socket did not take at once, in order.
 struct FrameSender {
     outgoing: Region,
-    frames: Receiver<Outgoing>,
+    frames: Receiver<Range<usize>>,
     num_in_backlog: Arc<AtomicUsize>,
     socket: Arc<TcpStream>,
     state: Arc<LinkState>,
@@ -314,28 +304,22 @@ struct FrameSender {
 
 impl FrameSender {
     fn run(self) {
-        while let Ok(outgoing) = self.frames.recv() {
-            let sent = match outgoing {
-                Outgoing::Frame(frame) => self.send_frame(frame),
-                Outgoing::Notes(notes) => (&*self.socket).write_all(&notes),
-            };
-            if let Err(error) = sent {
-                self.state.fail(down_reason("sending a frame", &error));
-                return;
+        while let Ok(mut frame) = self.frames.recv() {
+            while !frame.is_empty() {
+                match self
+                    .outgoing
+                    .mapping()
+                    .send(&*self.socket, frame.clone(), 0)
+                {
+                    Ok(num_bytes) => frame.start += num_bytes,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => {
+                        self.state.fail(down_reason("sending a frame", &error));
+                        return;
+                    }
+                }
             }
             self.num_in_backlog.fetch_sub(1, Ordering::Release);
         }
-    }
-
-    fn send_frame(&self, mut frame: Range<usize>) -> io::Result<()> {
-        while !frame.is_empty() {
-            let mapping = self.outgoing.mapping();
-            match mapping.send(&*self.socket, frame.clone(), 0) {
-                Ok(num_bytes) => frame.start += num_bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use common::{Fabric, Node, bind_with_device, frame, pattern};
@@ -258,4 +259,37 @@ fn one_ffn_instance_has_one_offer_for_all_its_peers() {
             assert_eq!(offer(&theirs), peer.instance().to_string().as_bytes());
         }
     }
+}
+
+#[test]
+fn an_accepting_end_of_another_version_is_refused_by_name() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut address = ffn(Fabric::Tcp, Some(b"f")).address();
+    for place in &mut address.addresses {
+        if place.fabric != "cuda_ipc" {
+            place.address = listener.local_addr().unwrap().to_string();
+        }
+    }
+    let old = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        // It reads what it takes for a hello, and leaves the offer behind it unread.
+        stream.read_exact(&mut [0; 64]).unwrap();
+        let mut refusal = [0; 64];
+        refusal[..5].copy_from_slice(b"S3HS\x01");
+        stream.write_all(&refusal).unwrap();
+    });
+    let whole = vec![7; MAX_DEVICE_OFFER_BYTES];
+    let mut attention = bind_with_device((Fabric::Tcp, "auto"), 1, Side::Initiator, Some(&whole));
+    let error = attention.endpoint.connect(&address).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ConnectError::Refused {
+                refusal: Refusal::Version(1),
+                ..
+            }
+        ),
+        "{error}"
+    );
+    old.join().unwrap();
 }
