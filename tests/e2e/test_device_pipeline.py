@@ -27,6 +27,7 @@ from tests.fixtures.device_reference import DECIDED, assert_agrees, leads, refer
 from tests.kernels.decoder_inputs import NANO, windows
 
 NUM_TOKENS = 24
+KILLED_TOKENS = 48
 SETTINGS: dict[str, Any] = {
     "lanes": 2,
     "dtype": "bfloat16",
@@ -162,7 +163,7 @@ def test_streams_go_on_after_an_instance_is_killed_and_replaced(
     killed = pid_of(four, role)
     with Client(four.address) as client:
         streams = [
-            client.generate(prompt, temperature=0, max_tokens=80, ignore_eos=True)
+            client.generate(prompt, temperature=0, max_tokens=KILLED_TOKENS, ignore_eos=True)
             for prompt in prompts()
         ]
         begun = [next(stream) for stream in streams]
@@ -177,7 +178,9 @@ def test_streams_go_on_after_an_instance_is_killed_and_replaced(
         outputs = [stream.result() for stream in streams]
     assert all(event.position == 0 for event in begun)
     found = [output.outputs[0] for output in outputs]
-    assert [(one.finish_reason, len(one.token_ids)) for one in found] == [("length", 80)] * 6
+    assert [(one.finish_reason, len(one.token_ids)) for one in found] == [
+        ("length", KILLED_TOKENS)
+    ] * 6
     texts = [(prompt, one.token_ids) for prompt, one in zip(prompts(), found, strict=True)]
     assert_agrees(reference_decoder(), texts)
     wait_until(

@@ -22,6 +22,7 @@ from step3rt.instance.device_setup import (
     check_settings,
     link_shape,
     report_loading,
+    wait_limit_ns,
 )
 from step3rt.instance.node import Outcome
 from step3rt.instance.sequence_table import SequenceTable
@@ -145,7 +146,8 @@ class DeviceAttentionRole:
         if self._ends is None or self._ends.key != key:
             self._ends = None
             stop = StopWord(pool.device)
-            slots = AttentionSlots(shape, source, pool.device, stop)
+            limit_ns = wait_limit_ns(pool.device)
+            slots = AttentionSlots(shape, source, pool.device, stop, limit_ns)
             # Nothing is linked: what a capture launches sends and awaits nothing.
             stop.set()
             lanes = [AttentionLane(pool, slots, lane) for lane in range(shape.num_lanes)]

@@ -18,6 +18,7 @@ from step3rt.instance.device_setup import (
     check_settings,
     link_shape,
     report_loading,
+    wait_limit_ns,
 )
 from step3rt.instance.node import IDLE_TIMEOUT_S, Outcome
 from step3rt.model.device_ffn import FfnLane
@@ -90,7 +91,7 @@ class DeviceFfnRole:
         if ends is None or (ends.shape, ends.rank) != (shape, rank):
             device = self._model.device
             stop = StopWord(device)
-            slots = FfnSlots(shape, rank, device, stop)
+            slots = FfnSlots(shape, rank, device, stop, wait_limit_ns(device))
             # Nothing is linked: what a capture launches sends and awaits nothing.
             stop.set()
             lanes = [FfnLane(groups, slots, lane) for lane in range(shape.num_lanes)]

@@ -93,7 +93,8 @@ class FfnLinks:
             return
         self._up[link.role_rank] = link
         self._changed_s = time.monotonic()
-        self._resetting.discard(link.role_rank)
+        for ranks in (self._resetting, self._connected, self._ready):
+            ranks.discard(link.role_rank)
         if self._broken is None:
             self._connect(link.role_rank)
 

@@ -89,16 +89,20 @@ class DeviceStepLoop:
                     logger.warning("The session with the coordinator is over: %s", event.reason)
                     return Outcome.LOST
                 self._handle(event)
-            for lane in self._lanes:
-                self._collect(lane)
+            self.collect()
             if not any(lane.in_flight for lane in self._lanes):
                 self._links.settle()
             for lane in self._lanes:
                 self._launch_queued(lane)
 
+    def collect(self) -> None:
+        """Reports the steps that are over."""
+        for lane in self._lanes:
+            self._collect(lane)
+
     def _handle(self, event: _core.Event) -> None:
         if event.kind == "step_plan":
-            self._on_plan(event)
+            self.launch(event)
         elif event.kind == "arrival":
             self._links.on_arrival(event)
         elif event.kind == "link_up":
@@ -108,7 +112,8 @@ class DeviceStepLoop:
         elif event.kind == "drain":
             self._is_draining = True
 
-    def _on_plan(self, plan: _core.StepPlan) -> None:
+    def launch(self, plan: _core.StepPlan) -> None:
+        """Launches a plan's step, or has it wait."""
         lane = self._lanes[plan.lane]
         num_unanswered = len(lane.queued) + len(lane.in_flight)
         if num_unanswered >= self._max_steps_in_flight:

@@ -11,7 +11,7 @@ from step3rt import _core
 from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.model.config import Step3Config
 from step3rt.model.gpu_weights import Fp8Matrix, ModelTensors
-from step3rt.ops.afd_slots import AfdShape
+from step3rt.ops.afd_link import DEFAULT_WAIT_LIMIT_NS, AfdShape
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS
 
 SLOT_BYTES = 1
@@ -72,6 +72,15 @@ def link_shape(settings: _core.Settings, config: Step3Config) -> AfdShape:
         )
     except InvalidArgument as error:
         raise ConfigError(f"{error} (max_tokens_per_micro_batch, attention, ffn)") from error
+
+
+def wait_limit_ns(device: torch.device) -> int:
+    """How long a lane waits for a peer that neither answers nor ends.
+
+    A peer that ends is known by its link. A GPU's layer takes less than a millisecond; on a CPU,
+    which computes references beside other processes, seconds may pass.
+    """
+    return DEFAULT_WAIT_LIMIT_NS if device.type == "cuda" else 10 * DEFAULT_WAIT_LIMIT_NS
 
 
 def device_of(name: str) -> torch.device:

@@ -107,7 +107,7 @@ class DevicePool:
         """Overwrites all KV blocks with values of unit variance, as normed K and V have about."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for layer in self.kv:
-            for blocks in layer.split(_RANDOM_BLOCKS):
+            for blocks in torch.split(layer, _RANDOM_BLOCKS):
                 shape, dtype = blocks.shape, torch.bfloat16
                 values = torch.randn(shape, dtype=dtype, device=self.device, generator=generator)
                 blocks.copy_(
