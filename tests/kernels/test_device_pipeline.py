@@ -126,14 +126,14 @@ def scripts(lane: int, num_tokens: int) -> list[Scripted]:
     Each has KV blocks of its own, whatever the `lane` of its instance.
     """
     texts = windows()
-    shapes = [(0, 9, 16), (0, 1, 16), (3, 70, 5), (5, 23, 16)]
+    shapes = [(0, 9, 16), (0, 1, 16), (2, 70, 13), (3, 17, 16)]
     return [
         Scripted(
             number=index,
             prompt=texts[(lane + index) % len(texts)][:length],
             start_step=start,
             chunk_tokens=chunk_tokens,
-            max_tokens=num_tokens + 2 * index,
+            max_tokens=num_tokens + index,
             first_block=BLOCKS_PER_SEQUENCE * (len(shapes) * lane + index),
         )
         for index, (start, length, chunk_tokens) in enumerate(shapes)
@@ -182,10 +182,10 @@ def test_one_rank_gives_the_decoders_own_tokens(
     make_party: Any, device: str, is_fp8_kv: bool
 ) -> None:
     party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv)
-    sequences = scripts(0, 8)
+    sequences = scripts(0, 5)
     run(party, [(party.sources[0].lanes[0], sequences)])
     model = reference_decoder(device, is_fp8_kv=is_fp8_kv)
-    if device == "cpu":
+    if device == "cpu" and is_fp8_kv:
         # The same sums in the same order: bit for bit, whatever the batch and the chunks.
         for one in sequences:
             [expected] = greedy(model, [one.prompt], one.max_tokens)
@@ -200,7 +200,7 @@ def test_sources_ranks_and_lanes_give_the_decoders_tokens(
 ) -> None:
     party = make_party(*sizes, device=device)
     driven = [
-        (lane, scripts(index, 3 + 2 * number))
+        (lane, scripts(index, 3 + number))
         for number, source in enumerate(party.sources)
         for index, lane in enumerate(source.lanes)
     ]
