@@ -153,7 +153,10 @@ class AttentionLane:
     """One lane of an attention instance: its stream, buffers and graphs."""
 
     def __init__(self, pool: DevicePool, slots: AttentionSlots, lane: int) -> None:
-        """Allocates buffers and captures a graph per bucket; the slots are not connected yet."""
+        """Allocates buffers and captures a graph per bucket; the slots are not connected yet.
+
+        Their stop word is set: nothing waits, and errors are to be reset afterwards.
+        """
         self._pool = pool
         self._slots = slots
         self._lane = lane
@@ -186,6 +189,7 @@ class AttentionLane:
             shape: StepGraph.capture(device, partial(self._launch, *shape), self._stream)
             for shape in _shapes(max_tokens)
         }
+        self._warm_up()
 
     def new_host_step(self) -> HostStep:
         """Allocates what the host fills; as many are in use as steps are in flight."""
@@ -211,6 +215,28 @@ class AttentionLane:
     def close(self) -> None:
         """Ends the lane's stream; nothing may be parked in it."""
         self._stream.close()
+
+    def _warm_up(self) -> None:
+        """Runs what is launched beside the graphs once.
+
+        To load a kernel may take a device that is idle, and soon a lane may be waiting on it.
+        """
+        host = self.new_host_step()
+        host.pad(0, 1)
+        host.edit_offsets[:2] = 0
+        for is_greedy in (True, False):
+            order = StepOrder(
+                num_rows=1,
+                num_samples=1,
+                scored_token_ids=() if is_greedy else (0,),
+                num_top=1,
+                table_changes=torch.zeros(2, 1, dtype=torch.int32),
+                edits=None if is_greedy else torch.zeros(1, 16, dtype=torch.uint8),
+                is_greedy=is_greedy,
+                has_logprobs=not is_greedy,
+            )
+            event, _ = self.launch(host, order)
+            event.wait()
 
     @torch.inference_mode()
     def _copy_in(self, step: "_QueuedStep") -> None:
