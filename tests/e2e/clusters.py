@@ -6,7 +6,7 @@ Owns how long a test waits for what; it never looks into a process, only at what
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ def running_cluster(
     *,
     kv_blocks: int = 64,
     log_dir: Path | None = None,
-    device: str = "reference",
+    devices: Sequence[str] = ("reference",),
     **settings: Any,
 ) -> Iterator[LocalCluster]:
-    """A cluster that serves `model` on `device`; `settings` are those of `ServeConfig`."""
+    """A cluster that serves `model` on `devices`; `settings` are those of `ServeConfig`."""
     serve = ServeConfig(model=model, listen="127.0.0.1:0", **settings)
-    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=[device]) as cluster:
+    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=devices) as cluster:
         yield cluster
 
 

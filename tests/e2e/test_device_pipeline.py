@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from tests.e2e.commands import Commands, Running
 from tests.fixtures.device_reference import DECIDED, assert_agrees, leads, reference_decoder
 from tests.kernels.decoder_inputs import NANO, windows
 
-NUM_TOKENS = 24
-KILLED_TOKENS = 48
+NUM_TOKENS = 16
+KILLED_TOKENS = 36
 SETTINGS: dict[str, Any] = {
     "lanes": 2,
     "dtype": "bfloat16",
@@ -45,8 +45,12 @@ def prompts() -> list[list[int]]:
 
 
 @contextmanager
-def device_cluster(attention: int, ffn: int) -> Iterator[LocalCluster]:
-    with running_cluster(NANO, device="cpu", attention=attention, ffn=ffn, **SETTINGS) as cluster:
+def device_cluster(
+    attention: int, ffn: int, devices: Sequence[str] = ("cpu",)
+) -> Iterator[LocalCluster]:
+    with running_cluster(
+        NANO, devices=devices, attention=attention, ffn=ffn, **SETTINGS
+    ) as cluster:
         links = [link for item in cluster.instances() for link in item["links"]]
         assert [link["fabric"] for link in links] == ["cuda_ipc"] * attention * ffn
         yield cluster
@@ -136,6 +140,19 @@ def test_instances_outlive_a_killed_coordinator_and_serve_the_next_one(smallest:
 
 def test_experts_over_three_instances_give_the_same_tokens(smallest: Smallest) -> None:
     with device_cluster(1, 3) as cluster:
+        texts = generate(cluster)
+    assert_agrees(reference_decoder(), texts)
+    assert_same_while_decided(smallest.texts, texts)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(("attention", "ffn"), [(1, 1), (2, 2), (1, 3)])
+def test_gpus_give_the_same_tokens(attention: int, ffn: int, smallest: Smallest) -> None:
+    num_devices = attention + ffn
+    if torch.cuda.device_count() < num_devices:
+        pytest.skip(f"{num_devices} GPUs are needed")
+    devices = [f"cuda:{index}" for index in range(num_devices)]
+    with device_cluster(attention, ffn, devices) as cluster:
         texts = generate(cluster)
     assert_agrees(reference_decoder(), texts)
     assert_same_while_decided(smallest.texts, texts)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from step3rt.model.gpu_decoder import GpuDecoder, StepTokens, steps_of_prompt
+from step3rt.ops.sampling import SamplingRow, sample
 from tests.fixtures.device_party import Party, PartyLane, chunk, join, plan
 from tests.fixtures.device_reference import MAX_MODEL_LEN, assert_agrees, reference_decoder
 from tests.kernels.decoder_inputs import windows
@@ -191,6 +192,49 @@ def test_one_rank_gives_the_decoders_own_tokens(
             [expected] = greedy(model, [one.prompt], one.max_tokens)
             assert one.generated == expected
     check(model, sequences)
+
+
+def test_requests_get_the_samples_and_scores_that_they_ask_for(make_party: Any) -> None:
+    """Of the decoder's own logits, which one rank computes too."""
+    party = make_party(1, 1, 1, device="cpu")
+    lane = party.sources[0].lanes[0]
+    prompt = windows()[0][:8]
+    wishes = [
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.7, "seed": 5, "top_k": 20, "top_logprobs": 3},
+        {"prompt_logprobs": 2},
+        {"min_tokens": 1, "stop_token_ids": [2]},
+    ]
+    blocks = [BLOCKS_PER_SEQUENCE * index for index in range(len(wishes))]
+    lane.launch(
+        plan(
+            1,
+            [chunk(n, 0, 8, known=8, blocks=[block]) for n, block in enumerate(blocks)],
+            [join(n, prompt, **wish) for n, wish in enumerate(wishes)],
+        )
+    )
+    _, host, event, scores = lane.in_flight[0]
+    event.wait()
+    logits = reference_decoder("cpu").step(steps_of_prompt(prompt, [3], 32)[0]).float()
+    logprobs = logits.log_softmax(-1)
+    last = logits[-1:]
+    rows = [
+        SamplingRow(temperature=1.0, seed=3, position=8),
+        SamplingRow(temperature=0.7, seed=5, top_k=20, position=8),
+        SamplingRow(position=8),
+        SamplingRow(masked_token_ids=(2,), position=8),
+    ]
+    expected = sample(last.expand(4, -1), rows)
+    assert [token_id for _, token_id in lane.collect()] == expected
+    top = logprobs[-1].topk(3)
+    assert host.results.top_ids[1, :3].tolist() == top.indices.tolist()
+    torch.testing.assert_close(host.results.top_logprobs[1, :3], top.values)
+    torch.testing.assert_close(host.results.logprobs[1], logprobs[-1, expected[1]])
+    assert scores is not None
+    torch.testing.assert_close(
+        scores.logprobs, logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    )
+    torch.testing.assert_close(scores.top_logprobs, logprobs[:-1].topk(2).values)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,5 +1,7 @@
 """The two kinds of instance process: attention and FFN."""
 
+import torch
+
 from step3rt.config import REFERENCE_DEVICE, NodeConfig
 from step3rt.errors import ConfigError
 from step3rt.instance.attention import AttentionRole
@@ -27,6 +29,8 @@ def _make_role(config: NodeConfig, model: Model) -> Role:
     is_attention = config.role == "attention"
     if config.device != REFERENCE_DEVICE:
         device = device_of(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         device_model = DeviceModel(
             model.config,
             CheckpointTensors(model, device)
