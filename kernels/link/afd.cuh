@@ -52,9 +52,12 @@
 // have ended it, which takes every rank's replies, or were lost.
 // A source that comes late keeps its frame where it is, and is in the next step.
 //
-// WHAT CAN GO WRONG. A source that is lost (its word `active` differs from its epoch, nothing comes
-// within wait_limit_ns, or what comes is wrong) leaves the step at this rank: its rows become -1, it
-// gets no sums, and the others go on. Losing it at one rank only needs no agreement: it gets no
+// WHAT CAN GO WRONG. A source that is lost (its word `active` differs from its epoch, it does not come
+// within wait_limit_ns of the first that does, or what comes is wrong) leaves the step at this rank: its rows become -1, it
+// gets no sums, and the others go on. The clock starts with the first to come, because a source that died
+// between two flags is awaited by one rank a layer earlier than by another: there the live sources have come,
+// here they cannot before they have been answered there. If none comes the limit is twice as long. A
+// source's own limit has to be longer than the ranks', or it gives up with the one it waits for. Losing it at one rank only needs no agreement: it gets no
 // reply there, so it runs into its own limit and its host makes all its links anew. Frames with a
 // mask are taken by first layers only and others by others only, so a source and a rank that
 // disagree about the layer find out. A lane of a source needs all its ranks: the first error ends it.

@@ -92,8 +92,8 @@ def measure_link(
     """Measures frames to and fro, without the GIL.
 
     Returns every round's one-way time, and the CPU time of this process per round; microseconds.
-    `carrier` is shm, tcp, rdma, socket (without a link) or memcpy (without a second process, for
-    which `address` is not used). `address` is the first line that `echo_link` has written.
+    `carrier` is shm, tcp, rdma, or a baseline without a link: socket, or flag (shared memory).
+    `address` is the first line that `echo_link` has written.
 
     Raises:
         InvalidArgument: an argument is not usable.

@@ -24,6 +24,7 @@ from step3rt.ops.afd_link import (
     LinkError,
     StopWord,
 )
+from step3rt.ops.afd_reference import HostFlag
 from step3rt.ops.afd_slots import (
     AFD_LANE,
     AFD_PEER,
@@ -682,6 +683,33 @@ def test_a_late_source_joins_at_the_next_step(local: Callable[[str, int], LocalP
             assert 3 in steps
 
 
+def test_a_source_that_only_one_rank_misses_takes_no_other_source_along(
+    local: Callable[[str, int], LocalParty],
+) -> None:
+    # Rank 1 waits its limit out for source 1, and source 0 with it: rank 0 must bear with source 0.
+    shape = AfdShape(1, 2, 2, 9, 256, 3)
+    cluster = Cluster(local, shape)
+    for rank, party in enumerate(cluster.ranks):
+        party.handle = party.do("open", shape, rank, Limits(wait_s=0.8 + 0.4 * rank, join_s=1.0))
+    cluster.link()
+    cluster.serve()
+    rows = {0: [3], 1: [3]}
+    found = cluster.walk(rows)
+    assert_whole(found, rows, shape)
+    slots = cluster.sources[1].party.slots
+    hidden = QuantizedRows(*quantize_groups(torch.ones(2, 256)))
+    count = torch.tensor([2], dtype=torch.int32)
+    cluster.start({0: [4]})
+    slots.send(0, hidden, None, count, 0, is_first_layer=True)
+    slots.wait(0, is_first_layer=True)
+    host = slots._lanes[0]
+    host.ranks[1] = replace(host.ranks[1], peer_flag=HostFlag(torch.zeros(16, dtype=torch.uint8)))
+    slots.send(0, hidden, None, count, 0, is_first_layer=False)
+    assert_whole({0: cluster.sources[0].answer()}, {0: [4]}, shape)
+    for party in cluster.ranks:
+        assert party.do("errors")[0].peers == (LinkError.OK, LinkError.TIMED_OUT)
+
+
 @pytest.mark.parametrize("kind", DEVICES)
 def test_processes_exchange_whole_layers(remote: Any, kind: str) -> None:
     cluster = Cluster(remote(kind), SHAPE)
@@ -698,8 +726,8 @@ def test_processes_exchange_whole_layers(remote: Any, kind: str) -> None:
 def test_a_source_killed_in_a_step_costs_the_others_no_row(
     remote: Any, kind: str, is_told: bool
 ) -> None:
-    limits = Limits(wait_s=20.0 if is_told else 1.0)
-    cluster = Cluster(remote(kind), SHAPE, replace(limits, wait_s=20.0))
+    limits = Limits(wait_s=20.0 if is_told else 3.0)
+    cluster = Cluster(remote(kind), SHAPE, replace(limits, wait_s=30.0))
     for rank, party in enumerate(cluster.ranks):
         party.handle = party.do("open", SHAPE, rank, limits)
     cluster.link()

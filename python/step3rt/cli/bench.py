@@ -102,7 +102,9 @@ def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--bytes", type=int, default=917_504, help="payload of a frame (default: 917504)"
     )
-    parser.add_argument("--peers", type=int, default=2, help="processes; 2 is what is measured")
+    parser.add_argument(
+        "--peers", type=int, default=2, help="processes, two by two (default: 2; cuda_ipc has 2)"
+    )
     parser.add_argument(
         "--rounds", type=int, help="there and back (default: 2000; cuda_ipc has its own)"
     )
@@ -224,10 +226,6 @@ def run_link(arguments: argparse.Namespace) -> int:
         InvalidArgument: a flag cannot be used.
         Unavailable: this host has no such link.
     """
-    if arguments.peers != 2:
-        raise InvalidArgument(
-            f"--peers {arguments.peers} cannot be measured. A link has two ends. Use --peers 2"
-        )
     report = _measure_link(arguments)
     if not arguments.json:
         quantiles = ", ".join(f"{key} {us} us" for key, us in report["one_way_us"].items())
@@ -249,7 +247,12 @@ def _measure_link(arguments: argparse.Namespace) -> dict[str, Any]:
         from step3rt.bench import link
 
         num_rounds = link.NUM_ROUNDS if arguments.rounds is None else arguments.rounds
-        return link.measure(arguments.fabric, arguments.bytes, num_rounds)
+        load = link.Load(arguments.bytes, arguments.peers, num_rounds)
+        return link.measure(arguments.fabric, load)
+    if arguments.peers != 2:
+        raise InvalidArgument(
+            f"--peers {arguments.peers} cannot be measured with --fabric cuda_ipc. Use --peers 2"
+        )
     if arguments.rounds is not None:
         raise InvalidArgument(
             "--rounds cannot be used with --fabric cuda_ipc: it measures as many as the size "

@@ -55,7 +55,7 @@ class AttentionSlots(AfdEndpoint):
             device: A CPU, or a CUDA device with an index.
             stop: Ends the waits; made for the same device.
             wait_limit_ns: How long sums may take. A source that comes while others are in a step
-                waits that step out, so several steps' time.
+                waits that step out, and ranks may wait for a dead one: longer than their limit.
         """
         super().__init__(shape, source, device, stop, shape.num_ranks)
         self._wait_limit_ns = wait_limit_ns

@@ -32,6 +32,7 @@ from step3rt.ops.afd_slots import (
 from step3rt.ops.device_link import LinkError, StopWord
 
 DEFAULT_WAIT_LIMIT_NS = 1_000_000_000
+"""Of an attention instance; longer than an FFN rank's, which may wait for a dead source."""
 
 REPORT_WORDS = 1 + MAX_PEERS
 """Of a lane: its error, then its peers'."""

@@ -13,13 +13,15 @@ import torch
 
 from step3rt.errors import InvalidArgument
 from step3rt.ops import launch
-from step3rt.ops.afd_endpoint import DEFAULT_WAIT_LIMIT_NS, REPORT_WORDS, AfdEndpoint
+from step3rt.ops.afd_endpoint import REPORT_WORDS, AfdEndpoint
 from step3rt.ops.afd_reference import FfnHostLane, HostFlag, HostLane, SourceSlot
 from step3rt.ops.afd_region import HostWords
 from step3rt.ops.afd_slots import AFD_PEER, MAX_PEERS, SEQUENCE_BITS, AfdShape, Role
 from step3rt.ops.device_link import StopWord
 from step3rt.ops.moe_fp8 import MoeTokens, MoeWorkspace
 
+DEFAULT_STEP_LIMIT_NS = 400_000_000
+"""Less than half of an attention instance's limit, so that losing a source costs no other one."""
 DEFAULT_JOIN_WINDOW_NS = 2_000_000
 """Longer than what is between an instance's last layer and its next step's first rows."""
 
@@ -58,7 +60,7 @@ class FfnSlots(AfdEndpoint):
         rank: int,
         device: torch.device,
         stop: StopWord,
-        wait_limit_ns: int = DEFAULT_WAIT_LIMIT_NS,
+        wait_limit_ns: int = DEFAULT_STEP_LIMIT_NS,
         join_window_ns: int = DEFAULT_JOIN_WINDOW_NS,
     ) -> None:
         """Allocates the region, with no link.
@@ -68,7 +70,9 @@ class FfnSlots(AfdEndpoint):
             rank: This instance, 0 <= rank < F. Rank 0 decides who takes part in a step.
             device: A CPU, or a CUDA device with an index.
             stop: Ends the waits; made for the same device.
-            wait_limit_ns: How long a source in a step may take before the step goes on without it.
+            wait_limit_ns: How long after the first source of a layer another may come before the
+                step goes on without it; twice as long while none comes. Shorter than the limit of
+                the attention instances.
             join_window_ns: How long rank 0, with the first source of a step at hand, waits for
                 those that took part in one of the last two steps.
         """

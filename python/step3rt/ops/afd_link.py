@@ -14,12 +14,13 @@ together is decided by FFN rank 0 alone; the sources carry its decision to the o
 
 from step3rt.ops.afd_attention import AttentionSlots
 from step3rt.ops.afd_endpoint import DEFAULT_WAIT_LIMIT_NS
-from step3rt.ops.afd_ffn import DEFAULT_JOIN_WINDOW_NS, FfnSlots
+from step3rt.ops.afd_ffn import DEFAULT_JOIN_WINDOW_NS, DEFAULT_STEP_LIMIT_NS, FfnSlots
 from step3rt.ops.afd_slots import AfdShape, LaneErrors, LaneState
 from step3rt.ops.device_link import LinkError, StopWord
 
 __all__ = [
     "DEFAULT_JOIN_WINDOW_NS",
+    "DEFAULT_STEP_LIMIT_NS",
     "DEFAULT_WAIT_LIMIT_NS",
     "AfdShape",
     "AttentionSlots",

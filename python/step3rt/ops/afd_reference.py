@@ -362,6 +362,7 @@ class FfnHostLane(HostLane):
 
     def _await_all(self, *, is_first_layer: bool = False) -> int:
         state, pause = self.state, _Pause()
+        first_ns: int | None = None
         while True:
             with self.lock:
                 state.participants &= self._active()
@@ -376,7 +377,12 @@ class FfnHostLane(HostLane):
                 if self._stop():
                     self.fail(LinkError.STOPPED)
                     return 0
-                if pause.elapsed_ns > self.wait_limit_ns:
+                now_ns = pause.elapsed_ns
+                if arrived and first_ns is None:
+                    first_ns = now_ns
+                # While nobody has come, another rank may be waiting for one, and all with it.
+                is_late = first_ns is not None and now_ns - first_ns > self.wait_limit_ns
+                if is_late or now_ns > 2 * self.wait_limit_ns:
                     for source in _bits(missing):
                         self.lose(source, LinkError.TIMED_OUT)
                     return arrived

@@ -27,7 +27,7 @@ use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::tcp::{TcpLink, TcpSlots};
-use crate::tcp_socket;
+use crate::tcp_socket::{self, FrameSocket};
 
 /// A connection whose hello has not come yet.
 pub(crate) struct Pending {
@@ -290,7 +290,8 @@ fn link_shm(
         process,
         state: Arc::clone(&state),
     });
-    let link = ShmLink::new(terms, outgoing, peer_memory, (own_socket, state));
+    let ends = (own_socket, state, hub.bell.expect_far_ringer().into());
+    let link = ShmLink::new(terms, outgoing, peer_memory, ends);
     Ok(Box::new(link))
 }
 
@@ -359,18 +360,13 @@ fn link_rdma(
     Ok(end.into_link(stream.into(), hub.new_state(), &hub.settings)?)
 }
 
-fn link_tcp(hub: &Hub, admitted: &Admitted, stream: &TcpStream) -> io::Result<Box<dyn Link>> {
+fn link_tcp(hub: &Hub, admitted: &Admitted, mut stream: &TcpStream) -> io::Result<Box<dyn Link>> {
     let terms = admitted.terms(hub);
     let slots = TcpSlots::new(&terms)?;
-    let mut stream = stream.try_clone()?;
-    tcp_socket::prepare(&stream, hub.settings.peer_timeout)?;
+    let socket = FrameSocket::new(stream.try_clone()?, hub.settings.peer_timeout)?;
     // A refusal may not follow this, short of a thread that cannot be started: the peer then sees
     // its link end. Does not block: 4160 bytes fit a fresh socket.
     stream.write_all(&admitted.welcome(hub))?;
-    Ok(Box::new(TcpLink::new(
-        terms,
-        slots,
-        stream,
-        hub.new_state(),
-    )?))
+    let ends = (hub.new_state(), hub.bell.sockets());
+    Ok(Box::new(TcpLink::new(terms, slots, socket, ends)?))
 }

@@ -25,7 +25,7 @@ use crate::region::Region;
 use crate::reset_ask;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::tcp::{TcpLink, TcpSlots};
-use crate::tcp_socket;
+use crate::tcp_socket::{self, FrameSocket};
 
 /// One attempt to link one peer over one fabric.
 pub(crate) struct Attempt<'a> {
@@ -110,7 +110,8 @@ impl Attempt<'_> {
             process,
             state: Arc::clone(&state),
         });
-        let link = ShmLink::new(terms, outgoing, memory, (socket, state));
+        let ends = (socket, state, self.hub.bell.expect_far_ringer().into());
+        let link = ShmLink::new(terms, outgoing, memory, ends);
         Ok((Box::new(link), welcome, offer))
     }
 
@@ -120,8 +121,9 @@ impl Attempt<'_> {
             .map_err(|error| self.unreachable(address, error))?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
         let (welcome, offer) = self.greet(&mut stream, proposed, &[])?;
-        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
-            .and_then(|()| TcpLink::new(terms, slots, stream, self.hub.new_state()))
+        let ends = (self.hub.new_state(), self.hub.bell.sockets());
+        FrameSocket::new(stream, self.hub.settings.peer_timeout)
+            .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
             .map(|link| (Box::new(link) as Box<dyn Link>, welcome, offer))
             .map_err(|error| self.resources(error))
     }

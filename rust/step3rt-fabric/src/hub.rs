@@ -5,21 +5,20 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
+use crate::bell::EndpointBell;
 use crate::config::LinkSettings;
 use crate::contract::{Doorbell, LinkIdentity};
 use crate::device_offer::DeviceOffer;
-use crate::doorbell::FutexDoorbell;
 use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
 use crate::new_link::NewLink;
 use crate::rdma;
 use crate::state::LinkState;
+use crate::sync::{AtomicBool, AtomicUsize, Event, Mutex, MutexGuard, Ordering};
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
 /// what is forgotten is long gone.
@@ -46,7 +45,7 @@ struct Registry {
 pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
-    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) bell: Arc<EndpointBell>,
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
@@ -57,7 +56,7 @@ pub(crate) struct Hub {
     accepted: Mutex<Vec<NewLink>>,
     num_accepted: AtomicUsize,
     new_watches: Mutex<Vec<Watch>>,
-    wake: OwnedFd,
+    wake: Event,
     is_stopping: AtomicBool,
 }
 
@@ -67,8 +66,7 @@ impl Hub {
         settings: LinkSettings,
         has_rdma: bool,
     ) -> io::Result<Self> {
-        let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (bell, bell_fd) = EndpointBell::create(settings.spin_us)?;
         Ok(Self {
             introduction,
             settings,
@@ -81,7 +79,7 @@ impl Hub {
             accepted: Mutex::default(),
             num_accepted: AtomicUsize::new(0),
             new_watches: Mutex::default(),
-            wake,
+            wake: Event::new()?,
             is_stopping: AtomicBool::new(false),
         })
     }
@@ -219,34 +217,30 @@ impl Hub {
     /// Has the watcher thread look after a socket.
     pub(crate) fn watch(&self, watch: Watch) {
         lock(&self.new_watches).push(watch);
-        self.wake_watcher();
+        self.wake.set();
     }
 
     /// For the watcher: sockets to look after since the last call.
     pub(crate) fn take_new_watches(&self) -> Vec<Watch> {
-        // The eventfd only says "look"; that it is empty already is no news.
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        // Before looking, so that what comes after the look is seen by the next one.
+        self.wake.clear();
         std::mem::take(&mut *lock(&self.new_watches))
     }
 
     /// For the watcher: readable when it is wanted.
-    pub(crate) fn wake(&self) -> &OwnedFd {
+    pub(crate) fn wake(&self) -> &Event {
         &self.wake
     }
 
-    /// Ends the watcher.
+    /// Ends the watcher, and the thread of the sockets.
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
-        self.wake_watcher();
+        self.bell.sockets().stop();
+        self.wake.set();
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.is_stopping.load(Ordering::Acquire)
-    }
-
-    fn wake_watcher(&self) {
-        // Fails only when the counter is full, which wakes as well.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 }
 

@@ -76,8 +76,9 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `choice`, `dialer`,
-//! `connect`, `accept`, `watcher`, `hub`; and how one takes the place of another: `reset_ask`.
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits). How links come
+//! about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
+//! place of another: `reset_ask`.
 //!
 //! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
 //! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
@@ -92,6 +93,7 @@ pub mod measure;
 pub mod sim;
 
 mod accept;
+mod bell;
 mod choice;
 mod config;
 mod connect;
@@ -102,8 +104,17 @@ mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+pub mod late_doorbell;
+mod measure_flag;
 mod memory;
+#[cfg(loom)]
+mod models;
 mod new_link;
+#[cfg(not(any(loom, miri)))]
+mod pages;
+#[cfg(any(loom, miri))]
+#[path = "heap_pages.rs"]
+mod pages;
 #[cfg(feature = "rdma")]
 mod rdma;
 #[cfg(not(feature = "rdma"))]
@@ -114,13 +125,18 @@ mod refusal;
 mod region;
 mod reset_ask;
 mod shm;
+mod sockets;
 mod state;
+mod sync;
 mod tcp;
+mod tcp_receiver;
 mod tcp_socket;
 mod watcher;
 
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod two_sides;
 
 pub use choice::DeviceError;
 pub use memory::MapError;

@@ -15,14 +15,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use step3rt_core::ids::LaneId;
 
 use crate::contract::{Geometry, SlotMemory};
 use crate::frame::{Direction, FrameHeader, HEADER_BYTES, ProtocolError};
-use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing, SlotBytes, WORD_BYTES};
+use crate::memory::{MapError, Mapping, PAGE_BYTES, SharedMapping, Sharing, SlotBytes, WORD_BYTES};
 use crate::reset_ask::{self, NOTE_BYTES};
+use crate::sync::Ordering;
 
 /// Two cache lines, because x86 fetches them in pairs and some ARM lines are that long.
 const FLAG_STRIDE_BYTES: usize = 128;
@@ -57,7 +57,7 @@ impl Layout {
 /// All slots of one direction.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
-    mapping: Arc<Mapping>,
+    mapping: SharedMapping,
     layout: Layout,
 }
 
@@ -72,7 +72,7 @@ impl Region {
             Mapping::share("step3rt-slots", layout.total_bytes(), Sharing::PeerReads)?;
         Ok((
             Self {
-                mapping: Arc::new(mapping),
+                mapping: SharedMapping::new(mapping),
                 layout,
             },
             fd,
@@ -88,7 +88,7 @@ impl Region {
         let layout = layout(geometry, direction);
         let mapping = Mapping::open(fd, layout.total_bytes(), Sharing::PeerReads)?;
         Ok(Self {
-            mapping: Arc::new(mapping),
+            mapping: SharedMapping::new(mapping),
             layout,
         })
     }
@@ -98,7 +98,7 @@ impl Region {
         let layout = layout(geometry, direction);
         let mapping = Mapping::private(layout.total_bytes())?;
         Ok(Self {
-            mapping: Arc::new(mapping),
+            mapping: SharedMapping::new(mapping),
             layout,
         })
     }
@@ -107,14 +107,14 @@ impl Region {
     #[cfg(feature = "rdma")]
     pub(crate) fn for_device(geometry: &Geometry, direction: Direction) -> io::Result<Self> {
         let layout = layout(geometry, direction);
-        let mapping = Arc::new(Mapping::for_device(layout.total_bytes())?);
+        let mapping = SharedMapping::new(Mapping::for_device(layout.total_bytes())?);
         Ok(Self { mapping, layout })
     }
 
     /// What keeps the memory mapped.
     #[cfg(feature = "rdma")]
-    pub(crate) fn shared_mapping(&self) -> Arc<Mapping> {
-        Arc::clone(&self.mapping)
+    pub(crate) fn shared_mapping(&self) -> SharedMapping {
+        SharedMapping::clone(&self.mapping)
     }
 
     /// All headers and slots, without the flags: what a device may touch.
@@ -132,7 +132,12 @@ impl Region {
     /// The payload bytes of a lane, `None` when there is no such lane.
     pub(crate) fn slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
         let start = self.layout.payload_at(lane);
-        let slot = || SlotBytes::new(Arc::clone(&self.mapping), start..start + self.slot_bytes());
+        let slot = || {
+            SlotBytes::new(
+                SharedMapping::clone(&self.mapping),
+                start..start + self.slot_bytes(),
+            )
+        };
         (lane.0 < self.layout.num_lanes).then(|| Arc::new(slot()) as Arc<dyn SlotMemory>)
     }
 

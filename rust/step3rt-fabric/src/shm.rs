@@ -23,6 +23,7 @@ use rustix::net::{
 };
 use step3rt_core::ids::LaneId;
 
+use crate::bell::FarRinger;
 use crate::contract::{Doorbell, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
 use crate::credentials::PeerCredentials;
 use crate::doorbell::FutexDoorbell;
@@ -185,6 +186,8 @@ pub(crate) struct ShmLink {
     peer_bell: FutexDoorbell,
     state: Arc<LinkState>,
     socket: Arc<OwnedFd>,
+    /// The peer rings this end's bell.
+    _ringer: Option<FarRinger>,
     is_down_reported: bool,
 }
 
@@ -216,7 +219,7 @@ impl ShmLink {
         terms: LinkTerms,
         outgoing: Region,
         peer: PeerMemory,
-        (socket, state): (Arc<OwnedFd>, Arc<LinkState>),
+        (socket, state, ringer): (Arc<OwnedFd>, Arc<LinkState>, Option<FarRinger>),
     ) -> Self {
         let lanes = Lanes::new(terms, outgoing, peer.incoming);
         Self {
@@ -224,6 +227,7 @@ impl ShmLink {
             peer_bell: peer.bell,
             state,
             socket,
+            _ringer: ringer,
             is_down_reported: false,
         }
     }

@@ -1,12 +1,12 @@
 //! Whether a link is up, shared between the thread that owns it and those that see it die.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use crate::contract::{Doorbell, DownReason, LinkEvent};
 use crate::frame::ProtocolError;
 use crate::lane::Lanes;
 use crate::reset_ask::{Listener, NOTE_BYTES};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering};
 
 /// Up until the first failure; that one is kept.
 pub(crate) struct LinkState {

@@ -1,15 +1,18 @@
-//! TCP sockets before they carry frames: connecting, accepting, the handshake's bytes, options.
+//! TCP sockets: connecting, accepting, the handshake's bytes, options, and the bytes of frames.
 //!
-//! It never sees a frame.
+//! It never looks into a frame.
 
 use std::io::{self, Read};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
 use crate::contract::DownReason;
 use crate::handshake::MESSAGE_BYTES;
+use crate::memory::Mapping;
 
 /// Probes of a silent peer's host start after this long and come this often, the least that TCP
 /// allows.
@@ -93,6 +96,57 @@ pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<
     let timeout_ms = u32::try_from(peer_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, timeout_ms)?;
     Ok(())
+}
+
+/// A socket that carries frames: all of their bytes pass here. No call blocks; one that would is an
+/// error of that kind.
+pub(crate) struct FrameSocket {
+    stream: TcpStream,
+}
+
+impl FrameSocket {
+    /// Of a socket whose handshake is over, once it is set up for frames.
+    pub(crate) fn new(stream: TcpStream, peer_timeout: Duration) -> io::Result<Self> {
+        prepare(&stream, peer_timeout)?;
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream })
+    }
+
+    /// Sends bytes of a mapping; may send fewer than asked.
+    pub(crate) fn send(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
+        retry_on_signal(|| memory.send(&self.stream, range.clone(), 0))
+    }
+
+    /// Receives into a mapping; may receive fewer than asked, and 0 when the peer has closed.
+    pub(crate) fn receive(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
+        retry_on_signal(|| memory.receive(&self.stream, range.clone()))
+    }
+
+    /// The same for bytes that lie in no slot yet.
+    pub(crate) fn receive_header(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        retry_on_signal(|| (&self.stream).read(bytes))
+    }
+
+    /// Ends the connection for both ends.
+    pub(crate) fn shut_down(&self) {
+        // Fails only when the peer was first.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl AsFd for FrameSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn retry_on_signal(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
 /// The end of a link that an error of its socket means.

@@ -86,9 +86,14 @@ impl Drive {
             let is_sampled = |output: &&v1::SequenceOutput| output.token_id.is_some();
             let num_tokens = output.outputs.iter().filter(is_sampled).count();
             debug!(
-                instance = instance.0, lane = output.lane, step = output.step, num_tokens,
+                instance = instance.0,
+                lane = output.lane,
+                step = output.step,
+                num_tokens,
                 at_ns = now.0,
-                compute_ns = timing.compute_ns, wait_ns = timing.wait_ns, total_ns = timing.total_ns,
+                compute_ns = timing.compute_ns,
+                wait_ns = timing.wait_ns,
+                total_ns = timing.total_ns,
                 "step done"
             );
         }
