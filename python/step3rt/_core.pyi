@@ -255,6 +255,7 @@ class Settings:
     f2a_dtype: str
     kv_dtype: str
     fabric: str
+    num_attention: int
 
 @final
 class NodeSession:

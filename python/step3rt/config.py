@@ -20,6 +20,7 @@ PRECISIONS = ("exact", "production")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 FABRICS = ("auto", "cuda_ipc", "shm", "rdma", "tcp")
 ROLES = ("attention", "ffn")
+REFERENCE_DEVICE = "reference"
 LOG_FORMATS = ("text", "json")
 
 C = TypeVar("C")
@@ -172,6 +173,16 @@ class NodeConfig:
     role: str = setting("what this instance does", choices=ROLES)
     model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
     coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
+    device: str = setting(
+        "reference: any precision, on the CPU; cuda, cuda:N: FP8 kernels on a GPU, whole steps "
+        "without the host; cpu: the GPU's program, by the references of its kernels",
+        REFERENCE_DEVICE,
+    )
+    random_weights: bool = setting(
+        "make weights up, of the sizes in the model's config.json, instead of reading them; needs "
+        "a --device other than reference",
+        False,
+    )
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
     kv_blocks: int | None = setting(
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1

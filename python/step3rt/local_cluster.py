@@ -5,6 +5,7 @@ of it is left when it closes, when this process dies, or when a child fails.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from step3rt.config import NodeConfig, ServeConfig, resolve_model
+from step3rt.config import REFERENCE_DEVICE, NodeConfig, ServeConfig, resolve_model
 from step3rt.errors import ConfigError, Step3Error, Unavailable
 
 _EX_CONFIG = 78
@@ -41,6 +42,9 @@ class LocalCluster:
         serve: the coordinator's settings; addresses and ready file are chosen here.
         threads: threads for one instance's computation.
         kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
+        devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
+            the list begins anew where it ends.
+        random_weights: see `NodeConfig.random_weights`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
         on_status: called with one line of progress for people.
         start_timeout_s: time until the cluster must serve.
@@ -56,6 +60,8 @@ class LocalCluster:
         *,
         threads: int = 1,
         kv_blocks: int | None = None,
+        devices: Sequence[str] = (REFERENCE_DEVICE,),
+        random_weights: bool = False,
         log_dir: Path | None = None,
         on_status: Callable[[str], None] | None = None,
         start_timeout_s: float = 300.0,
@@ -64,6 +70,8 @@ class LocalCluster:
         self._model = resolve_model(serve.model)
         self._threads = threads
         self._kv_blocks = kv_blocks
+        self._devices = list(devices)
+        self._random_weights = random_weights
         self._children: list[_Child] = []
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
         self._log_dir = log_dir or Path(self._directory.name)
@@ -109,7 +117,8 @@ class LocalCluster:
 
     def start_instance(self, role: str) -> int:
         """Starts one more instance and returns its process id."""
-        number = sum(child.name.startswith(role) for child in self._children)
+        names = {child.name for child in self._children}
+        number = next(number for number in itertools.count() if f"{role}-{number}" not in names)
         return self._spawn_node(role, number)
 
     def forget(self, pid: int) -> None:
@@ -180,12 +189,15 @@ class LocalCluster:
         ]
 
     def _spawn_node(self, role: str, number: int) -> int:
+        place = number if role == "attention" else self._serve.attention + number
         config = NodeConfig(
             role=role,
             model=self._model,
             coordinator=self.control_address,
             threads=self._threads,
             kv_blocks=self._kv_blocks,
+            device=self._devices[place % len(self._devices)],
+            random_weights=self._random_weights,
             # Who assumes that prompts are computed needs something in their place.
             random_kv=self._serve.assume_computed_prompts and role == "attention",
         )

@@ -6,7 +6,7 @@ Owns how long a test waits for what; it never looks into a process, only at what
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def running_cluster(
-    model: Path, *, kv_blocks: int = 64, log_dir: Path | None = None, **settings: Any
+    model: Path,
+    *,
+    kv_blocks: int = 64,
+    log_dir: Path | None = None,
+    devices: Sequence[str] = ("reference",),
+    **settings: Any,
 ) -> Iterator[LocalCluster]:
-    """A cluster that serves `model`; `settings` are those of `ServeConfig`."""
+    """A cluster that serves `model` on `devices`; `settings` are those of `ServeConfig`."""
     serve = ServeConfig(model=model, listen="127.0.0.1:0", **settings)
-    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir) as cluster:
+    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=devices) as cluster:
         yield cluster
 
 

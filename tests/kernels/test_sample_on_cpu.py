@@ -83,11 +83,12 @@ def test_edits_are_applied_before_everything_else() -> None:
     assert tokens[0] == int(edited_logits(logits[0], rows[0]).argmax())
 
 
+@pytest.mark.parametrize("vocab_size", [50, 128_815])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logprobs_are_of_the_raw_logits_and_no_more_are_written_than_asked_for(
-    dtype: torch.dtype,
+    vocab_size: int, dtype: torch.dtype
 ) -> None:
-    logits = make_logits(4, 50, dtype, device=CPU)
+    logits = make_logits(4, vocab_size, dtype, device=CPU)
     wanted = [0, 3, None, 32]
     rows = [
         DeviceSamplingRow(temperature=index % 2, seed=index, num_top=num_top, bias={1: 3.0})
@@ -96,15 +97,18 @@ def test_logprobs_are_of_the_raw_logits_and_no_more_are_written_than_asked_for(
     out = run(logits, rows)
     tokens = out.token_ids.tolist()
     scores = token_logprobs(logits.float(), tokens, 32)
-    for index, (logprob, top) in enumerate(scores):
+    exact = torch.log_softmax(logits.double(), dim=1)
+    for index, (_, top) in enumerate(scores):
         listed = wanted[index] or 0
         if wanted[index] is None:
             assert bool(out.logprobs[index].isnan())
         else:
-            assert float(out.logprobs[index]) == pytest.approx(logprob)
+            want = exact[index, tokens[index]].item()
+            assert float(out.logprobs[index]) == pytest.approx(want, abs=1e-6)
         assert out.top_ids[index, :listed].tolist() == [token for token, _ in top[:listed]]
         got = out.top_logprobs[index, :listed].tolist()
-        assert got == pytest.approx([value for _, value in top[:listed]])
+        want_top = [exact[index, token].item() for token, _ in top[:listed]]
+        assert got == pytest.approx(want_top, abs=1e-6)
         assert bool((out.top_ids[index, listed:] == POISON_TOKEN).all())
 
 

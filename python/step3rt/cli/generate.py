@@ -18,7 +18,7 @@ from step3rt.cli import flags
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import Client
 from step3rt.codec import Prompt
-from step3rt.config import ServeConfig, describe
+from step3rt.config import REFERENCE_DEVICE, ServeConfig, describe
 from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.llm import shows_progress
 from step3rt.local_cluster import LocalCluster
@@ -41,7 +41,7 @@ examples:
 
 _MODEL = Path("nano")
 # Flags besides the settings that shape a cluster of its own.
-_CLUSTER_FLAGS = ("model", "threads", "kv_blocks", "log_dir")
+_CLUSTER_FLAGS = ("model", "threads", "kv_blocks", "log_dir", "devices", "random_weights")
 _SKIPPED_SETTINGS = ("model", "listen", "control_listen", "ready_file", "insecure_bind")
 
 
@@ -104,6 +104,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=argparse.SUPPRESS,
         help="KV blocks of 64 tokens per attention instance",
     )
+    parser.add_argument(
+        "--devices",
+        type=_devices,
+        default=argparse.SUPPRESS,
+        metavar="D,D,…",
+        help="what the instances compute on, attention instances first: reference, cpu or cuda:N "
+        "(default: reference for all)",
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="make weights up, of the sizes in the model's config.json; needs --devices",
+    )
     flags.add_config_flags(parser, ServeConfig, skip=_SKIPPED_SETTINGS)
     parser.set_defaults(run=run)
 
@@ -114,6 +128,10 @@ def _add_logprob_flags(group: "argparse._ArgumentGroup") -> None:
         ("--prompt-logprobs", "the same for the prompt's tokens"),
     ):
         group.add_argument(flag, type=int, metavar="INT", help=text)
+
+
+def _devices(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _token_ids(text: str) -> list[int]:
@@ -160,6 +178,8 @@ def run(arguments: argparse.Namespace) -> int:
                     serve,
                     threads=getattr(arguments, "threads", 1),
                     kv_blocks=getattr(arguments, "kv_blocks", None),
+                    devices=getattr(arguments, "devices", (REFERENCE_DEVICE,)),
+                    random_weights=getattr(arguments, "random_weights", False),
                     log_dir=getattr(arguments, "log_dir", None),
                     on_status=_show_status,
                 )

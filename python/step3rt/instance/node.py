@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from step3rt import _core
 from step3rt.config import NodeConfig, resolve_model
 from step3rt.errors import Cancelled, Unavailable
 from step3rt.model.checkpoint import Checkpoint
+from step3rt.model.config import Step3Config
+from step3rt.model.random_weights import MadeUpModel
 from step3rt.model.weights import Progress
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,21 @@ class Outcome(enum.Enum):
     LOST = enum.auto()
 
 
+class Model(Protocol):
+    """What a session says of a model: a checkpoint, or sizes alone."""
+
+    @property
+    def directory(self) -> Path:
+        """Where its config.json is; its name is the model's."""
+
+    @property
+    def config(self) -> Step3Config:
+        """Its sizes."""
+
+    def fingerprint(self) -> str:
+        """What all instances of a cluster must agree on."""
+
+
 class Role(Protocol):
     """One of the two kinds of instance, over all its sessions."""
 
@@ -40,7 +58,7 @@ class Role(Protocol):
         """Loads what the session's settings ask for, becomes ready, and serves until it ends."""
 
 
-def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int:
+def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
     """Runs one instance until it is drained, with a new session whenever one is lost.
 
     Returns:
@@ -55,8 +73,8 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
     # middle of some step. Frozen objects are not looked at.
     gc.collect()
     gc.freeze()
-    checkpoint = Checkpoint.open(resolve_model(config.model))
-    role = make_role(checkpoint)
+    model = _open(config)
+    role = make_role(model)
     while True:
         logger.info(
             "Looking for the coordinator at %s, for up to %g s",
@@ -64,7 +82,7 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
             config.connect_timeout_s,
         )
         try:
-            session = connect(config, checkpoint)
+            session = connect(config, model)
         except Cancelled:
             logger.info("Stopped before a coordinator was found")
             return 0
@@ -77,6 +95,13 @@ def run_node(config: NodeConfig, make_role: Callable[[Checkpoint], Role]) -> int
             logger.warning("The session with the coordinator is over: %s", error)
         finally:
             session.close()
+
+
+def _open(config: NodeConfig) -> Model:
+    directory = resolve_model(config.model)
+    if config.random_weights:
+        return MadeUpModel.open(directory)
+    return Checkpoint.open(directory)
 
 
 def load_progress(session: _core.NodeSession) -> Progress:
@@ -99,7 +124,7 @@ def load_progress(session: _core.NodeSession) -> Progress:
     return report
 
 
-def connect(config: NodeConfig, checkpoint: Checkpoint) -> _core.NodeSession:
+def connect(config: NodeConfig, model: Model) -> _core.NodeSession:
     """Opens a session that says what this instance is, looking for `connect_timeout_s`.
 
     Raises:
@@ -107,24 +132,24 @@ def connect(config: NodeConfig, checkpoint: Checkpoint) -> _core.NodeSession:
         Unavailable: no coordinator answers in time.
         Cancelled: a signal came first.
     """
-    model = checkpoint.config
+    sizes = model.config
     options = {
         "coordinator": config.coordinator,
         "role": config.role,
         "data_host": config.data_host,
         "connect_timeout_s": config.connect_timeout_s,
         "spin_us": config.spin_us,
-        "model_fingerprint": checkpoint.fingerprint(),
+        "model_fingerprint": model.fingerprint(),
         "model": {
-            "name": checkpoint.directory.name,
-            "vocab_size": model.vocab_size,
-            "max_model_len": model.max_model_len,
-            "num_layers": model.num_layers,
-            "hidden_size": model.hidden_size,
-            "num_experts": model.num_experts,
-            "num_experts_per_token": model.top_k,
-            "eos_token_ids": list(model.eos_token_ids),
-            "bos_token_id": model.bos_token_id,
+            "name": model.directory.name,
+            "vocab_size": sizes.vocab_size,
+            "max_model_len": sizes.max_model_len,
+            "num_layers": sizes.num_layers,
+            "hidden_size": sizes.hidden_size,
+            "num_experts": sizes.num_experts,
+            "num_experts_per_token": sizes.top_k,
+            "eos_token_ids": list(sizes.eos_token_ids),
+            "bos_token_id": sizes.bos_token_id,
         },
     }
     return _core.NodeSession(json.dumps(options))

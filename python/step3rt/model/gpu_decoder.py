@@ -106,7 +106,7 @@ class GpuDecoder:
         if options.is_fp8_kv:
             shape, dtype = fp8_cache_shape(options.num_blocks), torch.uint8
         self._kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in weights.layers]
-        self._table = _rotation_table(weights, options.max_model_len)
+        self._table = rotation_table_of(weights, options.max_model_len)
         self._schedule = allocate_schedule(device)
         self._buffers = LayerBuffers.allocate(weights, options.max_tokens)
         self._runners = [
@@ -273,7 +273,7 @@ def steps_of_prompt(
     return steps
 
 
-def _rotation_table(weights: GpuWeights, num_positions: int) -> torch.Tensor:
+def rotation_table_of(weights: GpuWeights, num_positions: int) -> torch.Tensor:
     """f32[P, 256] for `ops.rope_append`; what narrow heads leave empty does not turn."""
     config = weights.config
     cos, sin = rotary_tables(torch.arange(num_positions), config.head_dim, config.rope_theta)

@@ -36,6 +36,7 @@ from step3rt.ops.rmsnorm_quantize import (
 )
 from step3rt.ops.rope_append import RopeTokens, rope_append_bf16, rope_append_fp8
 from step3rt.ops.router import route
+from step3rt.ops.sums_rmsnorm_quantize import add_sums_rmsnorm_quantize
 
 # Of the tokens of a step: positions i32[T], slots i32[T], and the rotation table f32[P, 256].
 Places = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -150,6 +151,13 @@ class LayerBuffers:
             self.residual.add_(sums.float().sum(dim=0).bfloat16())
         self.normed.copy_(rms_norm(self.residual, weight, eps))
         _quantize(self.normed, self.hidden)
+
+    def add_sums_and_norm(
+        self, sums: torch.Tensor, present: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> None:
+        """As `add_and_norm`, of sums that lie in slots: see `ops.sums_rmsnorm_quantize`."""
+        out = NormOutputs(self.residual, self.normed, self.hidden)
+        add_sums_rmsnorm_quantize(self.residual, sums, present, weight, out, eps)
 
 
 class LayerRunner:

@@ -12,6 +12,7 @@ embedding turns together keeps its distance of 128; what is between is zero and 
     head of 256   | 0 … 63 | 64 … 127 zero    | 128 … 191 | 192 … 255 zero
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,30 +129,47 @@ def load_gpu_weights(
         ConfigError: the kernels cannot compute a model of these sizes.
     """
     check_sizes(checkpoint.config)
-    return build_gpu_weights(_CheckpointTensors(checkpoint, device), is_fp8=is_fp8)
+    return build_gpu_weights(CheckpointTensors(checkpoint, device), is_fp8=is_fp8)
 
 
 def build_gpu_weights(tensors: "ModelTensors", *, is_fp8: bool) -> GpuWeights:
     """Lays out the tensors of a model that the kernels can compute."""
-    config = tensors.config
-    reader = _Reader(tensors, is_fp8=is_fp8)
+    return _build(TensorReader(tensors, is_fp8=is_fp8), _load_experts)
+
+
+def build_attention_weights(tensors: "ModelTensors", *, is_fp8: bool = True) -> GpuWeights:
+    """Lays out what an attention instance holds: all but the experts, of which layers have none.
+
+    Raises:
+        CheckpointError: a block scale is not a usable number.
+        ConfigError: the kernels cannot compute a model of these sizes.
+    """
+    check_sizes(tensors.config)
+    return _build(TensorReader(tensors, is_fp8=is_fp8), lambda _reader, _index: ())
+
+
+def _build(reader: "TensorReader", load_experts: "ExpertLoader") -> GpuWeights:
+    config = reader.config
     return GpuWeights(
         config=config,
         embed_tokens=reader.plain(EMBEDDING),
-        layers=tuple(_load_layer(reader, index) for index in range(config.num_layers)),
+        layers=tuple(
+            _load_layer(reader, index, load_experts) for index in range(config.num_layers)
+        ),
         final_norm=reader.plain("model.norm.weight"),
         lm_head=reader.plain("lm_head.weight"),
     )
 
 
-def _load_layer(reader: "_Reader", index: int) -> GpuLayerWeights:
+def _load_layer(
+    reader: "TensorReader", index: int, load_experts: "ExpertLoader"
+) -> GpuLayerWeights:
     config = reader.config
     prefix = f"model.layers.{index}"
     attention = f"{prefix}.self_attn"
     q, k, v = (reader.matrix(f"{attention}.{name}_proj.weight") for name in "qkv")
     is_moe = config.layers[index].is_moe
-    experts = _load_moe(reader, prefix) if is_moe else (_whole_ffn(reader, f"{prefix}.mlp"),)
-    qkv = _stack([q, spread_rows(k, config.head_dim), spread_rows(v, config.head_dim)])
+    qkv = stack_rows([q, spread_rows(k, config.head_dim), spread_rows(v, config.head_dim)])
     wq = spread_rows(reader.matrix(f"{attention}.wq.weight"), config.head_dim)
     o_proj = spread_columns(reader.matrix(f"{attention}.o_proj.weight"), config.head_dim)
     return GpuLayerWeights(
@@ -162,11 +180,18 @@ def _load_layer(reader: "_Reader", index: int) -> GpuLayerWeights:
         o_proj=reader.finish(o_proj),
         post_attention_norm=reader.plain(f"{prefix}.post_attention_layernorm.weight"),
         router=reader.plain(f"{prefix}.moe.gate.weight") if is_moe else None,
-        experts=experts,
+        experts=load_experts(reader, index),
     )
 
 
-def _load_moe(reader: "_Reader", prefix: str) -> tuple[Experts, ...]:
+def _load_experts(reader: "TensorReader", index: int) -> tuple[Experts, ...]:
+    prefix = f"model.layers.{index}"
+    if reader.config.layers[index].is_moe:
+        return _load_moe(reader, prefix)
+    return (_whole_ffn(reader, f"{prefix}.mlp"),)
+
+
+def _load_moe(reader: "TensorReader", prefix: str) -> tuple[Experts, ...]:
     config = reader.config
     routed = [
         (reader.gate_up(f"{prefix}.moe", expert), reader.down(f"{prefix}.moe", expert))
@@ -180,25 +205,30 @@ def _load_moe(reader: "_Reader", prefix: str) -> tuple[Experts, ...]:
     return (_experts(reader, routed, config.num_experts),)
 
 
-def _whole_ffn(reader: "_Reader", prefix: str) -> Experts:
+def _whole_ffn(reader: "TensorReader", prefix: str) -> Experts:
     return _experts(reader, [(reader.gate_up(prefix), reader.down(prefix))], 0)
 
 
 def _experts(
-    reader: "_Reader", matrices: list[tuple[Fp8Matrix, Fp8Matrix]], num_routed: int
+    reader: "TensorReader", matrices: list[tuple[Fp8Matrix, Fp8Matrix]], num_routed: int
 ) -> Experts:
-    if not reader.is_fp8:
-        return Bf16Experts(
-            gate_up=torch.stack([dequantize(gate_up) for gate_up, _ in matrices]),
-            down=torch.stack([dequantize(down) for _, down in matrices]),
-            num_routed=num_routed,
-        )
+    if reader.is_fp8:
+        return pack_experts(matrices, num_routed)
+    return Bf16Experts(
+        gate_up=torch.stack([dequantize(gate_up) for gate_up, _ in matrices]),
+        down=torch.stack([dequantize(down) for _, down in matrices]),
+        num_routed=num_routed,
+    )
+
+
+def pack_experts(matrices: list[tuple[Fp8Matrix, Fp8Matrix]], num_routed: int) -> Fp8Experts:
+    """Packs experts of equal size, gate and up projection and down projection of each."""
     gate_ups = [pack_gate_up(gate_up.values[None]) for gate_up, _ in matrices]
     downs = [pack_down(down.values[None]) for _, down in matrices]
     return Fp8Experts(
-        gate_up=_cat(gate_ups),
+        gate_up=cat_fp8(gate_ups),
         gate_up_scale=torch.stack([gate_up.scales for gate_up, _ in matrices]),
-        down=_cat(downs),
+        down=cat_fp8(downs),
         down_scale=torch.stack([down.scales for _, down in matrices]),
         first_expert=0,
         num_routed=num_routed,
@@ -248,14 +278,19 @@ def spread_columns(matrix: Fp8Matrix, head_dim: int) -> Fp8Matrix:
     return Fp8Matrix(spread.values.T.contiguous(), spread.scales.T.contiguous())
 
 
-def _stack(matrices: list[Fp8Matrix]) -> Fp8Matrix:
-    values = _cat([matrix.values for matrix in matrices])
+def stack_rows(matrices: list[Fp8Matrix]) -> Fp8Matrix:
+    """Joins matrices of equal width, one below the other."""
+    values = cat_fp8([matrix.values for matrix in matrices])
     return Fp8Matrix(values, torch.cat([matrix.scales for matrix in matrices]))
 
 
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+def cat_fp8(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Joins e4m3 tensors along their first dimension, as bytes."""
     return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(torch.float8_e4m3fn)
+
+
+ExpertLoader = Callable[["TensorReader", int], tuple[Experts, ...]]
+"""What a layer's experts are, as of the reader and the layer's index."""
 
 
 class ModelTensors(Protocol):
@@ -270,18 +305,25 @@ class ModelTensors(Protocol):
         """Returns a linear layer, or one expert's of a stack, in FP8."""
 
 
-class _CheckpointTensors:
-    """Tensors of a checkpoint."""
+class CheckpointTensors:
+    """Tensors of a checkpoint, read when they are asked for."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Reads nothing yet."""
         self.config = checkpoint.config
         self._files = checkpoint.files
         self._device = device
 
     def plain(self, name: str) -> torch.Tensor:
+        """Returns a tensor in bf16."""
         return self._read(name, None).to(self._device, torch.bfloat16)
 
     def matrix(self, name: str, expert: int | None = None) -> Fp8Matrix:
+        """Returns a linear layer, quantised here unless the checkpoint did.
+
+        Raises:
+            CheckpointError: a block scale is not a usable number.
+        """
         values = self._read(name, expert).to(self._device)
         if self._files.entries[name].dtype != FP8:
             return quantize_blocks(values)
@@ -300,10 +342,11 @@ class _CheckpointTensors:
         return self._files.read(entry, slice(expert, expert + 1))[0]
 
 
-class _Reader:
+class TensorReader:
     """Takes a model's tensors in the number format that is wanted."""
 
     def __init__(self, tensors: ModelTensors, *, is_fp8: bool) -> None:
+        """Reads nothing yet."""
         self.config = tensors.config
         self.is_fp8 = is_fp8
         self.plain = tensors.plain
@@ -316,7 +359,7 @@ class _Reader:
     def gate_up(self, module: str, expert: int | None = None) -> Fp8Matrix:
         """Gate and up projection of an FFN, gate first."""
         names = (f"{module}.gate_proj.weight", f"{module}.up_proj.weight")
-        return _stack([self.matrix(name, expert) for name in names])
+        return stack_rows([self.matrix(name, expert) for name in names])
 
     def down(self, module: str, expert: int | None = None) -> Fp8Matrix:
         """Down projection of an FFN."""

@@ -5,6 +5,8 @@ by their logits; they mean nothing. The same seed gives the same tensor whatever
 """
 
 import hashlib
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,19 +27,43 @@ def random_gpu_weights(
         ConfigError: the kernels cannot compute a model of these sizes.
     """
     check_sizes(config)
-    return build_gpu_weights(_RandomTensors(config, device, seed), is_fp8=is_fp8)
+    return build_gpu_weights(RandomTensors(config, device, seed), is_fp8=is_fp8)
 
 
-class _RandomTensors:
+@dataclass(frozen=True, slots=True)
+class MadeUpModel:
+    """A model directory of which config.json alone is used."""
+
+    directory: Path
+    config: Step3Config
+
+    @classmethod
+    def open(cls, directory: Path) -> "MadeUpModel":
+        """Reads config.json.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        return cls(directory, Step3Config.from_directory(directory))
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 in hex of config.json; not that of a checkpoint beside it."""
+        text = (self.directory / "config.json").read_bytes()
+        return hashlib.sha256(b"made up\n" + text).hexdigest()
+
+
+class RandomTensors:
     """Tensors by name, each from a generator of its own."""
 
     def __init__(self, config: Step3Config, device: torch.device, seed: int) -> None:
+        """Draws nothing yet."""
         self.config = config
         self._device = device
         self._seed = seed
         self._shapes = {wanted.name: wanted.shape for wanted in wanted_tensors(config)}
 
     def plain(self, name: str) -> torch.Tensor:
+        """Draws a tensor in bf16."""
         shape = self._shapes[name]
         values = self._draw(name, shape)
         if len(shape) == 1:
@@ -46,6 +72,7 @@ class _RandomTensors:
         return values if name == EMBEDDING else values * shape[1] ** -0.5
 
     def matrix(self, name: str, expert: int | None = None) -> Fp8Matrix:
+        """Draws a linear layer, or one expert's of a stack, in FP8."""
         rows, columns = self._shapes[name][-2:]
         values = self._draw(f"{name}/{expert}", (rows, columns)).to(torch.float8_e4m3fn)
         scales = torch.full((rows // BLOCK, columns // BLOCK), columns**-0.5, device=self._device)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from step3rt.ops import launch
@@ -37,8 +38,7 @@ _GREEDY_KERNELS = {
     for dtype, source in _SOURCES.items()
 }
 
-# struct SamplingRow of kernels/sampling/cluster_row.cuh.
-_ROW_DTYPE = np.dtype(
+SAMPLING_ROW = np.dtype(
     [
         ("temperature", np.float32),
         ("top_p", np.float32),
@@ -53,6 +53,7 @@ _ROW_DTYPE = np.dtype(
     ],
     align=True,
 )
+"""A row as the kernel reads it; struct SamplingRow of kernels/sampling/cluster_row.cuh."""
 
 # struct LogitEdit.
 _EDIT_DTYPE = np.dtype(
@@ -164,21 +165,11 @@ def pack_rows(
         ValueError: a row lists more than `MAX_TOP` tokens, or touches a token outside the
             vocabulary.
     """
-    packed = np.zeros(len(rows), dtype=_ROW_DTYPE)
+    packed = np.zeros(len(rows), dtype=SAMPLING_ROW)
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     edits = []
     for index, row in enumerate(rows):
-        if (row.num_top or 0) > MAX_TOP:
-            raise ValueError(
-                f"Row {index} lists {row.num_top} tokens, the kernel {MAX_TOP} at most. Ask for "
-                "fewer."
-            )
-        for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"):
-            packed[name][index] = getattr(row, name)
-        packed["top_k"][index] = row.top_k
-        packed["num_top"][index] = -1 if row.num_top is None else row.num_top
-        packed["seed"][index] = row.seed
-        packed["position"][index] = row.position
+        packed[index] = _record(row, index)
         edits.append(_edits(row, index, vocab_size))
         offsets[index + 1] = offsets[index] + len(edits[-1])
     if offsets[-1] == 0:
@@ -228,7 +219,7 @@ def sample_on_device(
             f"`logits` has strides {list(logits.stride())} at {logits.data_ptr():#x}. The kernel "
             f"reads 16 bytes at a time. Let the head write rows {least} logits apart or more."
         )
-    launch.check_tensor("rows", batch.rows, (num_rows, _ROW_DTYPE.itemsize), torch.uint8, device)
+    launch.check_tensor("rows", batch.rows, (num_rows, SAMPLING_ROW.itemsize), torch.uint8, device)
     launch.check_tensor("edit_offsets", batch.edit_offsets, (num_rows + 1,), torch.int32, device)
     launch.check_tensor("edits", batch.edits, (-1, _EDIT_DTYPE.itemsize), torch.uint8, device)
     max_top = out.top_ids.shape[1]
@@ -266,7 +257,7 @@ def sample_on_device(
 
 
 def _sample_on_cpu(logits: torch.Tensor, batch: SamplingBatch, out: Samples) -> None:
-    rows = batch.rows.numpy().reshape(-1).view(_ROW_DTYPE)
+    rows = batch.rows.numpy().reshape(-1).view(SAMPLING_ROW)
     edits = batch.edits.numpy().reshape(-1).view(_EDIT_DTYPE)
     offsets = batch.edit_offsets.tolist()
     for index, row in enumerate(rows):
@@ -287,6 +278,34 @@ def _kernel(dtype: torch.dtype, slice_tokens: int) -> launch.Kernel:
         shared_bytes=_FIXED_SHARED_BYTES + slice_tokens * 4,
         is_dependent=True,
     )
+
+
+def pack_row(row: DeviceSamplingRow, vocab_size: int) -> tuple[np.void, npt.NDArray[np.uint8]]:
+    """One row of `pack_rows`, for whoever keeps rows from step to step.
+
+    Returns:
+        The `SAMPLING_ROW`, and its edits u8[E, 16], possibly none.
+
+    Raises:
+        ValueError: as `pack_rows`.
+    """
+    edits = _edits(row, 0, vocab_size)
+    return _record(row, 0), edits.view(np.uint8).reshape(len(edits), _EDIT_DTYPE.itemsize)
+
+
+def _record(row: DeviceSamplingRow, index: int) -> np.void:
+    if (row.num_top or 0) > MAX_TOP:
+        raise ValueError(
+            f"Row {index} lists {row.num_top} tokens, the kernel {MAX_TOP} at most. Ask for fewer."
+        )
+    record: np.void = np.zeros(1, dtype=SAMPLING_ROW)[0]
+    for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition"):
+        record[name] = getattr(row, name)
+    record["top_k"] = row.top_k
+    record["num_top"] = -1 if row.num_top is None else row.num_top
+    record["seed"] = row.seed
+    record["position"] = row.position
+    return record
 
 
 def _edits(

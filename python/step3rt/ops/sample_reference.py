@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from step3rt.ops.sampling import SamplingRow, sample, token_logprobs
+from step3rt.ops.sampling import SamplingRow, sample
 
 IS_KNOWN, IS_MASKED = 1, 2
 """Flags of an edit: repetition applies to its token; the token cannot be chosen."""
@@ -57,8 +57,11 @@ def sample_row(logits: torch.Tensor, row: np.void, edits: Packed) -> RowSample:
     num_top = int(row["num_top"])
     if num_top < 0:
         return RowSample(token_id, is_corrupt=False, logprob=float("nan"), top=[])
-    ((logprob, top),) = token_logprobs(raw[None], [token_id], num_top)
-    return RowSample(token_id, is_corrupt=False, logprob=logprob, top=top)
+    # float64, as the kernel's sum: of a hundred thousand tokens fp32 loses the fifth decimal.
+    logprobs = torch.log_softmax(raw.double(), dim=0)
+    listed = raw.argsort(descending=True, stable=True)[:num_top]
+    top = list(zip(listed.tolist(), logprobs[listed].tolist(), strict=True))
+    return RowSample(token_id, is_corrupt=False, logprob=float(logprobs[token_id]), top=top)
 
 
 def _edit(logits: torch.Tensor, row: np.void, edits: Packed) -> torch.Tensor:

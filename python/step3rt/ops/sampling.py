@@ -125,14 +125,31 @@ def token_logprobs(
     Returns:
         Per row (logprob, [(token id, logprob), …] most likely first, of equals the lower id).
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
-    num_top = min(num_top, logits.shape[1])
-    if num_top == 0:
-        return [(logprob, []) for logprob in chosen]
-    top_logprobs, top_ids = logprobs.sort(dim=-1, descending=True, stable=True)
-    pairs = zip(top_ids[:, :num_top].tolist(), top_logprobs[:, :num_top].tolist(), strict=True)
+    found = score_tokens(logits.float(), torch.tensor(token_ids), min(num_top, logits.shape[1]))
+    chosen, top_ids, top_logprobs = (values.tolist() for values in found)
     return [
         (logprob, list(zip(ids, values, strict=True)))
-        for logprob, (ids, values) in zip(chosen, pairs, strict=True)
+        for logprob, ids, values in zip(chosen, top_ids, top_logprobs, strict=True)
     ]
+
+
+def score_tokens(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores a token of each row, and the row's most likely tokens; waits for no device.
+
+    Args:
+        logits: f32[R, V].
+        token_ids: i64[R], on the same device.
+        num_top: N, at most V.
+
+    Returns:
+        Log-probabilities f32[R] of the tokens; ids i64[R, N] and log-probabilities f32[R, N] of the
+        most likely ones, most likely first, of equals the lower id.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
+    if num_top == 0:
+        return chosen, token_ids.new_zeros(len(token_ids), 0), logprobs[:, :0]
+    top_logprobs, top_ids = logprobs.sort(dim=-1, descending=True, stable=True)
+    return chosen, top_ids[:, :num_top], top_logprobs[:, :num_top]

@@ -53,6 +53,7 @@ class Stream:
     As a context manager it is the current stream of the block: launches in it follow all work that
     was given before. On the CPU the caller computes them itself, so entering waits for that work;
     what is to follow work that the block itself gives, a replay for example, goes through `run`.
+    One thread at a time enters.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -35,6 +35,8 @@ pub(crate) struct Settings {
     f2a_dtype: String,
     kv_dtype: String,
     fabric: String,
+    /// 0 from a coordinator that does not say.
+    num_attention: u32,
 }
 
 impl Settings {
@@ -51,6 +53,7 @@ impl Settings {
             f2a_dtype: settings.f2a_dtype.clone(),
             kv_dtype: settings.kv_dtype.clone(),
             fabric: settings.fabric.clone(),
+            num_attention: settings.num_attention,
         }
     }
 }

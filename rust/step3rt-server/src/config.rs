@@ -338,6 +338,7 @@ impl CoordinatorConfig {
             kv_dtype: self.kv_dtype.clone(),
             fabric: self.fabric.clone(),
             max_steps_in_flight: self.max_steps_in_flight.into(),
+            num_attention: self.num_attention,
         }
     }
 

@@ -180,6 +180,7 @@ pub(crate) fn welcome(instance_id: u32, epoch: u64, fabric: &str) -> v1::Welcome
             kv_dtype: "float32".to_owned(),
             fabric: fabric.to_owned(),
             max_steps_in_flight: 2,
+            num_attention: 1,
         }),
     }
 }
