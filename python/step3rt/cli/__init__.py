@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from step3rt.cli import bench, chat, doctor, generate, node, plan, serve, sim, version
+from step3rt.cli import bench, chat, doctor, generate, node, plan, serve, sim, trace, version
 from step3rt.errors import ConfigError, InvalidArgument, Step3Error, Unavailable
 
 EX_USAGE = 2
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for command in (serve, node, generate, chat, plan, bench, sim, doctor, version):
+    for command in (serve, node, generate, chat, plan, bench, sim, trace, doctor, version):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:
