@@ -188,6 +188,12 @@ class NodeConfig:
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1
     )
     kv_memory_mb: int = setting("memory for KV blocks in MiB", 1024, minimum=1)
+    trace_dir: Path | None = setting(
+        "directory for the times of a device instance's last steps, written when its session ends; "
+        "see `step3rt trace`",
+        None,
+    )
+    trace_steps: int = setting("steps of each lane in a trace", 64, minimum=2, maximum=4096)
     random_kv: bool = setting(
         "for measurements only: start with random K and V in all blocks, for prompts that a "
         "coordinator with --assume-computed-prompts never lets compute",

@@ -45,6 +45,7 @@ class LocalCluster:
         devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
             the list begins anew where it ends.
         random_weights: see `NodeConfig.random_weights`.
+        trace_dir: see `NodeConfig.trace_dir`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
         on_status: called with one line of progress for people.
         start_timeout_s: time until the cluster must serve.
@@ -62,6 +63,7 @@ class LocalCluster:
         kv_blocks: int | None = None,
         devices: Sequence[str] = (REFERENCE_DEVICE,),
         random_weights: bool = False,
+        trace_dir: Path | None = None,
         log_dir: Path | None = None,
         on_status: Callable[[str], None] | None = None,
         start_timeout_s: float = 300.0,
@@ -72,6 +74,7 @@ class LocalCluster:
         self._kv_blocks = kv_blocks
         self._devices = list(devices)
         self._random_weights = random_weights
+        self._trace_dir = trace_dir
         self._children: list[_Child] = []
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
         self._log_dir = log_dir or Path(self._directory.name)
@@ -198,6 +201,7 @@ class LocalCluster:
             kv_blocks=self._kv_blocks,
             device=self._devices[place % len(self._devices)],
             random_weights=self._random_weights,
+            trace_dir=self._trace_dir,
             # Who assumes that prompts are computed needs something in their place.
             random_kv=self._serve.assume_computed_prompts and role == "attention",
         )

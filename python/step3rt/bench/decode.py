@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.aio import AsyncClient
-from step3rt.config import ServeConfig, resolve_model
+from step3rt.config import REFERENCE_DEVICE, ServeConfig, resolve_model
 from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.model.config import Step3Config
@@ -82,21 +82,35 @@ class LaneStep:
     total_ns: int
 
 
-def measure(
-    serve: ServeConfig, load: DecodeLoad, *, threads: int = 1, log_dir: Path | None = None
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosting:
+    """How the instances are started; see `LocalCluster`."""
+
+    threads: int = 1
+    devices: Sequence[str] = (REFERENCE_DEVICE,)
+    random_weights: bool = False
+    trace_dir: Path | None = None
+    log_dir: Path | None = None
+
+    @property
+    def num_gpus(self) -> int:
+        """Different GPUs among the devices."""
+        return len({device for device in self.devices if device.startswith("cuda")})
+
+
+def measure(serve: ServeConfig, load: DecodeLoad, hosting: Hosting | None = None) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
     Args:
         serve: the cluster; its limits are set for the load.
         load: what decodes.
-        threads: of each instance's computation.
-        log_dir: keeps the processes' logs.
+        hosting: how the instances are started.
 
     Raises:
         InvalidArgument: the load does not fit the cluster or the model.
         Unavailable: the streams did not all decode at the same time for long enough.
     """
+    hosting = hosting or Hosting()
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
     _check(load, num_lanes, config.max_model_len)
@@ -117,23 +131,34 @@ def measure(
     kv_blocks = per_lane * serve.lanes * blocks_each * 17 // 16 + 1
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment("STEP3RT_LOG", _LOG_FILTER))
+        log_dir = hosting.log_dir
         if log_dir is None:
             directory = tempfile.TemporaryDirectory(prefix="step3rt-bench-")
             log_dir = Path(stack.enter_context(directory))
         with LocalCluster(
-            settings, threads=threads, kv_blocks=kv_blocks, log_dir=log_dir
+            settings,
+            threads=hosting.threads,
+            kv_blocks=kv_blocks,
+            devices=hosting.devices,
+            random_weights=hosting.random_weights,
+            trace_dir=hosting.trace_dir,
+            log_dir=log_dir,
         ) as cluster:
             asyncio.run(_decode(cluster.address, load, config.vocab_size))
             fabrics = _fabrics(cluster)
         lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
     figures = summarise(read_steps(lines), load, num_lanes, config.num_layers)
+    if hosting.num_gpus:
+        per_gpu = figures["tokens_per_s"] / hosting.num_gpus
+        figures["tokens_per_s_per_gpu"] = round(per_gpu, 1)
     return {
         "run": f"{serve.attention}a{serve.ffn}f-{resolve_model(serve.model).name}",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": _machine(hosting.num_gpus),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "command": shlex.join(["step3rt", *sys.argv[1:]]),
-        "gpus": 0,
+        "gpus": hosting.num_gpus,
+        "devices": list(hosting.devices),
         "instances": serve.attention + serve.ffn,
         "placement": "disaggregated",
         "fabrics": fabrics,
@@ -144,7 +169,8 @@ def measure(
         "lanes": serve.lanes,
         "layers": config.num_layers,
         "kv_dtype": serve.wire_dtypes()[2],
-        "weight_dtype": serve.dtype,
+        "weight_dtype": serve.dtype if hosting.devices[0] == REFERENCE_DEVICE else "fp8",
+        "random_weights": hosting.random_weights,
         "natural_routing": True,
         "scheduler_in_loop": True,
         **figures,
@@ -281,6 +307,14 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = previous
+
+
+def _machine(num_gpus: int) -> str:
+    if num_gpus == 0:
+        return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    import torch
+
+    return f"{num_gpus} x {torch.cuda.get_device_name()}"
 
 
 def _fabrics(cluster: LocalCluster) -> list[str]:

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from step3rt.cli import flags
-from step3rt.config import ServeConfig
+from step3rt.config import REFERENCE_DEVICE, ServeConfig
 from step3rt.errors import InvalidArgument
 
 _SET_BY_LOAD = (
@@ -129,6 +130,19 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--steps", type=int, default=200, help="measured steps of each lane")
     parser.add_argument("--warmup-steps", type=int, default=20, help="before them (default: 20)")
     parser.add_argument("--threads", type=int, default=1, help="of each instance (default: 1)")
+    parser.add_argument(
+        "--devices",
+        type=lambda text: text.split(","),
+        default=[REFERENCE_DEVICE],
+        metavar="D,D,…",
+        help="what each instance computes on, attention instances first: see step3rt node --device",
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="make weights up; needs --devices"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
+    )
     parser.add_argument("--log-dir", type=Path, help="keep the processes' logs here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     flags.add_config_flags(parser, ServeConfig, skip=_SET_BY_LOAD)
@@ -151,13 +165,34 @@ def run_decode(arguments: argparse.Namespace) -> int:
         warmup_steps=arguments.warmup_steps,
     )
     serve = flags.config_from(arguments, ServeConfig)
-    report = json.dumps(
-        decode.measure(serve, load, threads=arguments.threads, log_dir=arguments.log_dir)
-    )
+    with tempfile.TemporaryDirectory(prefix="step3rt-trace-") as directory:
+        hosting = decode.Hosting(
+            threads=arguments.threads,
+            devices=arguments.devices,
+            random_weights=arguments.random_weights,
+            trace_dir=Path(directory) if arguments.trace is not None else None,
+            log_dir=arguments.log_dir,
+        )
+        values = decode.measure(serve, load, hosting)
+        if arguments.trace is not None:
+            values["trace"] = _write_trace(Path(directory), arguments.trace)
+    report = json.dumps(values)
     if arguments.out is not None:
         arguments.out.write_text(report + "\n", encoding="utf-8")
     print(report)
     return 0
+
+
+def _write_trace(directory: Path, out: Path) -> dict[str, Any]:
+    """Writes a Perfetto trace of the recordings in `directory`, and returns their summary."""
+    from step3rt.trace import perfetto
+    from step3rt.trace.recording import load_all
+    from step3rt.trace.summary import summarise
+    from step3rt.trace.timeline import build
+
+    timeline = build(load_all(directory))
+    perfetto.write(timeline, out)
+    return summarise(timeline)
 
 
 def run_scheduler(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from step3rt.instance.device_setup import (
     report_loading,
     wait_limit_ns,
 )
+from step3rt.instance.device_trace import LaneTraces
 from step3rt.instance.node import Outcome
 from step3rt.instance.sequence_table import SequenceTable
 from step3rt.model.device_attention import AttentionLane, DevicePool, DevicePoolOptions
@@ -80,6 +81,7 @@ class DeviceAttentionRole:
         session.bind(SLOT_BYTES, SLOT_BYTES, device_offer=ends.slots.handle)
         session.ready(pool.options.num_blocks)
         logger.info("Ready on %s with %d KV blocks", pool.device, pool.options.num_blocks)
+        traces = LaneTraces.start(self._node, session.role_rank, pool.config.num_layers, ends.slots)
         links = FfnLinks(session, ends.slots, ends.stop, shape.num_ranks)
         lanes = [
             DeviceLane(
@@ -103,6 +105,8 @@ class DeviceAttentionRole:
                 for step in lane.in_flight:
                     if step.event is not None:
                         step.event.wait()
+            if traces is not None:
+                traces.save()
             ends.slots.reset()
             ends.stop.clear()
 

@@ -20,6 +20,7 @@ from step3rt.instance.device_setup import (
     report_loading,
     wait_limit_ns,
 )
+from step3rt.instance.device_trace import LaneTraces
 from step3rt.instance.node import IDLE_TIMEOUT_S, Outcome
 from step3rt.model.device_ffn import FfnLane
 from step3rt.model.ffn_groups import FfnGroups, build_ffn_groups
@@ -73,11 +74,14 @@ class DeviceFfnRole:
             self._model.config.num_experts,
             groups.experts.start,
         )
+        traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots)
         loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes)
         try:
             return loop.run()
         finally:
             loop.stop()
+            if traces is not None:
+                traces.save()
 
     def _load(self, session: _core.NodeSession, place: tuple[int, int]) -> FfnGroups:
         if self._groups is None or self._groups[0] != place:

@@ -127,8 +127,7 @@ def _complete(ring: npt.NDArray[np.void], role: str) -> npt.NDArray[np.void]:
     order = [f"{first}_begin", f"{first}_end", f"{last}_begin", f"{last}_end"]
     times = np.stack([ring[name].astype(np.int64) for name in order])
     is_whole = (times > 0).all(axis=0) & (np.diff(times, axis=0) >= 0).all(axis=0)
-    rows = np.sort(ring[is_whole], order="frame")
-    # After a gap only: what lies before it belongs to an older turn of the ring.
-    frames = rows["frame"].astype(np.int64)
-    gaps = np.flatnonzero(np.diff(frames) != 1)
+    rows = np.sort(ring[is_whole], order=order[0])
+    # What lies before a gap belongs to an older turn of the ring, or to links made anew since.
+    gaps = np.flatnonzero(np.diff(rows["frame"].astype(np.int64)) != 1)
     return rows[gaps[-1] + 1 :] if len(gaps) else rows
