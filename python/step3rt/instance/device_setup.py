@@ -48,6 +48,11 @@ def check_settings(settings: _core.Settings) -> None:
                 f"kernels, which take {' or '.join(allowed)}. Start the coordinator with "
                 "--dtype bfloat16 --precision production"
             )
+    if settings.fabric not in ("auto", "cuda_ipc"):
+        raise ConfigError(
+            f"The cluster's fabric is {settings.fabric}. Instances with --device are linked in "
+            "device memory. Start the coordinator with --fabric auto or cuda_ipc"
+        )
     if settings.block_size_tokens != BLOCK_SIZE_TOKENS:
         raise ConfigError(
             f"The cluster's KV blocks have {settings.block_size_tokens} tokens. The kernels take "
