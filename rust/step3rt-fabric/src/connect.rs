@@ -1,8 +1,9 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use step3rt_core::ids::InstanceId;
 use thiserror::Error;
@@ -17,8 +18,10 @@ use crate::rdma_status::RdmaError;
 use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
+use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket;
+use crate::tls::{self, Fault};
 
 /// Why a peer could not be linked. Nothing of the attempt is left.
 #[derive(Debug, Error)]
@@ -100,6 +103,16 @@ pub enum ConnectError {
         instance: InstanceId,
         /// Why.
         refusal: Refusal,
+    },
+    /// The ends do not trust each other, or only one of them speaks TLS.
+    #[error("instance {instance} is not linked over {fabric}: {fault}")]
+    Tls {
+        /// Whom it was to link.
+        instance: InstanceId,
+        /// Tried last.
+        fabric: FabricKind,
+        /// What is wrong, and what to do.
+        fault: Fault,
     },
     /// The peer's memory is not what was agreed.
     #[error(
@@ -257,26 +270,23 @@ impl Attempt<'_> {
 
     fn link_tcp(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
         let terms = self.hub.terms(self.peer.identity);
-        let mut stream = tcp_socket::connect(address, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        let stream = self.open(address)?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
         stream
             .write_all(&self.hello())
             .map_err(|error| self.interrupted(error))?;
-        let bytes = tcp_socket::read_message(&stream, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.interrupted(error))?;
-        self.check_answer(&bytes)?;
-        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
+        let answer = stream.read_message(self.deadline());
+        self.check_answer(&answer.map_err(|error| self.interrupted(error))?)?;
+        tcp_socket::prepare(stream.socket(), self.hub.settings.peer_timeout)
             .and_then(|()| TcpLink::new(terms, slots, stream, self.hub.new_state()))
             .map(|link| Box::new(link) as Box<dyn Link>)
             .map_err(|error| self.resources(error))
     }
 
     fn link_rdma(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
-        let timeout = self.hub.settings.handshake_timeout;
-        let mut stream = tcp_socket::connect(address, timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        let stream = self.open(address)?;
         let control = stream
+            .socket()
             .local_addr()
             .map_err(|error| self.interrupted(error))?;
         let terms = self.hub.terms(self.peer.identity);
@@ -286,18 +296,36 @@ impl Attempt<'_> {
         stream
             .write_all(&[&self.hello()[..], &end.offer()].concat())
             .map_err(|error| self.interrupted(error))?;
-        let bytes =
-            tcp_socket::read_message(&stream, timeout).map_err(|error| self.interrupted(error))?;
-        self.check_answer(&bytes)?;
+        let deadline = self.deadline();
+        let answer = stream.read_message(deadline);
+        self.check_answer(&answer.map_err(|error| self.interrupted(error))?)?;
         let mut offer = [0; rdma::OFFER_BYTES];
-        // Sent with the welcome, and so under the timeout that was left of it.
         stream
-            .read_exact(&mut offer)
+            .read_exact(&mut offer, deadline)
             .map_err(|error| self.interrupted(error))?;
         end.connect(&offer).map_err(|error| self.rdma(error))?;
-        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
-            .and_then(|()| end.into_link(stream.into(), self.hub.new_state(), &self.hub.settings))
+        let socket = stream.into_socket();
+        tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
+            .and_then(|()| end.into_link(socket.into(), self.hub.new_state(), &self.hub.settings))
             .map_err(|error| self.resources(error))
+    }
+
+    /// Connects, and shakes hands where this end has certificates.
+    fn open(&self, address: &str) -> Result<Stream, ConnectError> {
+        let timeout = self.hub.settings.handshake_timeout;
+        let socket = tcp_socket::connect(address, timeout)
+            .map_err(|error| self.unreachable(address, error))?;
+        let Some(tls) = &self.hub.tls else {
+            return Ok(Stream::Plain(socket));
+        };
+        tls::connect(socket, tls, address, self.deadline())
+            .map(|stream| Stream::Tls(Box::new(stream)))
+            .map_err(|error| self.interrupted(error))
+    }
+
+    /// Of a part of the handshake that begins now.
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.hub.settings.handshake_timeout
     }
 
     fn hello(&self) -> [u8; MESSAGE_BYTES] {
@@ -347,6 +375,13 @@ impl Attempt<'_> {
     }
 
     fn interrupted(&self, error: io::Error) -> ConnectError {
+        if let Some(fault) = tls::fault_of(&error) {
+            return ConnectError::Tls {
+                instance: self.instance(),
+                fabric: self.fabric,
+                fault,
+            };
+        }
         // A socket's own timeout reads as "try again".
         let error = match error.kind() {
             io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),

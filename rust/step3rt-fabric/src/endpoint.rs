@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 
-use crate::address::{DataAddress, FabricChoice, PeerAddress, boot_id};
+use crate::address::{DataAddress, FabricChoice, FabricKind, PeerAddress, boot_id};
 pub use crate::config::{BindError, EndpointConfig, LinkSettings};
 pub use crate::connect::ConnectError;
 use crate::connect::Dialer;
@@ -21,6 +21,7 @@ use crate::handshake::{Introduction, RefusalCode};
 use crate::hub::{Accepted, Hub};
 use crate::rdma;
 use crate::rdma_status::RdmaError;
+use crate::tls::Tls;
 use crate::watcher::Watcher;
 
 /// A new link, for people and reports.
@@ -90,8 +91,15 @@ struct Entry {
 }
 
 impl Endpoint {
-    /// Binds the listeners and starts the watcher thread.
+    /// Binds the listeners and starts the watcher thread. Links over TCP are in clear text.
     pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
+        Self::bind_with(config, None)
+    }
+
+    /// Binds as [`Endpoint::bind`] does. With `tls`, links over TCP are encrypted, only peers with a
+    /// certificate of the same CA are linked, and the control connections of links over RDMA are
+    /// held to the same; what an RDMA device or shared memory moves is never encrypted.
+    pub fn bind_with(config: EndpointConfig, tls: Option<Tls>) -> Result<Self, BindError> {
         config.geometry.validate()?;
         let introduction = Introduction {
             identity: config.identity,
@@ -100,7 +108,7 @@ impl Endpoint {
         };
         let has_rdma = has_rdma(config.fabric)?;
         let (listeners, addresses) = config.listen(has_rdma)?;
-        let hub = Arc::new(Hub::new(introduction, config.settings, has_rdma)?);
+        let hub = Arc::new(Hub::new(introduction, config.settings, has_rdma, tls)?);
         let watcher = Watcher::new(Arc::clone(&hub), listeners);
         let watcher = std::thread::Builder::new()
             .name("fabric-watch".to_owned())
@@ -141,7 +149,7 @@ impl Endpoint {
         self.admit(peer.identity)?;
         match self.dialer().link(peer) {
             Ok((link, reason)) => {
-                let reason = with_path(reason, &*link);
+                let reason = self.with_path(reason, &*link);
                 let (peer, fabric) = (link.peer(), link.fabric());
                 self.insert(link);
                 tracing::info!(%instance, epoch = %peer.epoch, fabric, reason, "linked");
@@ -284,6 +292,17 @@ impl Endpoint {
         &self.config
     }
 
+    fn with_path(&self, mut reason: String, link: &dyn Link) -> String {
+        if let Some(path) = link.path() {
+            reason = format!("{reason}; {path}");
+        }
+        if self.hub.tls.is_some() && link.fabric() == FabricKind::Rdma.as_str() {
+            // Who sets TLS up expects the opposite.
+            reason += "; not encrypted, as rdma never is";
+        }
+        reason
+    }
+
     /// A process has few peers, and their ids are contiguous in memory: no map is faster.
     fn position(&self, peer: InstanceId) -> Option<usize> {
         self.links
@@ -292,7 +311,7 @@ impl Endpoint {
     }
 
     fn insert_and_report(&mut self, link: Box<dyn Link>, reason: String) {
-        let reason = with_path(reason, &*link);
+        let reason = self.with_path(reason, &*link);
         let (peer, fabric) = (link.peer(), link.fabric());
         self.insert(link);
         tracing::info!(instance = %peer.instance, epoch = %peer.epoch, fabric, reason, "linked");
@@ -362,11 +381,4 @@ fn has_rdma(setting: FabricChoice) -> Result<bool, RdmaError> {
         error => tracing::warn!(%error, "there is an RDMA device that cannot be used"),
     }
     Ok(false)
-}
-
-fn with_path(reason: String, link: &dyn Link) -> String {
-    match link.path() {
-        Some(path) => format!("{reason}; {path}"),
-        None => reason,
-    }
 }

@@ -59,6 +59,8 @@ pub(crate) enum RefusalCode {
     Full,
     Resources,
     NoRdma,
+    NeedsTls,
+    NoTls,
 }
 
 /// One message of the handshake.
@@ -69,6 +71,28 @@ pub(crate) struct Message {
 }
 
 impl Message {
+    /// A refusal that says nothing of the end that refuses: it goes in clear text to anybody.
+    pub(crate) fn anonymous_refusal(code: RefusalCode) -> [u8; MESSAGE_BYTES] {
+        let identity = LinkIdentity {
+            instance: InstanceId(0),
+            epoch: Epoch(0),
+        };
+        let geometry = Geometry {
+            num_lanes: 0,
+            a2f_slot_bytes: 0,
+            f2a_slot_bytes: 0,
+        };
+        Self {
+            from: Introduction {
+                identity,
+                side: Side::Responder,
+                geometry,
+            },
+            kind: Kind::Refusal(code),
+        }
+        .encode()
+    }
+
     pub(crate) fn encode(&self) -> [u8; MESSAGE_BYTES] {
         let nobody = LinkIdentity {
             instance: InstanceId(0),
@@ -85,6 +109,8 @@ impl Message {
             Kind::Refusal(RefusalCode::Full) => (2, 5, nobody),
             Kind::Refusal(RefusalCode::Resources) => (2, 6, nobody),
             Kind::Refusal(RefusalCode::NoRdma) => (2, 7, nobody),
+            Kind::Refusal(RefusalCode::NeedsTls) => (2, 8, nobody),
+            Kind::Refusal(RefusalCode::NoTls) => (2, 9, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -173,6 +199,8 @@ fn kind(
         (2, 5) => Ok(Kind::Refusal(RefusalCode::Full)),
         (2, 6) => Ok(Kind::Refusal(RefusalCode::Resources)),
         (2, 7) => Ok(Kind::Refusal(RefusalCode::NoRdma)),
+        (2, 8) => Ok(Kind::Refusal(RefusalCode::NeedsTls)),
+        (2, 9) => Ok(Kind::Refusal(RefusalCode::NoTls)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }
@@ -274,6 +302,8 @@ mod tests {
             RefusalCode::Full,
             RefusalCode::Resources,
             RefusalCode::NoRdma,
+            RefusalCode::NeedsTls,
+            RefusalCode::NoTls,
         ];
         let refusals = refusals.map(Kind::Refusal);
         [&hellos.concat()[..], &[Kind::Welcome], &refusals].concat()
@@ -335,7 +365,7 @@ mod tests {
             bytes[7] %= 3;
             bytes[13..16].fill(0);
             bytes[45..48].fill(0);
-            bytes[44] %= 10;
+            bytes[44] %= 12;
             bytes[56] %= 3;
             bytes[57..60].fill(0);
             let crc = crc32fast::hash(&bytes[..CRC_AT]);

@@ -18,6 +18,7 @@ use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
 use crate::rdma;
 use crate::state::LinkState;
+use crate::tls::Tls;
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
 /// what is forgotten is long gone.
@@ -51,6 +52,8 @@ pub(crate) struct Hub {
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
+    /// With it, every connection over TCP begins with a TLS handshake.
+    pub(crate) tls: Option<Tls>,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
     accepted: Mutex<Vec<Accepted>>,
@@ -65,6 +68,7 @@ impl Hub {
         introduction: Introduction,
         settings: LinkSettings,
         has_rdma: bool,
+        tls: Option<Tls>,
     ) -> io::Result<Self> {
         let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -74,6 +78,7 @@ impl Hub {
             bell: Arc::new(bell),
             has_rdma,
             rdma_devices: rdma::Devices::default(),
+            tls,
             bell_fd,
             registry: Mutex::default(),
             accepted: Mutex::default(),
@@ -255,6 +260,7 @@ mod tests {
                 ..LinkSettings::default()
             },
             false,
+            None,
         )
         .unwrap()
     }

@@ -76,7 +76,7 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`. How links come about: `handshake`, `connect`,
+//! `state` (whether the link is up), `doorbell`, `stream` and `tls` (a socket's bytes, encrypted or not). How links come about: `handshake`, `connect`,
 //! `accept`, `watcher`, `hub`.
 
 pub mod address;
@@ -105,8 +105,14 @@ mod refusal;
 mod region;
 mod shm;
 mod state;
+mod stream;
 mod tcp;
 mod tcp_socket;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls_absent.rs"]
+mod tls;
 mod watcher;
 
 #[cfg(test)]
@@ -115,3 +121,4 @@ mod hostile;
 pub use memory::MapError;
 pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};
 pub use refusal::{HandshakeError, Refusal};
+pub use tls::{Fault, Tls};

@@ -54,6 +54,18 @@ pub enum Refusal {
     /// It cannot link by RDMA.
     #[error("it cannot be linked by RDMA. See its log, and `step3rt doctor` on its host")]
     NoRdma,
+    /// It was given certificates, and this end was not.
+    #[error(
+        "it accepts only TLS, and this end has no certificate. Give this instance `tls_cert`, \
+         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
+    )]
+    NeedsTls,
+    /// This end was given certificates, and it was not.
+    #[error(
+        "it does not speak TLS, and this end was given certificates. Give the peer `tls_cert`, \
+         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
+    )]
+    NoTls,
 }
 
 /// Why bytes are not a handshake message.
@@ -108,6 +120,8 @@ impl Introduction {
             RefusalCode::Full => Refusal::Full,
             RefusalCode::Resources => Refusal::Resources,
             RefusalCode::NoRdma => Refusal::NoRdma,
+            RefusalCode::NeedsTls => Refusal::NeedsTls,
+            RefusalCode::NoTls => Refusal::NoTls,
         }
     }
 }

@@ -5,11 +5,10 @@
 //! payload are contiguous in the slot. What the socket does not take at once is left to a sender
 //! thread, so that a push never waits for the peer.
 //!
-//! Frames are neither encrypted nor authenticated: as for RDMA, the network between instances is
-//! trusted.
+//! What lies between the frames and the socket, if anything, is the [`Stream`]'s business. Without TLS
+//! frames are neither encrypted nor authenticated: as for RDMA, the network is trusted.
 
-use std::io::{self, Read};
-use std::net::TcpStream;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -23,6 +22,7 @@ use crate::frame::{Frame, FrameHeader, HEADER_BYTES, ProtocolError};
 use crate::lane::{Alternation, Lanes, LinkTerms};
 use crate::region::Region;
 use crate::state::LinkState;
+use crate::stream::Stream;
 use crate::tcp_socket::down_reason;
 
 /// The threads only make system calls; the default of 2 MiB each would be waste for 64 peers.
@@ -47,7 +47,7 @@ impl TcpSlots {
 pub(crate) struct TcpLink {
     lanes: Lanes,
     state: Arc<LinkState>,
-    socket: Arc<TcpStream>,
+    stream: Arc<Stream>,
     /// Per lane, the sequence of this end's last push: the receiver's knowledge of credit.
     pushed: Arc<[AtomicU64]>,
     /// None only while the link is dropped.
@@ -59,11 +59,11 @@ pub(crate) struct TcpLink {
 }
 
 impl TcpLink {
-    /// Starts the threads of a link on a socket whose handshake is over and that is prepared.
+    /// Starts the threads of a link on a stream whose handshake is over and that is prepared.
     pub(crate) fn new(
         terms: LinkTerms,
         TcpSlots { outgoing, incoming }: TcpSlots,
-        stream: TcpStream,
+        stream: Stream,
         state: Arc<LinkState>,
     ) -> io::Result<Self> {
         let num_lanes = usize::from(terms.geometry.num_lanes);
@@ -74,20 +74,20 @@ impl TcpLink {
             incoming: incoming.clone(),
             received: vec![0; num_lanes],
             pushed: (0..num_lanes).map(|_| AtomicU64::new(0)).collect(),
-            socket: Arc::new(stream),
+            stream: Arc::new(stream),
             state: Arc::clone(&state),
         };
         let sender = FrameSender {
             outgoing: outgoing.clone(),
             frames,
             num_in_backlog: Arc::new(AtomicUsize::new(0)),
-            socket: Arc::clone(&receiver.socket),
+            stream: Arc::clone(&receiver.stream),
             state: Arc::clone(&state),
         };
         let mut link = Self {
             lanes: Lanes::new(terms, outgoing, incoming),
             state,
-            socket: Arc::clone(&receiver.socket),
+            stream: Arc::clone(&receiver.stream),
             pushed: Arc::clone(&receiver.pushed),
             backlog: Some(backlog),
             num_in_backlog: Arc::clone(&sender.num_in_backlog),
@@ -107,7 +107,7 @@ impl TcpLink {
         if self.num_in_backlog.load(Ordering::Acquire) == 0 {
             let mapping = self.lanes.outgoing.mapping();
             while !frame.is_empty() {
-                match mapping.send(&*self.socket, frame.clone(), libc::MSG_DONTWAIT) {
+                match self.stream.send(mapping, frame.clone(), libc::MSG_DONTWAIT) {
                     Ok(num_bytes) => frame.start += num_bytes,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -144,6 +144,10 @@ impl Link for TcpLink {
         "tcp"
     }
 
+    fn path(&self) -> Option<&str> {
+        self.stream.encryption()
+    }
+
     fn send_slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
         self.lanes.outgoing.slot(lane)
     }
@@ -175,7 +179,7 @@ impl Link for TcpLink {
 impl Drop for TcpLink {
     fn drop(&mut self) {
         // Ends both threads' system calls. Fails only when the peer was first.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.stream.socket().shutdown(std::net::Shutdown::Both);
         self.backlog = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
@@ -192,7 +196,7 @@ struct FrameReceiver {
     /// Per lane, the sequence of the last frame.
     received: Vec<u64>,
     pushed: Arc<[AtomicU64]>,
-    socket: Arc<TcpStream>,
+    stream: Arc<Stream>,
     state: Arc<LinkState>,
 }
 
@@ -222,7 +226,7 @@ impl FrameReceiver {
         let mut bytes = [0; HEADER_BYTES];
         let mut found = 0;
         while found < HEADER_BYTES {
-            match (&*self.socket).read(&mut bytes[found..]) {
+            match self.stream.read(&mut bytes[found..]) {
                 Ok(0) if found == 0 => return Err(DownReason::PeerClosed),
                 Ok(0) => return Err(short_frame(found, HEADER_BYTES)),
                 Ok(num_bytes) => found += num_bytes,
@@ -259,9 +263,8 @@ impl FrameReceiver {
         let mut missing = frame.start + HEADER_BYTES..frame.end;
         while !missing.is_empty() {
             match self
-                .incoming
-                .mapping()
-                .receive(&*self.socket, missing.clone())
+                .stream
+                .receive(self.incoming.mapping(), missing.clone())
             {
                 Ok(0) => {
                     let found = HEADER_BYTES + payload_bytes - missing.len();
@@ -285,7 +288,7 @@ struct FrameSender {
     outgoing: Region,
     frames: Receiver<Range<usize>>,
     num_in_backlog: Arc<AtomicUsize>,
-    socket: Arc<TcpStream>,
+    stream: Arc<Stream>,
     state: Arc<LinkState>,
 }
 
@@ -293,11 +296,7 @@ impl FrameSender {
     fn run(self) {
         while let Ok(mut frame) = self.frames.recv() {
             while !frame.is_empty() {
-                match self
-                    .outgoing
-                    .mapping()
-                    .send(&*self.socket, frame.clone(), 0)
-                {
+                match self.stream.send(self.outgoing.mapping(), frame.clone(), 0) {
                     Ok(num_bytes) => frame.start += num_bytes,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => {

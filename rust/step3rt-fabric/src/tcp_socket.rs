@@ -1,15 +1,15 @@
-//! TCP sockets before they carry frames: connecting, accepting, the handshake's bytes, options.
+//! TCP sockets before they carry frames: connecting, accepting, options.
 //!
 //! It never sees a frame.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
 use crate::contract::DownReason;
-use crate::handshake::MESSAGE_BYTES;
+use crate::tls;
 
 /// Probes of a silent peer's host start after this long and come this often, the least that TCP
 /// allows.
@@ -34,30 +34,6 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream>
         }
     }
     Err(last_error)
-}
-
-/// Reads a handshake message within `timeout`, however slowly its bytes come.
-pub(crate) fn read_message(
-    mut stream: &TcpStream,
-    timeout: Duration,
-) -> io::Result<[u8; MESSAGE_BYTES]> {
-    let deadline = Instant::now() + timeout;
-    let mut bytes = [0; MESSAGE_BYTES];
-    let mut num_bytes = 0;
-    while num_bytes < MESSAGE_BYTES {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut bytes[num_bytes..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(more) => num_bytes += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(bytes)
 }
 
 /// Takes the next connection of a listener, not blocking.
@@ -88,6 +64,9 @@ pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<
 
 /// The end of a link that an error of its socket means.
 pub(crate) fn down_reason(during: &'static str, error: &io::Error) -> DownReason {
+    if let Some(fault) = tls::fault_of(error) {
+        return DownReason::Encryption(fault.to_string());
+    }
     match error.kind() {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionAborted
@@ -102,8 +81,6 @@ pub(crate) fn down_reason(during: &'static str, error: &io::Error) -> DownReason
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     fn connected() -> (TcpStream, TcpStream) {
@@ -130,26 +107,6 @@ mod tests {
         );
         assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 2);
         assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 2500);
-    }
-
-    #[test]
-    fn a_message_that_drips_in_is_read_up_to_the_deadline() {
-        let (client, mut socket) = connected();
-        let drip = std::thread::spawn(move || {
-            for byte in 0..64 {
-                socket.write_all(&[byte]).unwrap();
-            }
-            socket
-        });
-        let message = read_message(&client, Duration::from_secs(30)).unwrap();
-        assert_eq!((message[0], message[63]), (0, 63));
-        let mut socket = drip.join().unwrap();
-        socket.write_all(&[0; MESSAGE_BYTES - 1]).unwrap();
-        let error = read_message(&client, Duration::from_millis(20)).unwrap_err();
-        assert!(matches!(
-            error.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-        ));
     }
 
     #[test]
