@@ -116,7 +116,7 @@ impl Node {
         }
         let welcome = self.session.welcome();
         let data_host = self.options.data_host;
-        let endpoint = Endpoint::bind(EndpointConfig {
+        let config = EndpointConfig {
             identity: welcome.identity(),
             side: match self.options.role {
                 Role::Attention => Side::Initiator,
@@ -137,8 +137,9 @@ impl Node {
                 spin_us: self.options.spin_us,
                 ..LinkSettings::default()
             },
-        })
-        .map_err(|error| match error {
+        };
+        let endpoint = Endpoint::bind_with(config, self.options.tls.clone());
+        let endpoint = endpoint.map_err(|error| match error {
             BindError::Tcp { error, .. } => NodeError::DataHost {
                 data_host: data_host.to_string(),
                 why: error.to_string(),

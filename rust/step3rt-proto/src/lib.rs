@@ -7,6 +7,7 @@
 //! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`].
 
 pub mod adjustments;
+pub mod channel;
 pub mod generate;
 pub mod refusal;
 pub mod sampling;

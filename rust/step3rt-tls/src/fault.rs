@@ -2,7 +2,10 @@
 //!
 //! A closed list in our words, made of what rustls reports. It never decides what happens next.
 
-use rustls::{AlertDescription, CertificateError, Error as RustlsError};
+use std::error::Error as StdError;
+use std::io;
+
+use rustls::{AlertDescription, CertificateError, Error as RustlsError, InvalidMessage};
 use thiserror::Error;
 
 use crate::date::Date;
@@ -63,6 +66,12 @@ pub enum Fault {
          and `tls_ca`, too, or give them to neither"
     )]
     PeerSpeaksPlain,
+    /// It speaks nothing else.
+    #[error(
+        "it accepts only TLS, and this end was given no certificate. Give this end `tls_cert`, \
+         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
+    )]
+    PeerNeedsTls,
     /// It hung up or fell silent before it was done.
     #[error(
         "it ended the connection in the middle of the TLS handshake. It may speak no TLS: give \
@@ -94,6 +103,43 @@ pub enum Objection {
     Other,
 }
 
+impl Fault {
+    /// Whether nothing can change without somebody who changes settings or files of this end.
+    pub fn is_for_this_end(&self) -> bool {
+        matches!(
+            self,
+            Self::PeerOfAnotherCa
+                | Self::PeerOfAnotherName { .. }
+                | Self::PeerNeedsTls
+                | Self::PeerSpeaksPlain
+                | Self::Rejected(_)
+        )
+    }
+
+    /// What an error of a connection means, if it or one of its causes is about TLS.
+    pub fn among_causes(error: &(dyn StdError + 'static)) -> Option<Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            // An error of the operating system that carries another one does not call it its cause.
+            let inner: &(dyn StdError + 'static) = match error.downcast_ref::<io::Error>() {
+                Some(io) => match io.get_ref() {
+                    Some(inner) => inner,
+                    None => error,
+                },
+                None => error,
+            };
+            if let Some(fault) = inner.downcast_ref::<Self>() {
+                return Some(fault.clone());
+            }
+            if let Some(error) = inner.downcast_ref::<RustlsError>() {
+                return Some(error.clone().into());
+            }
+            cause = inner.source();
+        }
+        None
+    }
+}
+
 fn on(date: Option<Date>) -> String {
     date.map_or_else(String::new, |date| format!(" on {date}"))
 }
@@ -102,6 +148,9 @@ impl From<RustlsError> for Fault {
     fn from(error: RustlsError) -> Self {
         match error {
             RustlsError::InvalidCertificate(error) => certificate(error),
+            RustlsError::InvalidMessage(InvalidMessage::InvalidContentType) => {
+                Self::PeerSpeaksPlain
+            }
             RustlsError::NoCertificatesPresented => Self::PeerWithoutCertificate,
             RustlsError::AlertReceived(alert) => match objection(alert) {
                 Some(objection) => Self::Rejected(objection),

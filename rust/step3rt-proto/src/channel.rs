@@ -1,0 +1,76 @@
+//! Channels to a coordinator's control listener, in clear text or by TLS, and what went wrong.
+//!
+//! Opens connections; it never decides whether to try again.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+
+use hyper_util::rt::TokioIo;
+use step3rt_tls::{Fault, Identity};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+/// Connects to `endpoint`. With `tls`, only to a coordinator of the same cluster whose certificate is
+/// for the endpoint's host; but a Unix socket never leaves this one, and is not encrypted.
+pub async fn connect(
+    endpoint: &Endpoint,
+    tls: Option<&Identity>,
+) -> Result<Channel, tonic::transport::Error> {
+    match tls {
+        Some(identity) if endpoint.uri().scheme_str() != Some("unix") => {
+            let config = Arc::clone(&identity.control_client);
+            let open = move |uri: Uri| open(uri, Arc::clone(&config));
+            endpoint.connect_with_connector(service_fn(open)).await
+        }
+        _ => endpoint.connect().await,
+    }
+}
+
+async fn open(uri: Uri, config: Arc<ClientConfig>) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let host = uri.host().unwrap_or_default();
+    let host = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    let port = uri.port_u16().unwrap_or_default();
+    let socket = TcpStream::connect((host.as_str(), port)).await?;
+    socket.set_nodelay(true)?;
+    let name = ServerName::try_from(host)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let stream = TlsConnector::from(config).connect(name, socket).await;
+    let stream = stream.map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+            io::Error::new(io::ErrorKind::InvalidData, Fault::PeerLeft)
+        }
+        // Replaced, so that its text says what to do.
+        _ => match Fault::among_causes(&error) {
+            Some(fault) => io::Error::new(io::ErrorKind::InvalidData, fault),
+            None => error,
+        },
+    })?;
+    Ok(TokioIo::new(stream))
+}
+
+/// What an error of a channel, or of a call by it, says about TLS; `None` when it is about something
+/// else.
+pub fn fault_of(error: &(dyn Error + 'static)) -> Option<Fault> {
+    if let Some(fault) = Fault::among_causes(error) {
+        return Some(fault);
+    }
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<h2::Error>()
+            && error.reason() == Some(h2::Reason::INADEQUATE_SECURITY)
+        {
+            return Some(Fault::PeerNeedsTls);
+        }
+        cause = error.source();
+    }
+    None
+}

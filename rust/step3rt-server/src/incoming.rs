@@ -1,0 +1,230 @@
+//! Connections to a listener, in clear text or after their TLS handshake.
+//!
+//! Handshakes run beside each other and against a deadline, so that one that dawdles keeps nobody
+//! out. It knows nothing of what a connection is used for.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use step3rt_tls::{FIRST_BYTE, Fault};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::{Connected, TcpConnectInfo};
+use tracing::{debug, info, warn};
+
+/// How long a handshake may take. It takes milliseconds, and two journeys to the client and back.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Handshakes at one time; more connections wait in the listener's backlog.
+const MAX_HANDSHAKES: usize = 1024;
+
+/// Connections that wait for the server to take them, which it does at once.
+const MAX_READY: usize = 64;
+
+/// How long accepting rests after it failed, as when descriptors run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a client that speaks plain HTTP/2 has to read why it is refused.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// HTTP/2 (RFC 9113): empty settings, which a server sends first, and the head of a GOAWAY frame
+/// whose error code is `INADEQUATE_SECURITY`, but for the length in its first three bytes.
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+const GOAWAY: [u8; 17] = [0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12];
+
+/// A listener's settings.
+#[derive(Clone)]
+pub(crate) struct Security {
+    /// Of TLS.
+    pub(crate) config: Arc<ServerConfig>,
+    /// What a client is told that does not speak it.
+    pub(crate) advice: &'static str,
+}
+
+/// An accepted connection.
+pub(crate) enum Connection {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// The connections of `listener`, until the result is dropped.
+pub(crate) fn incoming(
+    listener: std::net::TcpListener,
+    security: Option<Security>,
+) -> io::Result<ReceiverStream<io::Result<Connection>>> {
+    let listener = TcpListener::from_std(listener)?;
+    let (ready, connections) = mpsc::channel(MAX_READY);
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = ready.closed() => {}
+            () = accept(&listener, security, &handshakes, &ready) => {}
+        }
+    });
+    Ok(ReceiverStream::new(connections))
+}
+
+type Ready = mpsc::Sender<io::Result<Connection>>;
+
+async fn accept(
+    listener: &TcpListener,
+    security: Option<Security>,
+    handshakes: &Arc<Semaphore>,
+    ready: &Ready,
+) {
+    loop {
+        let Ok(permit) = Arc::clone(handshakes).acquire_owned().await else {
+            return;
+        };
+        let (socket, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "connections cannot be accepted now");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Tokens are small packets that must not wait for each other.
+        if let Err(error) = socket.set_nodelay(true) {
+            debug!(%peer, %error, "a connection was over before it began");
+            continue;
+        }
+        let Some(security) = security.clone() else {
+            // Refused when the server is gone.
+            let _ = ready.send(Ok(Connection::Plain(socket))).await;
+            continue;
+        };
+        tokio::spawn(shake_hands(socket, peer, (security, permit), ready.clone()));
+    }
+}
+
+async fn shake_hands(
+    socket: TcpStream,
+    peer: SocketAddr,
+    (security, _permit): (Security, OwnedSemaphorePermit),
+    ready: Ready,
+) {
+    match timeout(HANDSHAKE_TIMEOUT, secure(socket, &security)).await {
+        Ok(Ok(Some(stream))) => {
+            let _ = ready.send(Ok(Connection::Tls(Box::new(stream)))).await;
+        }
+        Ok(Ok(None)) => info!(%peer, "a client was refused: it does not speak TLS"),
+        Ok(Err(error)) => match Fault::among_causes(&error) {
+            Some(fault) => info!(%peer, %fault, "a client was refused"),
+            None => debug!(%peer, %error, "a client went away during its TLS handshake"),
+        },
+        Err(_) => info!(%peer, "a client was hung up on: its TLS handshake took too long"),
+    }
+}
+
+/// `None` for a client that speaks something else, which was told so.
+async fn secure(
+    mut socket: TcpStream,
+    security: &Security,
+) -> io::Result<Option<TlsStream<TcpStream>>> {
+    let mut first = [0];
+    if socket.peek(&mut first).await? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if first[0] != FIRST_BYTE {
+        // It may be gone already.
+        let _ = timeout(REFUSAL_TIMEOUT, refuse(&mut socket, security.advice)).await;
+        return Ok(None);
+    }
+    let acceptor = TlsAcceptor::from(Arc::clone(&security.config));
+    acceptor.accept(socket).await.map(Some)
+}
+
+/// Says why as HTTP/2 does, then reads to the end: a socket that is closed over unread bytes may take
+/// back what was sent.
+async fn refuse(socket: &mut TcpStream, advice: &str) -> io::Result<()> {
+    let mut goaway = GOAWAY;
+    let len = u16::try_from(8 + advice.len()).expect("an advice is a sentence");
+    goaway[1..3].copy_from_slice(&len.to_be_bytes());
+    socket
+        .write_all(&[&SETTINGS, &goaway[..], advice.as_bytes()].concat())
+        .await?;
+    socket.shutdown().await?;
+    let mut scratch = [0; 1024];
+    while socket.read(&mut scratch).await? > 0 {}
+    Ok(())
+}
+
+impl Connected for Connection {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> TcpConnectInfo {
+        match self {
+            Self::Plain(socket) => socket.connect_info(),
+            Self::Tls(stream) => stream.get_ref().0.connect_info(),
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_write(context, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_flush(context),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_shutdown(context),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_write_vectored(context, buffers),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, buffers),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(socket) => socket.is_write_vectored(),
+            Self::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+}
