@@ -38,7 +38,8 @@ class LocalCluster:
     """Starts `attention` + `ffn` instances and a coordinator, and stops them on `close()`.
 
     Args:
-        serve: the coordinator's settings; addresses and ready file are chosen here.
+        serve: the coordinator's settings; addresses and ready file are chosen here. Instances
+            share its certificate, which must be for 127.0.0.1.
         threads: threads for one instance's computation.
         kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
@@ -92,7 +93,7 @@ class LocalCluster:
         """The coordinator's view of its instances: role, rank, pid, state, links."""
         from step3rt import _core
 
-        snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+        snapshot = json.loads(_core.list_instances(self.control_address, 5.0, self._serve.tls))
         return list(snapshot["instances"])
 
     def check(self) -> None:
@@ -152,7 +153,7 @@ class LocalCluster:
         from step3rt import _core
 
         try:
-            snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+            snapshot = json.loads(_core.list_instances(self.control_address, 5.0, self._serve.tls))
         except Step3Error:
             return False
         self._on_status(str(snapshot["status"]))
@@ -186,6 +187,9 @@ class LocalCluster:
             coordinator=self.control_address,
             threads=self._threads,
             kv_blocks=self._kv_blocks,
+            tls_cert=self._serve.tls_cert,
+            tls_key=self._serve.tls_key,
+            tls_ca=self._serve.tls_ca,
         )
         return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
 

@@ -12,11 +12,12 @@
 //!
 //! Whoever connects also checks that the certificate is for the host name or address that it
 //! connected to. Reading order: [`files`], [`identity`], [`fault`] (what can be wrong with a peer),
-//! [`condition`] (what can be wrong with the own certificate).
+//! [`condition`] (what can be wrong with the own certificate), [`findings`] (for `step3rt doctor`).
 
 pub mod condition;
 pub mod fault;
 pub mod files;
+pub mod findings;
 pub mod identity;
 
 mod date;
