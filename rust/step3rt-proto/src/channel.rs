@@ -60,17 +60,5 @@ async fn open(uri: Uri, config: Arc<ClientConfig>) -> io::Result<TokioIo<TlsStre
 /// What an error of a channel, or of a call by it, says about TLS; `None` when it is about something
 /// else.
 pub fn fault_of(error: &(dyn Error + 'static)) -> Option<Fault> {
-    if let Some(fault) = Fault::among_causes(error) {
-        return Some(fault);
-    }
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<h2::Error>()
-            && error.reason() == Some(h2::Reason::INADEQUATE_SECURITY)
-        {
-            return Some(Fault::PeerNeedsTls);
-        }
-        cause = error.source();
-    }
-    None
+    Fault::among_causes(error)
 }

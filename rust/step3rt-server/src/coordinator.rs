@@ -57,9 +57,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What those are told who speak plain HTTP/2 to a listener that speaks TLS.
-const PUBLIC_ADVICE: &str = "This server speaks TLS. Give the CA that issued its certificate: \
-                             Client(ca=...), --ca or STEP3RT_CA";
-const CONTROL_ADVICE: &str = "This coordinator speaks TLS. Give tls_cert, tls_key and tls_ca";
+const PUBLIC_ADVICE: &str = "This server speaks TLS only, and this client has no CA. Give the CA of \
+     the server's certificate: Client(ca=...), --ca, or STEP3RT_CA in the environment";
+const CONTROL_ADVICE: &str = "it speaks TLS only, and the caller has no certificate. Give the caller \
+     tls_cert, tls_key and tls_ca of the cluster, too, or give them to neither";
 
 /// Why the coordinator does not start.
 #[derive(Debug, Error)]

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use step3rt_tls::{FIRST_BYTE, Fault};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
@@ -19,6 +19,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+use tonic::codegen::http::{HeaderValue, Response};
 use tonic::transport::server::{Connected, TcpConnectInfo};
 use tracing::{debug, info, warn};
 
@@ -34,13 +36,8 @@ const MAX_READY: usize = 64;
 /// How long accepting rests after it failed, as when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a client that speaks plain HTTP/2 has to read why it is refused.
-const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// HTTP/2 (RFC 9113): empty settings, which a server sends first, and the head of a GOAWAY frame
-/// whose error code is `INADEQUATE_SECURITY`, but for the length in its first three bytes.
-const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-const GOAWAY: [u8; 17] = [0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12];
+/// How long a client that speaks plain HTTP/2 has to call, and to read why it is refused.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A listener's settings.
 #[derive(Clone)]
@@ -129,7 +126,7 @@ async fn shake_hands(
 
 /// `None` for a client that speaks something else, which was told so.
 async fn secure(
-    mut socket: TcpStream,
+    socket: TcpStream,
     security: &Security,
 ) -> io::Result<Option<TlsStream<TcpStream>>> {
     let mut first = [0];
@@ -138,25 +135,30 @@ async fn secure(
     }
     if first[0] != FIRST_BYTE {
         // It may be gone already.
-        let _ = timeout(REFUSAL_TIMEOUT, refuse(&mut socket, security.advice)).await;
+        let _ = timeout(REFUSAL_TIMEOUT, refuse(socket, security.advice)).await;
         return Ok(None);
     }
     let acceptor = TlsAcceptor::from(Arc::clone(&security.config));
     acceptor.accept(socket).await.map(Some)
 }
 
-/// Says why as HTTP/2 does, then reads to the end: a socket that is closed over unread bytes may take
-/// back what was sent.
-async fn refuse(socket: &mut TcpStream, advice: &str) -> io::Result<()> {
-    let mut goaway = GOAWAY;
-    let len = u16::try_from(8 + advice.len()).expect("an advice is a sentence");
-    goaway[1..3].copy_from_slice(&len.to_be_bytes());
-    socket
-        .write_all(&[&SETTINGS, &goaway[..], advice.as_bytes()].concat())
-        .await?;
-    socket.shutdown().await?;
-    let mut scratch = [0; 1024];
-    while socket.read(&mut scratch).await? > 0 {}
+/// Answers every call that a client in clear text makes with why it is not served.
+async fn refuse(socket: TcpStream, advice: &'static str) -> Result<(), h2::Error> {
+    let mut calls = h2::server::handshake(socket).await?;
+    while let Some(call) = calls.accept().await {
+        let (_, mut answer) = call?;
+        let mut response = Response::new(());
+        let headers = response.headers_mut();
+        headers.insert("content-type", HeaderValue::from_static("application/grpc"));
+        headers.insert(
+            "grpc-status",
+            HeaderValue::from(Code::FailedPrecondition as i32),
+        );
+        // Only characters that gRPC does not escape.
+        headers.insert("grpc-message", HeaderValue::from_static(advice));
+        answer.send_response(response, true)?;
+        calls.graceful_shutdown();
+    }
     Ok(())
 }
 

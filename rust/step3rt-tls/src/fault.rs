@@ -66,12 +66,6 @@ pub enum Fault {
          and `tls_ca`, too, or give them to neither"
     )]
     PeerSpeaksPlain,
-    /// It speaks nothing else.
-    #[error(
-        "it accepts only TLS, and this end was given no certificate. Give this end `tls_cert`, \
-         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
-    )]
-    PeerNeedsTls,
     /// It hung up or fell silent before it was done.
     #[error(
         "it ended the connection in the middle of the TLS handshake. It may speak no TLS: give \
@@ -110,7 +104,6 @@ impl Fault {
             self,
             Self::PeerOfAnotherCa
                 | Self::PeerOfAnotherName { .. }
-                | Self::PeerNeedsTls
                 | Self::PeerSpeaksPlain
                 | Self::Rejected(_)
         )
