@@ -96,12 +96,19 @@ def test_an_instance_and_a_coordinator_that_disagree_about_tls_say_so(
     member = as_flags(authority.issue("member"))
     secure = commands.serve(model, *member)
     plain = commands.serve(model)
+    # It trusts both clusters, and is trusted by the other one only.
+    both = authority.ca.with_name("both.pem")
+    both.write_bytes(authority.ca.read_bytes() + strangers.ca.read_bytes())
     cases = {
         "it speaks TLS only, and the caller has no certificate": (secure, []),
         "it does not speak TLS, and this end was given certificates": (plain, member),
         "its certificate was not issued by the CA in `tls_ca`": (
             secure,
             as_flags(strangers.issue("stranger")),
+        ),
+        "(issued by a CA that it does not know)": (
+            secure,
+            as_flags({**strangers.issue("guest"), "tls_ca": both}),
         ),
         "expired on": (secure, as_flags(authority.issue("old", valid_for=-DAY))),
         "and 'tls_ca' is not": (secure, member[:2]),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
 use step3rt_tls::{Fault, Identity};
+use tokio::io::AsyncBufReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -43,18 +44,32 @@ async fn open(uri: Uri, config: Arc<ClientConfig>) -> io::Result<TokioIo<TlsStre
     socket.set_nodelay(true)?;
     let name = ServerName::try_from(host)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-    let stream = TlsConnector::from(config).connect(name, socket).await;
-    let stream = stream.map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-            io::Error::new(io::ErrorKind::InvalidData, Fault::PeerLeft)
-        }
-        // Replaced, so that its text says what to do.
+    let mut stream = TlsConnector::from(config)
+        .connect(name, socket)
+        .await
+        .map_err(in_our_words)?;
+    // Whether the coordinator accepts this end's certificate is known with its first bytes, which it
+    // sends at once (the settings of HTTP/2). Past this point an error's reason would be lost.
+    match stream.fill_buf().await {
+        Ok([]) => Err(untrusted(Fault::PeerLeft)),
+        Ok(_) => Ok(TokioIo::new(stream)),
+        Err(error) => Err(in_our_words(error)),
+    }
+}
+
+/// The text of an error of TLS says what to do.
+fn in_our_words(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => untrusted(Fault::PeerLeft),
         _ => match Fault::among_causes(&error) {
-            Some(fault) => io::Error::new(io::ErrorKind::InvalidData, fault),
+            Some(fault) => untrusted(fault),
             None => error,
         },
-    })?;
-    Ok(TokioIo::new(stream))
+    }
+}
+
+fn untrusted(fault: Fault) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, fault)
 }
 
 /// What an error of a channel, or of a call by it, says about TLS; `None` when it is about something
