@@ -73,7 +73,7 @@ pub struct CoordinatorConfig {
     /// KV blocks.
     #[serde(default = "default_dtype")]
     pub kv_dtype: String,
-    /// `auto`, `shm` or `tcp`.
+    /// `auto`, `shm`, `rdma` or `tcp`.
     #[serde(default = "default_fabric")]
     pub fabric: String,
     /// Silence after which an instance is lost; instances beat each third of it.
