@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python test-sim test-rdma lint format build proto clean
+.PHONY: help demo test test-rust test-python test-sim test-rdma loom miri lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -30,6 +30,13 @@ test-sim: build  ## 20,000 seeds of the scheduler's simulator
 
 test-rdma: build  ## the fabric and nano over real verbs, in a virtual machine with a software RDMA device
 	tests/rdma/run_in_vm.sh
+
+loom:            ## models of what is shared without locks, in every interleaving of a few threads
+	RUSTFLAGS="--cfg loom -D warnings" RUST_BACKTRACE=0 \
+		cargo test --package step3rt-fabric --lib --target-dir target/loom --quiet models::
+
+miri:            ## the fabric's memory, slots and doorbell under Miri; installs a nightly compiler with it
+	tests/miri/run.sh
 
 lint: build      ## formatting, lints, types, import rules
 	cargo fmt --check

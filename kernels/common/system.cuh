@@ -40,6 +40,11 @@ __device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* address) {
   return value;
 }
 
+// A word that the host may look at any time.
+__device__ __forceinline__ void st_relaxed_sys(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 // The same between the SMs of one GPU.
 __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* address) {
   uint32_t value;

@@ -44,6 +44,15 @@ __device__ __forceinline__ void cp_async_bulk(void* destination, const void* sou
       : "memory");
 }
 
+__device__ __forceinline__ void cp_async_bulk(void* destination, const void* source, uint32_t bytes,
+                                              uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(destination)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // Brings `bytes` (a multiple of 16) to L2; nobody waits for it.
 __device__ __forceinline__ void cp_async_bulk_prefetch_l2(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");

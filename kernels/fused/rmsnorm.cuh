@@ -29,6 +29,15 @@ struct RowTile {
     }
   }
 
+  // Through L2 only: another processor has written the row.
+  __device__ __forceinline__ void load_cg(const uint16_t* row) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int4 vector = ld_global_cg(reinterpret_cast<const int4*>(row + column(i)));
+      packed[i] = make_uint4(vector.x, vector.y, vector.z, vector.w);
+    }
+  }
+
   __device__ __forceinline__ void store(uint16_t* row) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) *reinterpret_cast<uint4*>(row + column(i)) = packed[i];

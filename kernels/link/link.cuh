@@ -23,7 +23,8 @@ enum LinkError : uint32_t {
   kLinkStopped = 1,        // the host gave up
   kLinkTimedOut = 2,       // nothing came within wait_limit_ns
   kLinkWrongSequence = 3,  // the flag names a frame that was not asked for, or a later epoch
-  kLinkWrongLength = 4,    // more bytes than the slot holds
+  kLinkWrongLength = 4,    // more than the slot holds, or not as many as were asked for
+  kLinkNotLinked = 5,      // a lane of a whole AFD layer has no link to one of its ranks
 };
 
 // 128 bytes in this GPU's memory. The host writes it when the link comes up, and reads `error` when

@@ -17,7 +17,7 @@
 // Threads         512
 // Shared memory   under 2 KiB, static
 // Roofline        latency; HBM: T * H bytes read, up to (C + 1) * T * H written to L2
-// Reference       step3rt.ops.moe_fp8.reference_dispatch
+// Reference       step3rt.ops.moe_fp8_reference.reference_dispatch
 
 #include "common/ptx.cuh"
 #include "common/tma.cuh"

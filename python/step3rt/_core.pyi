@@ -99,9 +99,9 @@ def measure_link(
     """Measures frames to and fro, without the GIL.
 
     Returns every round's one-way time, and the CPU time of this process per round; microseconds.
-    `carrier` is shm, tcp, rdma, socket (without a link) or memcpy (without a second process, for
-    which `address` is not used). `address` is the first line that `echo_link` has written. With
-    `tls`, a link over tcp is encrypted.
+    `carrier` is shm, tcp, rdma, or a baseline without a link: socket, or flag (shared memory).
+    `address` is the first line that `echo_link` has written. With `tls`, a link over tcp is
+    encrypted.
 
     Raises:
         InvalidArgument: an argument is not usable.
@@ -192,17 +192,28 @@ class Arrival:
 
 @final
 class LinkUp:
-    """A link to `peer` is usable. `role_rank` is the peer's position in its role."""
+    """A link to `peer` is usable. `role_rank` is the peer's position in its role.
+
+    `epoch` names this incarnation of the link: the same at both ends, in 1..2**24 - 1, and above
+    those of all links that either process had before; device links count frames under it.
+    `device_offer` is what the peer gave `bind()`, if `fabric` is "cuda_ipc", else None. Such a link
+    says when the peer ends, like any other, and its slots have one byte.
+    """
 
     kind: Literal["link_up"]
     peer: int
     role_rank: int
     fabric: str
     reason: str
+    epoch: int
+    device_offer: bytes | None
 
 @final
 class LinkDown:
-    """The link to `peer` is over; what was in flight on it will not arrive."""
+    """The link to `peer` is over; what was in flight on it will not arrive.
+
+    After a reset, `reason` is "reset: " and why, and a `LinkUp` under a new epoch follows.
+    """
 
     kind: Literal["link_down"]
     peer: int
@@ -283,12 +294,19 @@ class NodeSession:
     def set_status(self, text: str) -> None:
         """Shows `text` in heartbeats and as the systemd STATUS; extends the start time-out."""
 
-    def bind(self, a2f_slot_bytes: int, f2a_slot_bytes: int) -> None:
+    def bind(
+        self, a2f_slot_bytes: int, f2a_slot_bytes: int, device_offer: bytes | None = None
+    ) -> None:
         """Binds the data listeners; a slot of each direction per lane and peer has these sizes.
 
+        `device_offer` is what all peers are told of this instance's device memory, at most 4096
+        bytes that are not looked into. Where both ends of a link have one, on one host, the link's
+        fabric is "cuda_ipc". The cluster's `fabric` setting may keep it from that, or ask for it.
+
         Raises:
-            ConfigError: `data_host` is not of this host, or no slot can have such a size.
-            InvalidArgument: the listeners are bound already.
+            ConfigError: `data_host` is not of this host, no slot can have such a size, or the
+                `fabric` setting is "cuda_ipc" and there is no offer.
+            InvalidArgument: the listeners are bound already, or the offer is too long.
         """
 
     def ready(self, num_kv_blocks: int) -> None:
@@ -332,6 +350,17 @@ class NodeSession:
             Unavailable: the link is down; a `LinkDown` event says why.
             InvalidArgument: the last push on this lane is not answered yet (attention), nothing
                 arrived to answer (FFN), or the payload is larger than the slot.
+        """
+
+    def reset_link(self, peer: int, reason: str) -> None:
+        """Has the link to `peer` replaced, as when one of its device lanes has failed.
+
+        From now on nothing of the old link arrives, and pushes are refused. The next poll has a
+        `LinkDown` with `reason`, a later one a `LinkUp` under a new epoch; so has the peer's. Of a
+        reason longer than 255 bytes the peer hears the beginning. Other links stay as they are.
+
+        Raises:
+            Unavailable: the link is down, perhaps as the peer's loop has asked for the same.
         """
 
     def complete_step(

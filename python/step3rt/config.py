@@ -18,8 +18,9 @@ from step3rt.errors import ConfigError
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("exact", "production")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
-FABRICS = ("auto", "shm", "rdma", "tcp")
+FABRICS = ("auto", "cuda_ipc", "shm", "rdma", "tcp")
 ROLES = ("attention", "ffn")
+LOG_FORMATS = ("text", "json")
 
 C = TypeVar("C")
 
@@ -68,8 +69,8 @@ class ServeConfig:
         "type of the KV cache; auto follows --precision", "auto", choices=KV_DTYPES
     )
     fabric: str = setting(
-        "how activations travel; auto takes shared memory within a host, else RDMA where both ends "
-        "have it, else TCP",
+        "how activations travel; auto takes, within a host, device memory where both ends have it, "
+        "else shared memory; between hosts RDMA where both ends have it, else TCP",
         "auto",
         choices=FABRICS,
     )
@@ -130,6 +131,14 @@ class ServeConfig:
         "the cluster's CA (PEM): only instances with a certificate of it are let in", None
     )
     insecure_bind: bool = setting("allow plaintext on an address that is not loopback", False)
+    log_format: str = setting(
+        "log lines for people, or one JSON object per line", "text", choices=LOG_FORMATS
+    )
+    assume_computed_prompts: bool = setting(
+        "for measurements only: decode at once, as if every prompt had been computed; what is "
+        "generated means nothing",
+        False,
+    )
 
     def wire_dtypes(self) -> tuple[str, str, str]:
         """(A2F, F2A, KV) types that `precision`, `dtype` and `kv_dtype` name together."""
@@ -161,7 +170,8 @@ class ServeConfig:
         same = (
             "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
             "max_steps_in_flight target_tpot_ms max_sequences_per_lane max_waiting_requests "
-            "lease_ms step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind"
+            "lease_ms step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind "
+            "log_format assume_computed_prompts"
         )
         values |= {name: getattr(self, name) for name in same.split()}
         return json.dumps({name: value for name, value in values.items() if value is not None})
@@ -184,6 +194,11 @@ class NodeConfig:
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1
     )
     kv_memory_mb: int = setting("memory for KV blocks in MiB", 1024, minimum=1)
+    random_kv: bool = setting(
+        "for measurements only: start with random K and V in all blocks, for prompts that a "
+        "coordinator with --assume-computed-prompts never lets compute",
+        False,
+    )
     connect_timeout_s: float = setting(
         "how long to look for the coordinator before giving up", 60.0, minimum=0
     )

@@ -45,7 +45,7 @@ class LLM:
         lanes: micro-batch lanes per attention instance.
         dtype: "float32" (exact) or "bfloat16".
         precision: "exact" or "production"; see `ServeConfig`.
-        fabric: "auto", "shm", "rdma" or "tcp".
+        fabric: "auto", "cuda_ipc", "shm", "rdma" or "tcp".
         max_model_len: longest sequence; default: the model's.
         threads: threads for one instance's computation.
         use_progress: progress bars on stderr; default: when it is a terminal.

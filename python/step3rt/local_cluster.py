@@ -190,6 +190,8 @@ class LocalCluster:
             tls_cert=self._serve.tls_cert,
             tls_key=self._serve.tls_key,
             tls_ca=self._serve.tls_ca,
+            # Who assumes that prompts are computed needs something in their place.
+            random_kv=self._serve.assume_computed_prompts and role == "attention",
         )
         return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
 

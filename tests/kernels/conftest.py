@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,3 +12,14 @@ def bounded_waits() -> None:
         from step3rt.ops import compile as compiler
 
         compiler.FIXED_OPTIONS += (f"-DSTEP3RT_WAIT_LIMIT_NS={limit_ns}ull",)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Operations on tests' small tensors cost less than threads that meet on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

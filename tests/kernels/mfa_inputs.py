@@ -1,4 +1,4 @@
-"""Random decode batches for the MFA kernel tests, on one CUDA device."""
+"""Random decode batches for the MFA kernel tests, on one CUDA device or the CPU."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,9 @@ SOFTMAX_SCALE = HEAD_DIM**-0.5
 DEVICE = torch.device("cuda", 0)
 
 
-def make_batch(seq_lens: list[int], num_ctas: int | None = None) -> tuple[MfaBatch, int]:
+def make_batch(
+    seq_lens: list[int], num_ctas: int | None = None, device: torch.device = DEVICE
+) -> tuple[MfaBatch, int]:
     """Gives every sequence its own blocks in random order; returns the batch and the pool size."""
     counts = [-(-length // BLOCK_SIZE_TOKENS) for length in seq_lens]
     num_blocks = sum(counts) + 3
@@ -23,16 +25,17 @@ def make_batch(seq_lens: list[int], num_ctas: int | None = None) -> tuple[MfaBat
     for row, count in enumerate(counts):
         table[row, :count] = order[start : start + count]
         start += count
-    schedule = allocate_schedule(DEVICE, num_ctas)
-    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    schedule = allocate_schedule(device, num_ctas)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     mfa_schedule(lens, schedule)
-    return MfaBatch(table.to(DEVICE), lens, schedule), num_blocks
+    return MfaBatch(table.to(device), lens, schedule), num_blocks
 
 
 def used_slots(batch: MfaBatch, num_blocks: int) -> torch.Tensor:
     """bool[B, 64]: which token slots of the pool belong to a sequence."""
-    used = torch.zeros(num_blocks, BLOCK_SIZE_TOKENS, dtype=torch.bool, device=DEVICE)
-    positions = torch.arange(BLOCK_SIZE_TOKENS, device=DEVICE)
+    device = batch.seq_lens.device
+    used = torch.zeros(num_blocks, BLOCK_SIZE_TOKENS, dtype=torch.bool, device=device)
+    positions = torch.arange(BLOCK_SIZE_TOKENS, device=device)
     for row, length in enumerate(batch.seq_lens.tolist()):
         for index in range(-(-length // BLOCK_SIZE_TOKENS)):
             valid = positions < length - index * BLOCK_SIZE_TOKENS
@@ -70,7 +73,7 @@ class Fp8Case:
     kv_scale: tuple[float, float]
 
     def run(self) -> torch.Tensor:
-        out = torch.full(self.q.shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        out = torch.full(self.q.shape, float("nan"), dtype=torch.bfloat16, device=self.q.device)
         mfa_decode_fp8(
             self.q, self.q_scale, self.cache, self.batch, out, SOFTMAX_SCALE, self.kv_scale
         )
@@ -78,20 +81,24 @@ class Fp8Case:
 
     def reference(self) -> torch.Tensor:
         q = self.q.float() * self.q_scale[..., None]
-        scale = torch.tensor(self.kv_scale, device=DEVICE)[:, None, None]
+        scale = torch.tensor(self.kv_scale, device=self.q.device)[:, None, None]
         kv = self.dense.float() * scale
         table, lens = self.batch.block_table, self.batch.seq_lens
         return reference_mfa_decode(q, kv, table, lens, SOFTMAX_SCALE)
 
 
 def make_bf16_case(
-    seq_lens: list[int], num_heads: int = 64, num_ctas: int | None = None, spread: float = 1.0
+    seq_lens: list[int],
+    num_heads: int = 64,
+    num_ctas: int | None = None,
+    spread: float = 1.0,
+    device: torch.device = DEVICE,
 ) -> Bf16Case:
     """`spread` scales the queries: the standard deviation of the scores."""
-    batch, num_blocks = make_batch(seq_lens, num_ctas)
+    batch, num_blocks = make_batch(seq_lens, num_ctas, device)
     shape = (len(seq_lens), num_heads, HEAD_DIM)
-    q = (torch.randn(shape, device=DEVICE) * spread).bfloat16()
-    cache = torch.randn(bf16_cache_shape(num_blocks), device=DEVICE, dtype=torch.bfloat16)
+    q = (torch.randn(shape, device=device) * spread).bfloat16()
+    cache = torch.randn(bf16_cache_shape(num_blocks), device=device, dtype=torch.bfloat16)
     unused = ~used_slots(batch, num_blocks)
     cache[unused[:, None].expand(-1, 2, -1)] = float("nan")
     return Bf16Case(batch, q, cache)
@@ -103,17 +110,18 @@ def make_fp8_case(
     num_ctas: int | None = None,
     spread: float = 1.0,
     value_mean: float = 0.0,
+    device: torch.device = DEVICE,
 ) -> Fp8Case:
     """`value_mean` shifts V, so that a bias of the accumulation shows up in the output."""
-    batch, num_blocks = make_batch(seq_lens, num_ctas)
+    batch, num_blocks = make_batch(seq_lens, num_ctas, device)
     shape = (len(seq_lens), num_heads, HEAD_DIM)
-    exact_q = torch.randn(shape, device=DEVICE) * spread
+    exact_q = torch.randn(shape, device=device) * spread
     q_scale = exact_q.abs().amax(dim=-1) / 448
     q = (exact_q / q_scale[..., None]).to(torch.float8_e4m3fn)
-    kv = torch.randn(bf16_cache_shape(num_blocks), device=DEVICE, dtype=torch.bfloat16)
+    kv = torch.randn(bf16_cache_shape(num_blocks), device=device, dtype=torch.bfloat16)
     kv[:, 1] += value_mean
     kv_scale = (0.5, 0.25)
-    dense = (kv / torch.tensor(kv_scale, device=DEVICE)[:, None, None]).to(torch.float8_e4m3fn)
+    dense = (kv / torch.tensor(kv_scale, device=device)[:, None, None]).to(torch.float8_e4m3fn)
     unused = ~used_slots(batch, num_blocks)
     poisoned = dense.view(torch.uint8)
     poisoned[unused[:, None].expand(-1, 2, -1)] = 0x7F  # e4m3 NaN

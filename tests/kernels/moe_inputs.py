@@ -1,4 +1,4 @@
-"""Random FP8 MoE layers for the kernel tests, on one CUDA device."""
+"""Random FP8 MoE layers for the kernel tests, on one CUDA device or the CPU."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,9 @@ class MoeCase:
 
     def run(self) -> torch.Tensor:
         shape = (self.tokens.hidden.shape[0], self.experts.hidden_size)
-        out = torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        out = torch.full(
+            shape, float("nan"), dtype=torch.bfloat16, device=self.tokens.hidden.device
+        )
         moe_fp8(self.tokens, self.experts, self.workspace, out)
         return out
 
@@ -45,7 +47,7 @@ class MoeCase:
                 hit = tokens.topk_ids == experts.first_expert + group
                 weights = (tokens.topk_weights.double() * hit).sum(dim=1)
             else:
-                weights = torch.ones(hidden.shape[0], dtype=torch.float64, device=DEVICE)
+                weights = torch.ones_like(hidden[:, 0])
             used = weights.nonzero().flatten()
             if len(used) > 0:
                 gate_up_scale, down_scale = experts.gate_up_scale[group], experts.down_scale[group]
@@ -58,26 +60,33 @@ class MoeCase:
         return out
 
 
-def make_tokens(topk_ids: torch.Tensor, hidden_size: int) -> MoeTokens:
+def make_tokens(
+    topk_ids: torch.Tensor, hidden_size: int, device: torch.device = DEVICE
+) -> MoeTokens:
     """Tokens with hidden states of varied magnitude, for i32[T, C] ids."""
     num_tokens = topk_ids.shape[0]
-    hidden = torch.randn(num_tokens, hidden_size, device=DEVICE)
-    hidden *= torch.rand(num_tokens, 1, device=DEVICE) + 0.5
+    hidden = torch.randn(num_tokens, hidden_size, device=device)
+    hidden *= torch.rand(num_tokens, 1, device=device) + 0.5
     values, scales = quantize_groups(hidden)
-    weights = torch.rand(topk_ids.shape, device=DEVICE) + 0.05
-    return MoeTokens(values, scales, topk_ids.int().to(DEVICE).contiguous(), weights)
+    weights = torch.rand(topk_ids.shape, device=device) + 0.05
+    return MoeTokens(values, scales, topk_ids.int().to(device).contiguous(), weights)
 
 
 def make_experts(
-    num_groups: int, num_routed: int, hidden_size: int, inner_size: int, first_expert: int = 0
+    num_groups: int,
+    num_routed: int,
+    sizes: tuple[int, int],
+    first_expert: int = 0,
+    device: torch.device = DEVICE,
 ) -> tuple[Fp8Experts, torch.Tensor, torch.Tensor]:
     """Returns packed experts and their plain gate_up and down."""
+    hidden_size, inner_size = sizes
 
     def weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        values = torch.empty(num_groups, rows, columns, dtype=torch.float8_e4m3fn, device=DEVICE)
+        values = torch.empty(num_groups, rows, columns, dtype=torch.float8_e4m3fn, device=device)
         for group in range(num_groups):
-            values[group] = torch.randn(rows, columns, device=DEVICE).to(torch.float8_e4m3fn)
-        scales = torch.rand(num_groups, rows // 128, columns // 128, device=DEVICE) + 0.5
+            values[group] = torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+        scales = torch.rand(num_groups, rows // 128, columns // 128, device=device) + 0.5
         return values, scales / columns**0.5
 
     gate_up, gate_up_scale = weight(2 * inner_size, hidden_size)
@@ -101,10 +110,11 @@ def make_case(
     first_expert: int = 0,
     num_ctas: int | None = None,
     num_slices: int | None = None,
+    device: torch.device = DEVICE,
 ) -> MoeCase:
     """`sizes`: hidden and intermediate. Everything that the kernels should write holds NaN."""
-    experts, gate_up, down = make_experts(num_groups, num_routed, *sizes, first_expert)
-    tokens = make_tokens(topk_ids, sizes[0])
+    experts, gate_up, down = make_experts(num_groups, num_routed, sizes, first_expert, device)
+    tokens = make_tokens(topk_ids, sizes[0], device)
     max_tokens = max(topk_ids.shape[0], 1)
     workspace = allocate_moe_workspace(
         experts, max_tokens, topk_ids.shape[1], num_ctas=num_ctas, num_slices=num_slices

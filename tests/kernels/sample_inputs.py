@@ -14,10 +14,14 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def make_logits(
-    num_rows: int, vocab_size: int, dtype: torch.dtype, spread: float = 3.0
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    spread: float = 3.0,
+    device: torch.device = DEVICE,
 ) -> torch.Tensor:
     """Random logits in padded rows."""
-    return repadded((torch.randn(num_rows, vocab_size, device=DEVICE) * spread).to(dtype))
+    return repadded((torch.randn(num_rows, vocab_size, device=device) * spread).to(dtype))
 
 
 def repadded(logits: torch.Tensor) -> torch.Tensor:
@@ -36,8 +40,8 @@ def fp32(value: float) -> float:
 
 def run(logits: torch.Tensor, rows: list[DeviceSamplingRow]) -> Samples:
     """Samples on the device into poisoned outputs."""
-    batch = pack_rows(rows, logits.shape[1], DEVICE)
-    out = Samples.empty(len(rows), max(1, batch.num_top), DEVICE)
+    batch = pack_rows(rows, logits.shape[1], logits.device)
+    out = Samples.empty(len(rows), max(1, batch.num_top), logits.device)
     out.token_ids.fill_(POISON_TOKEN)
     out.is_corrupt.fill_(POISON_TOKEN)
     out.top_ids.fill_(POISON_TOKEN)

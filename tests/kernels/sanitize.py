@@ -2,9 +2,12 @@
 
 import torch
 
+from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, StopWord
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
 from step3rt.ops.linear_fp8_variant import LinearVariant
+from step3rt.ops.moe_fp8 import allocate_moe_workspace
+from step3rt.ops.moe_push import moe_fp8_push
 from step3rt.ops.quantize import quantize_groups
 from step3rt.ops.quantize_groups import quantize_groups_fp8
 from step3rt.ops.rmsnorm_quantize import (
@@ -23,8 +26,9 @@ from step3rt.ops.rope_append import (
 )
 from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk
 from step3rt.ops.sample import DeviceSamplingRow
+from step3rt.ops.sums_rmsnorm_quantize import add_sums_rmsnorm_quantize
 from tests.kernels.mfa_inputs import DEVICE, make_bf16_case, make_fp8_case, relative_error
-from tests.kernels.moe_inputs import make_case
+from tests.kernels.moe_inputs import make_case, make_experts
 from tests.kernels.sample_inputs import make_logits, reference_tokens, run
 
 
@@ -112,6 +116,36 @@ def choose() -> None:
         run(logits, [DeviceSamplingRow()] * 4)
 
 
+def links() -> None:
+    """A layer there and back, all launches in one stream of one process."""
+    shape = AfdShape(1, 1, 1, 5, HIDDEN_SIZE, 3)
+    stop = StopWord(DEVICE)
+    experts = make_experts(4, 4, (HIDDEN_SIZE, 128))[0]
+    workspace = allocate_moe_workspace(experts, shape.num_rows, shape.num_columns, num_ctas=4)
+    residual = torch.randn(5, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    rows = QuantizedRows(*quantize_groups(residual))
+    ids = torch.tensor([[0, 1, 2]] * 5, dtype=torch.int32, device=DEVICE)
+    topk = (ids, torch.rand(5, 3, device=DEVICE))
+    count = torch.tensor([4], dtype=torch.int32, device=DEVICE)
+    with (
+        AttentionSlots(shape, 0, DEVICE, stop) as source,
+        FfnSlots(shape, 0, DEVICE, stop) as rank,
+    ):
+        rank.connect(0, source.handle, epoch=1)
+        source.connect(0, rank.handle, epoch=1)
+        for is_first in (True, False):
+            source.send(0, rows, topk, count, 3, is_first_layer=is_first)
+            rank.wait(0, is_first_layer=is_first)
+            moe_fp8_push(experts, workspace, rank, 0)
+            source.wait(0, is_first_layer=is_first)
+            out = NormOutputs(residual, torch.empty_like(residual), rows)
+            sums, present = source.sums(0), source.present(0)
+            add_sums_rmsnorm_quantize(residual, sums, present, residual[0].clone(), out, 1e-5)
+        torch.cuda.synchronize()
+        assert source.errors()[0].is_ok
+        assert rank.errors()[0].is_ok
+
+
 def main() -> None:
     torch.manual_seed(0)
     decode()
@@ -121,6 +155,7 @@ def main() -> None:
     norms()
     route()
     choose()
+    links()
     torch.cuda.synchronize()
 
 

@@ -1,49 +1,28 @@
 """A whole model on one GPU, against the CPU reference."""
 
-import json
 import logging
 import math
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
-import step3rt
 from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.model.checkpoint import Checkpoint
-from step3rt.model.config import Step3Config
 from step3rt.model.gpu_decoder import GpuDecoder, GpuDecoderOptions, StepTokens, steps_of_prompt
 from step3rt.model.gpu_weights import check_sizes, load_gpu_weights
 from step3rt.model.monolithic import MonolithicModel
 from step3rt.model.random_weights import random_gpu_weights
+from tests.kernels.decoder_inputs import NANO, step3_slice, windows
 
 gpu = pytest.mark.gpu
 logger = logging.getLogger(__name__)
 
-NANO = Path(step3rt.__path__[0]) / "data" / "nano"
-HELDOUT = Path(__file__).parents[2] / "examples" / "nano" / "heldout.jsonl"
-WINDOW_TOKENS = 1024
-NUM_WINDOWS = 6
 FORMATS = [  # weights and activations, K and V
     pytest.param(False, False, id="bf16"),
     pytest.param(True, False, id="fp8"),
     pytest.param(True, True, id="fp8-fp8kv"),
 ]
-
-
-@cache
-def windows() -> list[list[int]]:
-    """Held-out text of nano, tokenised; each window is read from its own start."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
-    found = []
-    for line in HELDOUT.read_text().splitlines():
-        ids = tokenizer.encode(json.loads(line)["text"]).ids
-        if len(ids) > WINDOW_TOKENS:
-            found.append(ids[: WINDOW_TOKENS + 1])
-    return found[:NUM_WINDOWS]
 
 
 @cache
@@ -176,32 +155,9 @@ def test_models_that_the_kernels_cannot_compute_are_refused() -> None:
         GpuDecoderOptions(num_blocks=1, max_model_len=64, max_tokens=2000)
 
 
-def step3_slice() -> Step3Config:
-    """Step-3's widths, in a dense layer and one of experts; a vocabulary that fits a test."""
-    text = {
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 64,
-        "num_attention_groups": 1,
-        "head_dim": 256,
-        "share_q_dim": 2048,
-        "moe_layers_enum": "1",
-        "moe_num_experts": 48,
-        "moe_top_k": 3,
-        "moe_intermediate_size": 5120,
-        "share_expert_dim": 5120,
-        "vocab_size": 1024,
-        "max_seq_len": 4096,
-    }
-    top = {"model_type": "step3_text", "bos_token_id": 0, "eos_token_id": 1, **text}
-    top["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    return Step3Config.from_json(top, Path("config.json"))
-
-
 @gpu
 def test_step3s_own_widths_agree_with_bf16_of_the_same_weights() -> None:
-    config, device = step3_slice(), torch.device("cuda")
+    config, device = step3_slice(5120), torch.device("cuda")
     token_ids = list(range(7, 7 + 150))
     logits = []
     for is_fp8 in (False, True):

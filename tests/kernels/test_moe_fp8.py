@@ -11,8 +11,8 @@ from step3rt.ops.moe_fp8 import (  # noqa: E402
     MoeTokens,
     allocate_moe_workspace,
     moe_fp8,
-    reference_dispatch,
 )
+from step3rt.ops.moe_fp8_reference import reference_dispatch  # noqa: E402
 from step3rt.ops.moe_layout import unpack_rows  # noqa: E402
 from tests.kernels.moe_inputs import (  # noqa: E402
     DEVICE,

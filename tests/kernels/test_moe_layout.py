@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step3rt.ops.moe_fp8 import Fp8Experts, allocate_moe_workspace, reference_dispatch
+from step3rt.ops.moe_fp8 import Fp8Experts, allocate_moe_workspace
+from step3rt.ops.moe_fp8_reference import reference_dispatch
 from step3rt.ops.moe_layout import (
     BLOCK_K,
     DOWN_TILE,

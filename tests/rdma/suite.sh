@@ -40,6 +40,8 @@ step "the fabric's promises"
 tests conformance rdma::
 step "who is linked by it"
 tests linking rdma::
+step "new links in the place of present ones"
+tests resets rdma::
 step "killed and stopped processes"
 tests peer_death rdma::
 step "nothing is left behind, nothing allocated"

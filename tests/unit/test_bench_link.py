@@ -1,6 +1,7 @@
 """`step3rt bench link` measures real links between two processes."""
 
 import json
+import os
 
 import pytest
 
@@ -8,7 +9,9 @@ from step3rt import _core
 from step3rt.cli import main
 
 
-@pytest.mark.parametrize(("fabric", "baseline"), [("shm", "memcpy"), ("tcp", "plain socket")])
+@pytest.mark.parametrize(
+    ("fabric", "baseline"), [("shm", "memcpy and a flag"), ("tcp", "plain socket")]
+)
 def test_a_link_and_its_baseline_are_measured(
     fabric: str, baseline: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -23,7 +26,20 @@ def test_a_link_and_its_baseline_are_measured(
     assert report["baseline"]["one_way_us"]["p50"] > 0
     assert report["baseline"]["gb_per_s"] > 0
     assert report["cpu"]["us_per_round"] > 0
+    above = times["p50"] - report["baseline"]["one_way_us"]["p50"]
+    assert report["above_baseline_us"]["p50"] == pytest.approx(above, abs=0.01)
+    assert report["placement"] in ("a core each", "shared cores")
     assert "cores of" in report["machine"]
+
+
+def test_more_processes_than_cores_are_measured_two_by_two(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    num_peers = 2 * len(os.sched_getaffinity(0)) + 2
+    flags = ["--fabric", "shm", "--bytes", "64", "--peers", str(num_peers), "--rounds", "8"]
+    assert main(["bench", "link", *flags, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["peers"], report["placement"]) == (num_peers, "shared cores")
 
 
 def test_without_json_a_line_for_people_comes_first(capfd: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +52,8 @@ def test_without_json_a_line_for_people_comes_first(capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--fabric", "shm", "--peers", "3"], "Use --peers 2"),
+        (["--fabric", "shm", "--peers", "3"], "Use an even number"),
+        (["--fabric", "cuda_ipc", "--peers", "4"], "Use --peers 2"),
         (["--fabric", "tcp", "--bytes", "0"], "Use --bytes 1 or more"),
         (["--fabric", "tcp", "--rounds", "0"], "Use --rounds 1 or more"),
         (["--fabric", "cuda_ipc", "--rounds", "9"], "Leave --rounds out"),

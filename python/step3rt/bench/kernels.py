@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from step3rt.bench.attention_layer import attention_layer_rows
 from step3rt.bench.graph_timing import MIN_ROTATED_BYTES, Launch, Row, measure_us
 from step3rt.bench.linear_fp8 import linear_rows
+from step3rt.bench.mfa_prefill import prefill_rows
 from step3rt.bench.moe_fp8 import moe_rows
 from step3rt.bench.small_kernels import small_kernel_rows
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
@@ -103,6 +104,8 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
                 yield row
                 del bench
                 torch.cuda.empty_cache()
+        if options.only in f"mfa_prefill_{kv_format}":
+            yield from prefill_rows(kv_format, has_peers=not options.no_peers)
         if options.only in f"rope_append_{kv_format}":
             for num_tokens in ROPE_TOKENS:
                 yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)

@@ -1,23 +1,25 @@
-"""Measures a link between two processes of this host, and what it is built on, in the same run.
+"""Measures links between processes of this host, and what they are built on, in the same run.
 
 Run by `step3rt bench link --fabric shm|tcp|rdma [--tls]`; the rounds are in Rust
 (rust/step3rt-fabric/src/measure.rs). It measures and reports; it decides nothing.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from step3rt import _core
 from step3rt.config import TlsPaths
-from step3rt.errors import Unavailable
+from step3rt.errors import InvalidArgument, Unavailable
 
 NUM_ROUNDS = 2_000
 NUM_TURNS = 4
@@ -25,114 +27,156 @@ NUM_TURNS = 4
 
 # Of a fabric: what the report calls its baseline, and what the extension does.
 _BASELINES = {
-    "shm": ("memcpy", "memcpy"),
+    "shm": ("memcpy and a flag", "flag"),
     "tcp": ("plain socket", "socket"),
     "rdma": ("plain socket", "socket"),
 }
 
 
-def measure(
-    fabric: str, num_bytes: int, num_rounds: int = NUM_ROUNDS, *, has_tls: bool = False
-) -> dict[str, Any]:
-    """Returns one-way times of frames of `num_bytes`, the baseline's, and the link's CPU time.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is measured: `num_peers` processes, two by two, each pair with rounds of its own."""
+
+    num_bytes: int
+    num_peers: int = 2
+    num_rounds: int = NUM_ROUNDS
+
+
+@dataclass(slots=True)
+class _Times:
+    """One-way times of all rounds of all pairs, and CPU time of one round; microseconds."""
+
+    one_way_us: list[float]
+    cpu_us_per_round: float
+
+    def quantiles(self) -> dict[str, float]:
+        p50, p99 = np.percentile(self.one_way_us, (50, 99))
+        return {
+            "p50": round(p50, 3),
+            "p99": round(p99, 3),
+            "max": round(max(self.one_way_us), 3),
+        }
+
+
+def measure(fabric: str, load: Load, *, has_tls: bool = False) -> dict[str, Any]:
+    """Returns one-way times of frames, the baseline's, and the link's CPU time.
+
+    With `has_tls`, an encrypted link over tcp takes its turn as well.
 
     A one-way time is half of one there and back. Over shm both ends copy the payload into a slot
-    and out of it, as the baseline does; over tcp and rdma it lies in its slot. With `has_tls`, an
-    encrypted link over tcp takes its turn as well.
+    and out of it, as the baseline does; over tcp and rdma it lies in its slot. Each process has a
+    core for itself where there are as many, for the link and the baseline alike.
 
     Raises:
-        InvalidArgument: no bytes, no rounds, or more bytes than a slot can have.
-        Unavailable: this host has no such link, or the other process died.
+        InvalidArgument: the peers cannot be paired.
+        Unavailable: this host has no such link, or another process died.
     """
+    if load.num_peers < 2 or load.num_peers % 2:
+        raise InvalidArgument(
+            f"--peers {load.num_peers} cannot be measured. A link has two ends. Use an even number"
+        )
     if fabric == "rdma":
         _require_rdma()
     with ExitStack() as stack:
         tls = stack.enter_context(_certificate()) if has_tls else None
-        return _measure(fabric, num_bytes, num_rounds, tls)
+        return _measure(fabric, load, tls)
 
 
-def _measure(fabric: str, num_bytes: int, num_rounds: int, tls: TlsPaths | None) -> dict[str, Any]:
+def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:
     name, carrier = _BASELINES[fabric]
-    baseline_us: list[float] = []
-    one_way_us: list[float] = []
-    encrypted_us: list[float] = []
-    cpu_us = encrypted_cpu_us = 0.0
-    for turn in range(min(NUM_TURNS, max(num_rounds, 1))):
-        num_in_turn = len(range(turn, num_rounds, NUM_TURNS))
-        baseline_us += _run(carrier, num_bytes, num_in_turn)[0]
-        times_us, cpu_us_per_round = _run(fabric, num_bytes, num_in_turn)
-        one_way_us += times_us
-        cpu_us += cpu_us_per_round * num_in_turn
-        if tls is not None:
-            times_us, cpu_us_per_round = _run(fabric, num_bytes, num_in_turn, tls)
-            encrypted_us += times_us
-            encrypted_cpu_us += cpu_us_per_round * num_in_turn
-    p50 = np.percentile(one_way_us, 50)
-    baseline_p50 = np.percentile(baseline_us, 50)
+    baseline, link, encrypted = _Times([], 0.0), _Times([], 0.0), _Times([], 0.0)
+    turns: list[tuple[str, TlsPaths | None, _Times]] = [
+        (carrier, None, baseline),
+        (fabric, None, link),
+    ]
+    if tls is not None:
+        turns.append((fabric, tls, encrypted))
+    for turn in range(min(NUM_TURNS, max(load.num_rounds, 1))):
+        num_in_turn = len(range(turn, load.num_rounds, NUM_TURNS))
+        for what, certificate, total in turns:
+            for times in _run(what, load, num_in_turn, certificate):
+                total.one_way_us += times.one_way_us
+                total.cpu_us_per_round += times.cpu_us_per_round * len(times.one_way_us)
+    one_way_us, baseline_us = link.quantiles(), baseline.quantiles()
     report = {
         "fabric": fabric,
-        "bytes": num_bytes,
-        "peers": 2,
-        "one_way_us": _quantiles(one_way_us),
-        "gb_per_s": round(num_bytes / p50 / 1e3, 2),
-        "rounds": num_rounds,
-        "cpu": {"us_per_round": round(cpu_us / num_rounds, 2)},
+        "bytes": load.num_bytes,
+        "peers": load.num_peers,
+        "one_way_us": one_way_us,
+        "gb_per_s": round(load.num_bytes / one_way_us["p50"] / 1e3, 2),
+        "rounds": load.num_rounds,
+        "cpu": {"us_per_round": round(link.cpu_us_per_round / len(link.one_way_us), 2)},
         "baseline": {
             "name": name,
-            "one_way_us": {"p50": round(baseline_p50, 2)},
-            "gb_per_s": round(num_bytes / baseline_p50 / 1e3, 2),
+            "one_way_us": baseline_us,
+            "gb_per_s": round(load.num_bytes / baseline_us["p50"] / 1e3, 2),
         },
+        "above_baseline_us": {"p50": round(one_way_us["p50"] - baseline_us["p50"], 3)},
+        "placement": "a core each" if _cores(load.num_peers)[0] is not None else "shared cores",
         "machine": _machine(),
     }
     if tls is not None:
-        encrypted_p50 = np.percentile(encrypted_us, 50)
+        encrypted_us = encrypted.quantiles()
+        cpu_us = encrypted.cpu_us_per_round / len(encrypted.one_way_us)
         report["tls"] = {
-            "one_way_us": _quantiles(encrypted_us),
-            "gb_per_s": round(num_bytes / encrypted_p50 / 1e3, 2),
-            "cpu": {"us_per_round": round(encrypted_cpu_us / num_rounds, 2)},
-            "times_plain_p50": round(encrypted_p50 / p50, 2),
+            "one_way_us": encrypted_us,
+            "gb_per_s": round(load.num_bytes / encrypted_us["p50"] / 1e3, 2),
+            "cpu": {"us_per_round": round(cpu_us, 2)},
+            "times_plain_p50": round(encrypted_us["p50"] / one_way_us["p50"], 2),
         }
     return report
 
 
-def _quantiles(times_us: list[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(times_us, (50, 99))
-    return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(max(times_us), 2)}
+def _run(carrier: str, load: Load, num_rounds: int, tls: TlsPaths | None) -> list[_Times]:
+    """Returns what each pair measured while the others did, too."""
+    cores = _cores(load.num_peers)
+    arguments = (json.dumps(tls), carrier, str(load.num_bytes), str(num_rounds))
+    with ExitStack() as processes:
+        pairs = []
+        for at in range(0, load.num_peers, 2):
+            echo, _ = processes.enter_context(_process(cores[at], "echo", *arguments))
+            address = next(echo)
+            measuring = _process(cores[at + 1], "measure", *arguments, address)
+            pairs.append((echo, *processes.enter_context(measuring)))
+        for _, ready, _ in pairs:
+            next(ready)
+        # Nobody starts before all can, so that they meet.
+        for _, _, start in pairs:
+            start.write("\n")
+            start.flush()
+        return [_outcome(next(measured), next(echo)) for echo, measured, _ in pairs]
 
 
-def _run(
-    carrier: str, num_bytes: int, num_rounds: int, tls: TlsPaths | None = None
-) -> tuple[list[float], float]:
-    """Returns the rounds' one-way times, and CPU time per round of both processes."""
-    if carrier == "memcpy":
-        return _core.measure_link(carrier, num_bytes, num_rounds, "")
-    with _peer(carrier, num_bytes, num_rounds, tls) as lines:
-        times_us, own_cpu_us = _core.measure_link(carrier, num_bytes, num_rounds, next(lines), tls)
-        return times_us, own_cpu_us + float(next(lines))
+def _outcome(measured: str, echo_cpu_us: str) -> _Times:
+    one_way_us, cpu_us_per_round = json.loads(measured)
+    return _Times(one_way_us, cpu_us_per_round + float(echo_cpu_us))
 
 
 @contextmanager
-def _peer(
-    carrier: str, num_bytes: int, num_rounds: int, tls: TlsPaths | None
-) -> Iterator[Iterator[str]]:
-    """Runs the other process; gives the lines that it writes."""
-    arguments = (carrier, str(num_bytes), str(num_rounds), *(tls or ()))
+def _process(core: int | None, *arguments: str) -> Iterator[tuple[Iterator[str], IO[str]]]:
+    """Runs one end in a process; gives the lines that it writes, and its input."""
+    place = "any" if core is None else str(core)
     process = subprocess.Popen(
-        [sys.executable, "-m", "step3rt.bench.link", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "step3rt.bench.link", place, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     output = process.stdout
 
     def lines() -> Iterator[str]:
         while line := output.readline():
             yield line.strip()
-        raise Unavailable("The other process of the measurement has died. Its output says why")
+        raise Unavailable("A process of the measurement has died. Its output says why")
 
     try:
-        yield lines()
+        yield lines(), process.stdin
     finally:
         process.kill()
         process.wait()
+        process.stdin.close()
         output.close()
 
 
@@ -161,6 +205,14 @@ def _certificate() -> Iterator[TlsPaths]:
         yield cert, key, cert
 
 
+def _cores(num_peers: int) -> list[int | None]:
+    """One for each process; none where there are fewer."""
+    cores = sorted(os.sched_getaffinity(0))
+    # Left to itself, the scheduler may run both ends of a link on one core for as long as they take
+    # turns: never at once, they look like one.
+    return [*cores[:num_peers]] if num_peers <= len(cores) else [None] * num_peers
+
+
 def _require_rdma() -> None:
     for is_good, found, fix in _core.rdma_findings():
         if not is_good:
@@ -176,7 +228,20 @@ def _machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
+def _main(core: str, end: str, files: str, carrier: str, num_bytes: int, num_rounds: int) -> None:
+    if core != "any":
+        os.sched_setaffinity(0, {int(core)})
+    paths = json.loads(files)
+    tls = None if paths is None else tuple(paths)
+    if end == "echo":
+        _core.echo_link(carrier, num_bytes, num_rounds, tls)
+        return
+    print("ready", flush=True)  # noqa: T201 read by the process that started this one
+    sys.stdin.readline()
+    measured = _core.measure_link(carrier, num_bytes, num_rounds, sys.argv[7], tls)
+    print(json.dumps(measured))  # noqa: T201
+
+
 if __name__ == "__main__":
-    cert, key, ca = sys.argv[4:] or (None, None, None)
-    paths = None if cert is None or key is None or ca is None else (cert, key, ca)
-    _core.echo_link(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), paths)
+    core, end, files, carrier, num_bytes, num_rounds = sys.argv[1:7]
+    _main(core, end, files, carrier, int(num_bytes), int(num_rounds))

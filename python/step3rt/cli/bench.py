@@ -5,7 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from step3rt.cli import flags
+from step3rt.config import ServeConfig
 from step3rt.errors import InvalidArgument
+
+_SET_BY_LOAD = (
+    "listen",
+    "control_listen",
+    "ready_file",
+    "max_model_len",
+    "max_tokens_per_micro_batch",
+    "max_sequences_per_lane",
+    "max_waiting_requests",
+    "log_format",
+    "assume_computed_prompts",
+)
+"""Settings of a cluster that a load to decode decides."""
 
 _TRACES = ("bursty", "reasoning", "mixed")
 
@@ -19,6 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_kernels(parts)
     _add_engine(parts)
     _add_link(parts)
+    _add_decode(parts)
 
 
 def _add_scheduler(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,7 +102,9 @@ def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--bytes", type=int, default=917_504, help="payload of a frame (default: 917504)"
     )
-    parser.add_argument("--peers", type=int, default=2, help="processes; 2 is what is measured")
+    parser.add_argument(
+        "--peers", type=int, default=2, help="processes, two by two (default: 2; cuda_ipc has 2)"
+    )
     parser.add_argument(
         "--tls", action="store_true", help="an encrypted link beside the plain one; tcp only"
     )
@@ -95,6 +113,54 @@ def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(run=run_link)
+
+
+def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = parts.add_parser(
+        "decode",
+        help="decoding by a whole local cluster, scheduler and gRPC streams included",
+        description="Start a cluster on this host, let every sequence begin at its context with "
+        "random K and V, decode, and report what each lane's steps took.",
+    )
+    parser.add_argument("--batch", type=int, default=48, help="sequences at a time (default: 48)")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="mean tokens of a sequence (default: 1024)"
+    )
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="lengths differ by this share (default: 0)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="measured steps of each lane")
+    parser.add_argument("--warmup-steps", type=int, default=20, help="before them (default: 20)")
+    parser.add_argument("--threads", type=int, default=1, help="of each instance (default: 1)")
+    parser.add_argument("--log-dir", type=Path, help="keep the processes' logs here")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    flags.add_config_flags(parser, ServeConfig, skip=_SET_BY_LOAD)
+    parser.set_defaults(run=run_decode, model=Path("nano"))
+
+
+def run_decode(arguments: argparse.Namespace) -> int:
+    """Prints one line of JSON and returns 0.
+
+    Raises:
+        Step3Error: the load cannot be measured on this host.
+    """
+    from step3rt.bench import decode
+
+    load = decode.DecodeLoad(
+        batch=arguments.batch,
+        context_tokens=arguments.context,
+        spread=arguments.spread,
+        steps=arguments.steps,
+        warmup_steps=arguments.warmup_steps,
+    )
+    serve = flags.config_from(arguments, ServeConfig)
+    report = json.dumps(
+        decode.measure(serve, load, threads=arguments.threads, log_dir=arguments.log_dir)
+    )
+    if arguments.out is not None:
+        arguments.out.write_text(report + "\n", encoding="utf-8")
+    print(report)
+    return 0
 
 
 def run_scheduler(arguments: argparse.Namespace) -> int:
@@ -163,10 +229,6 @@ def run_link(arguments: argparse.Namespace) -> int:
         InvalidArgument: a flag cannot be used.
         Unavailable: this host has no such link.
     """
-    if arguments.peers != 2:
-        raise InvalidArgument(
-            f"--peers {arguments.peers} cannot be measured. A link has two ends. Use --peers 2"
-        )
     report = _measure_link(arguments)
     if not arguments.json:
         quantiles = ", ".join(f"{key} {us} us" for key, us in report["one_way_us"].items())
@@ -197,7 +259,12 @@ def _measure_link(arguments: argparse.Namespace) -> dict[str, Any]:
         from step3rt.bench import link
 
         num_rounds = link.NUM_ROUNDS if arguments.rounds is None else arguments.rounds
-        return link.measure(arguments.fabric, arguments.bytes, num_rounds, has_tls=arguments.tls)
+        load = link.Load(arguments.bytes, arguments.peers, num_rounds)
+        return link.measure(arguments.fabric, load, has_tls=arguments.tls)
+    if arguments.peers != 2:
+        raise InvalidArgument(
+            f"--peers {arguments.peers} cannot be measured with --fabric cuda_ipc. Use --peers 2"
+        )
     if arguments.rounds is not None:
         raise InvalidArgument(
             "--rounds cannot be used with --fabric cuda_ipc: it measures as many as the size "

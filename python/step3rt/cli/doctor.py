@@ -5,11 +5,13 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from step3rt.cli import flags
+from step3rt.cli.cuda_findings import cuda_findings
+from step3rt.cli.finding import Finding
 from step3rt.config import TlsPaths, resolve_model
 from step3rt.errors import ConfigError, Step3Error
 
@@ -19,16 +21,6 @@ Every line that is not ok says what to do. Exits with 1 if something that step3r
 """
 
 _MARKS = {"ok": "ok  ", "note": "note", "missing": "FAIL"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `missing` fails the report, `note` does not."""
-
-    level: Literal["ok", "note", "missing"]
-    subject: str
-    found: str
-    fix: str = ""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,7 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> int:
     """Prints the findings; returns 0 if nothing needed is missing."""
     tls = flags.tls_from(arguments)
-    findings = [*_host(), *_packages(), *_fabrics(), *_tls(tls), *_accelerators()]
+    findings = [*_host(), *_packages(), *_fabrics(), *_tls(tls), *cuda_findings()]
     if arguments.model is not None:
         findings.append(_checkpoint(arguments.model))
     if arguments.control_address is not None:
@@ -117,14 +109,6 @@ def _tls(tls: TlsPaths | None) -> Iterator[Finding]:
         return
     for level, found, fix in _core.tls_findings(tls):
         yield Finding(level, "tls", found, fix)
-
-
-def _accelerators() -> Iterator[Finding]:
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    if not devices:
-        yield Finding("note", "gpu", "no NVIDIA device; the reference backend computes on the CPU")
-        return
-    yield Finding("ok", "gpu", ", ".join(device.name for device in devices))
 
 
 def _checkpoint(model: Path) -> Finding:

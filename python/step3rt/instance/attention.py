@@ -63,6 +63,9 @@ class AttentionRole:
                 dtype=dtype,
                 max_bytes=available_memory_bytes(),
             )
+            if self._node.random_kv:
+                logger.warning("All KV blocks are filled with random values, for measurements")
+                kv.fill_randomly()
         return kv
 
 

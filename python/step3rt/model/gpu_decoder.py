@@ -1,12 +1,14 @@
 """Decodes a whole model on one Hopper GPU: a CUDA graph per batch bucket, no host between layers.
 
-Owns the device buffers and the order of launches; it schedules nothing and frees no KV blocks.
+Owns the device buffers and the order of launches; it schedules nothing and frees no KV blocks. The
+same program runs on the CPU, by the references behind the launchers: that is how CI tests it.
 
 A step takes T tokens of any sequences, several of one sequence too: K and V of all of them are
 appended before any is attended to, and each attends to as many tokens as it says. So a prompt is
 computed by the same launches as a decode.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -15,7 +17,9 @@ import torch
 from step3rt.errors import InvalidArgument
 from step3rt.model.gpu_layer import LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import GpuWeights
+from step3rt.ops.graph import StepGraph
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.linear import linear_bf16
 from step3rt.ops.mfa_decode import MfaBatch
 from step3rt.ops.mfa_schedule import (
     BLOCK_SIZE_TOKENS,
@@ -118,7 +122,7 @@ class GpuDecoder:
             MAX_DECODE_STEPS, options.max_tokens, dtype=torch.int32, device=device
         )
         self._num_decoded = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool], StepGraph] = {}
 
     def step(self, tokens: StepTokens) -> torch.Tensor:
         """Computes a step; K and V of its tokens are in the cache afterwards.
@@ -179,7 +183,7 @@ class GpuDecoder:
         buffers.norm_only(norms[0], self.config.rms_norm_eps)
         for runner, next_norm in zip(self._runners, norms[1:], strict=True):
             runner.launch(buffers, batch, (inputs.positions, inputs.slots, self._table), next_norm)
-        torch.mm(buffers.normed, self._weights.lm_head.T, out=self._logits[:num_tokens])
+        linear_bf16(buffers.normed, self._weights.lm_head, self._logits[:num_tokens])
 
     @torch.inference_mode()
     def launch_decode(self, num_tokens: int) -> None:
@@ -203,18 +207,14 @@ class GpuDecoder:
         slots = blocks[:, 0] * BLOCK_SIZE_TOKENS + inputs.positions % BLOCK_SIZE_TOKENS
         inputs.slots.copy_(slots.where(is_used, UNUSED_SLOT))
 
-    def _graph(self, bucket: int, *, is_decode: bool) -> torch.cuda.CUDAGraph:
+    def _graph(self, bucket: int, *, is_decode: bool) -> StepGraph:
         graph = self._graphs.get((bucket, is_decode))
         if graph is None:
             launch = self.launch_decode if is_decode else self.launch
-            # Loads the kernels and picks cuBLAS's algorithm, and touches no sequence's K and V.
+            # The call before the capture touches no sequence's K and V.
             self._inputs.slots.fill_(UNUSED_SLOT)
             self._inputs.num_context_tokens.zero_()
-            launch(bucket)
-            torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                launch(bucket)
+            graph = StepGraph.capture(self.device, functools.partial(launch, bucket))
             self._graphs[bucket, is_decode] = graph
         return graph
 

@@ -1,4 +1,4 @@
-"""Launches one decoder layer on a Hopper GPU, between preallocated buffers.
+"""Launches one decoder layer, on a Hopper GPU or (for tests) the CPU, between given buffers.
 
 Owns which kernel computes which part; allocates nothing once its buffers exist, waits for nothing.
 Step-3's own sizes run fused kernels throughout. Other sizes run the same matrix, attention and
@@ -18,10 +18,10 @@ from step3rt.model.gpu_weights import (
     Matrix,
 )
 from step3rt.ops import router_topk
+from step3rt.ops.linear import linear_bf16
 from step3rt.ops.linear_fp8 import linear_fp8
 from step3rt.ops.mfa_decode import MfaBatch, mfa_decode_bf16, mfa_decode_fp8
 from step3rt.ops.mfa_schedule import HEAD_DIM
-from step3rt.ops.moe import swiglu
 from step3rt.ops.moe_fp8 import Fp8Experts, MoeTokens, MoeWorkspace, allocate_moe_workspace, moe_fp8
 from step3rt.ops.norm import rms_norm
 from step3rt.ops.quantize import quantize_groups
@@ -241,7 +241,7 @@ class LayerRunner:
         if self._has_fused_router:
             router_topk.route_topk(buffers.normed, gate, buffers.topk, is_normalised=is_normalised)
             return
-        logits = torch.nn.functional.linear(buffers.normed, gate)
+        logits = linear_bf16(buffers.normed, gate)
         ids, weights = route(logits, self._config.top_k, is_normalised=is_normalised)
         buffers.topk[0].copy_(ids)
         buffers.topk[1].copy_(weights)
@@ -252,7 +252,7 @@ def _linear(x: torch.Tensor, rows: QuantizedRows, matrix: Matrix, out: torch.Ten
     if isinstance(matrix, Fp8Matrix):
         linear_fp8(rows.values, rows.scales, matrix.values, matrix.scales, out)
     else:
-        torch.mm(x, matrix.T, out=out)
+        linear_bf16(x, matrix, out)
 
 
 def _compute_bf16(buffers: LayerBuffers, experts: Bf16Experts, out: torch.Tensor) -> None:
@@ -260,7 +260,9 @@ def _compute_bf16(buffers: LayerBuffers, experts: Bf16Experts, out: torch.Tensor
     ids, weights = buffers.topk
     total = torch.zeros_like(out, dtype=torch.float32)
     for index in range(experts.down.shape[0]):
-        output = swiglu(buffers.normed, experts.gate_up[index], experts.down[index]).float()
+        gate, up = linear_bf16(buffers.normed, experts.gate_up[index]).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        output = linear_bf16(inner, experts.down[index]).float()
         if index < experts.num_routed:
             output *= (weights * (ids == index)).sum(dim=1, keepdim=True)
         total += output
@@ -268,9 +270,7 @@ def _compute_bf16(buffers: LayerBuffers, experts: Bf16Experts, out: torch.Tensor
 
 
 def _quantize(rows: torch.Tensor, out: QuantizedRows) -> None:
-    values, scales = quantize_groups(rows)
-    out.values.copy_(values)
-    out.scales.copy_(scales)
+    out.copy_(*quantize_groups(rows))
 
 
 def _shape_of(experts: Fp8Experts) -> tuple[int, int, int]:

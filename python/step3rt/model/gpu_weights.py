@@ -1,5 +1,7 @@
 """Loads a whole checkpoint for one Hopper GPU, laid out for the kernels.
 
+The same layouts on the CPU are what the references behind the launchers read.
+
 Computes nothing but layouts and number formats: FP8 blocks stay as they are and what a checkpoint
 left in more bits is quantised; or everything becomes bf16, to compare with.
 
@@ -30,7 +32,7 @@ BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Fp8Matrix:
-    """A linear layer: `values` e4m3[N, K], `scales` f32[N / 128, K / 128], on the GPU."""
+    """A linear layer: `values` e4m3[N, K], `scales` f32[N / 128, K / 128]."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -75,7 +77,7 @@ class GpuLayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class GpuWeights:
-    """A model on one GPU. `embed_tokens` and `lm_head` bf16[V, H], `final_norm` bf16[H]."""
+    """A model on one device. `embed_tokens` and `lm_head` bf16[V, H], `final_norm` bf16[H]."""
 
     config: Step3Config
     embed_tokens: torch.Tensor

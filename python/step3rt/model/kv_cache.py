@@ -45,6 +45,12 @@ class KvCache:
         """Tokens that one block holds."""
         return self.blocks.shape[3]
 
+    def fill_randomly(self, seed: int = 0) -> None:
+        """Overwrites all blocks with values of unit variance, as normed K and V have about."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.blocks:
+            layer.copy_(torch.randn(layer.shape, generator=generator))
+
     def layer(self, index: int) -> torch.Tensor:
         """One layer's [B, 2, bs, D]."""
         return self.blocks[index]

@@ -1,4 +1,4 @@
-"""Makes up weights of a Step-3 model on the GPU, for full-size runs without a checkpoint.
+"""Makes up weights of a Step-3 model on its device, for full-size runs without a checkpoint.
 
 Values are drawn so that activations keep their size from layer to layer and routers spread tokens
 by their logits; they mean nothing. The same seed gives the same tensor whatever else is drawn.

@@ -63,6 +63,7 @@ class LinkError(enum.IntEnum):
     TIMED_OUT = 2
     WRONG_SEQUENCE = 3
     WRONG_LENGTH = 4
+    NOT_LINKED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +109,24 @@ class LinkShape:
 class StopWord:
     """A word in host memory that ends every wait of a process's links when it is set."""
 
-    def __init__(self) -> None:
-        """Allocates the word, not set."""
-        import cupy
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Allocates the word, not set; pinned for GPUs, unless `device` is a CPU."""
+        self.address = 0
+        """The same on the device, by unified addressing."""
+        memory: Any = bytearray(64)
+        if device is None or device.type != "cpu":
+            import cupy
 
-        self._memory = cupy.cuda.alloc_pinned_memory(64)
-        self._word = np.frombuffer(self._memory, dtype=np.uint32, count=1)
+            memory = cupy.cuda.alloc_pinned_memory(64)
+            self.address = int(memory.ptr)
+        self._memory = memory
+        self._word = np.frombuffer(memory, dtype=np.uint32, count=1)
         self._word[0] = 0
 
     @property
-    def address(self) -> int:
-        """The same on the device, by unified addressing."""
-        return int(self._memory.ptr)
+    def is_set(self) -> bool:
+        """Whether waits end."""
+        return bool(self._word[0])
 
     def set(self) -> None:
         """Ends all waits within microseconds; they report `LinkError.STOPPED`."""

@@ -1,6 +1,8 @@
 """Loads cubins through CuPy and launches them on torch's current stream.
 
 Never allocates, copies or converts a tensor: launchers check their tensors here and pass pointers.
+With tensors on the CPU a launcher makes the same checks and runs its torch reference instead of the
+kernel, from and into the same formats.
 """
 
 import ctypes
@@ -16,6 +18,7 @@ from step3rt.ops.compile import compile_kernel, kernels_dir
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _STATIC_SHARED_LIMIT_BYTES = 48 * 1024  # more needs an opt-in per kernel
+_CPU_SMS = 2  # what buffers are sized for that only kernels use; whole clusters of 2
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -51,6 +54,10 @@ class Kernel:
     shared_bytes: int = 0
     is_dependent: bool = False
     options: tuple[str, ...] = ()
+
+    def load(self, device: torch.device) -> None:
+        """Loads it now; a first launch might wait for the device, and so for what spins on it."""
+        _load_function(self, torch.cuda.current_device() if device.index is None else device.index)
 
     def launch(self, device: torch.device, num_ctas: int, arguments: Sequence[Any]) -> None:
         """Launches on torch's current stream of `device`; capturable after the first launch.
@@ -117,6 +124,13 @@ def driver() -> ctypes.CDLL:
         ) from error
 
 
+def num_sms(device: torch.device) -> int:
+    """Returns how many SMs a GPU has; on the CPU a small number, so that scratch is small."""
+    if device.type == "cpu":
+        return _CPU_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def pointer(tensor: torch.Tensor) -> np.uint64:
     """Returns the device address of the first element as a kernel argument."""
     return np.uint64(tensor.data_ptr())
@@ -136,7 +150,7 @@ def check_tensor(
         tensor: The argument.
         shape: Expected sizes; -1 accepts any.
         dtype: Expected dtype.
-        device: Expected device, a CUDA device.
+        device: Expected device.
 
     Raises:
         ValueError: shape, dtype, device or layout differ.

@@ -1,8 +1,10 @@
 """MFA decode attention: one query token per sequence against the paged KV cache of one layer.
 
-Launches the BF16 and FP8 kernels of kernels/attention; never appends to the cache.
+Launches the BF16 and FP8 kernels of kernels/attention, on the CPU their references; never appends
+to the cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,14 @@ import numpy as np
 import torch
 
 from step3rt.ops import launch
-from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM, PADDED_HEADS, MfaSchedule
+from step3rt.ops.quantize import to_e4m3, widen
 from step3rt.ops.tensor_map import TileView, encode_tensor_map
 
 LOG2_E = 1.4426950408889634
+FP8_WEIGHT_SCALE = 2.0**8
+"""The FP8 kernel rounds softmax's weights, which are up to 1, to e4m3 after this factor."""
 
 _BF16_KERNEL = launch.Kernel(
     "attention/sm90_bf16_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
@@ -77,19 +82,17 @@ def mfa_decode_bf16(
     """
     _check(q, torch.bfloat16, batch, out, softmax_scale)
     launch.check_tensor("kv_cache", kv_cache, bf16_cache_shape(-1), torch.bfloat16, q.device)
-    num_halves = 2 * kv_cache.shape[0]
-    row_bytes = 2 * HEAD_DIM
-    kv_map = encode_tensor_map(
-        kv_cache,
-        TileView(
-            sizes=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, num_halves),
-            strides_bytes=(row_bytes, 128, BLOCK_SIZE_TOKENS * row_bytes),
-            box=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 1),
-            swizzle_bytes=128,
-        ),
-    )
+    if q.device.type == "cpu":
+
+        def read(blocks: torch.Tensor) -> torch.Tensor:
+            return kv_cache[blocks].double()
+
+        _decode_on_cpu(q.double() * softmax_scale, read, batch, out, _round_to_bf16)
+        return
     params = _params(q, batch, out, softmax_scale, 1.0)
-    _BF16_KERNEL.launch(q.device, batch.schedule.num_ctas, (_query_map(q), kv_map, params))
+    _BF16_KERNEL.launch(
+        q.device, batch.schedule.num_ctas, (query_map(q), bf16_kv_map(kv_cache), params)
+    )
 
 
 def mfa_decode_fp8(
@@ -118,11 +121,18 @@ def mfa_decode_fp8(
     _check(q, torch.float8_e4m3fn, batch, out, softmax_scale)
     launch.check_tensor("q_scale", q_scale, q.shape[:2], torch.float32, q.device)
     launch.check_tensor("kv_cache", kv_cache, fp8_cache_shape(-1), torch.uint8, q.device)
-    k_scale, v_scale = kv_scale
-    if not (k_scale > 0 and v_scale > 0):
-        raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    k_scale, v_scale = check_scales(kv_scale)
+    if q.device.type == "cpu":
+        scales = torch.tensor(kv_scale, dtype=torch.float64)[:, None, None]
+
+        def read(blocks: torch.Tensor) -> torch.Tensor:
+            return widen(unpack_fp8_blocks(kv_cache[blocks]), torch.float64) * scales
+
+        scaled = widen(q, torch.float64) * q_scale[..., None].double() * softmax_scale
+        _decode_on_cpu(scaled, read, batch, out, _round_to_e4m3)
+        return
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
-    arguments = (_query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
+    arguments = (query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
     _FP8_KERNEL.launch(q.device, batch.schedule.num_ctas, arguments)
 
 
@@ -153,6 +163,43 @@ def reference_mfa_decode(
     return out
 
 
+def _decode_on_cpu(
+    q: torch.Tensor,
+    read: Callable[[torch.Tensor], torch.Tensor],
+    batch: MfaBatch,
+    out: torch.Tensor,
+    round_weights: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Computes what a kernel does, in float64, with its rounding of the weights before P V.
+
+    Args:
+        q: f64[S, N, 256], times the softmax scale.
+        read: Gives blocks of the cache, f64[n, 2, 64, 256], for i64[n] ids.
+        batch: The sequences.
+        out: bf16[S, N, 256].
+        round_weights: To what the kernel multiplies V with; the weights are in [0, 1].
+    """
+    for sequence, length in enumerate(batch.seq_lens.tolist()):
+        if length == 0:
+            out[sequence] = 0
+            continue
+        blocks = batch.block_table[sequence, : -(-length // BLOCK_SIZE_TOKENS)].long()
+        keys, values = read(blocks).transpose(0, 1).flatten(1, 2)[:, :length]
+        scores = q[sequence] @ keys.T
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        # The kernels sum the weights before they round them.
+        total = weights.sum(dim=-1, keepdim=True)
+        out[sequence] = round_weights(weights) @ values / total
+
+
+def _round_to_bf16(weights: torch.Tensor) -> torch.Tensor:
+    return weights.bfloat16().double()
+
+
+def _round_to_e4m3(weights: torch.Tensor) -> torch.Tensor:
+    return to_e4m3(weights * FP8_WEIGHT_SCALE).double() / FP8_WEIGHT_SCALE
+
+
 def _check(
     q: torch.Tensor,
     q_dtype: torch.dtype,
@@ -178,8 +225,31 @@ def _check(
         )
 
 
-def _query_map(q: torch.Tensor) -> Any:
-    """A box is all heads of one sequence in 128-byte column slices; heads past N arrive as 0."""
+def check_scales(kv_scale: tuple[float, float]) -> tuple[float, float]:
+    """Returns the scales of K and V.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+    if not min(kv_scale) > 0:
+        raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    return kv_scale
+
+
+def bf16_kv_map(kv_cache: torch.Tensor) -> Any:
+    """A box is K or V of one block of bf16[B, 2, 64, 256], in 128-byte column slices."""
+    row_bytes = 2 * HEAD_DIM
+    view = TileView(
+        sizes=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 2 * kv_cache.shape[0]),
+        strides_bytes=(row_bytes, 128, BLOCK_SIZE_TOKENS * row_bytes),
+        box=(64, BLOCK_SIZE_TOKENS, HEAD_DIM // 64, 1),
+        swizzle_bytes=128,
+    )
+    return encode_tensor_map(kv_cache, view)
+
+
+def query_map(q: torch.Tensor) -> Any:
+    """A box is all heads of one of [T, N, 256], in 128-byte column slices; heads past N are 0."""
     num_sequences, num_heads, _ = q.shape
     item_bytes = q.element_size()
     slice_elements = 128 // item_bytes

@@ -59,7 +59,7 @@ def allocate_schedule(device: torch.device, num_ctas: int | None = None) -> MfaS
         ValueError: `num_ctas` is not in 1...256.
     """
     if num_ctas is None:
-        num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+        num_ctas = launch.num_sms(device)
     if not 1 <= num_ctas <= MAX_CTAS:
         raise ValueError(
             f"num_ctas is {num_ctas}, the schedule holds 1 to {MAX_CTAS}. Pass the number of SMs "
@@ -90,6 +90,10 @@ def mfa_schedule(seq_lens: torch.Tensor, schedule: MfaSchedule) -> None:
             f"`seq_lens` has {num_sequences} sequences, one schedule takes 1 to {MAX_SEQUENCES}. "
             "Split the batch."
         )
+    if schedule.device.type == "cpu":
+        rows = reference_mfa_schedule(seq_lens.tolist(), schedule.num_ctas)
+        schedule.rows.copy_(torch.tensor(rows, dtype=torch.int32))
+        return
     arguments = (
         launch.pointer(seq_lens),
         np.int32(num_sequences),

@@ -1,7 +1,8 @@
 """FP8 MoE of one layer on Hopper: sorts tokens by expert, SwiGLU experts, weighted sum.
 
-Launches the kernels of kernels/moe on preallocated memory; never learns how many tokens an expert
-got: counts stay on the device, so that a captured graph stays valid.
+Launches the kernels of kernels/moe on preallocated memory, on the CPU those of
+`ops.moe_fp8_reference`; never learns how many tokens an expert got: counts stay on the device, so
+that a captured graph stays valid.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from step3rt.ops import launch
-from step3rt.ops.moe_layout import BLOCK_K, GATE_UP_TILE
+from step3rt.ops import launch, moe_fp8_reference
+from step3rt.ops.moe_fp8_reference import reference_dispatch
+from step3rt.ops.moe_layout import BLOCK_K, GATE_UP_TILE, ROW_ALIGNMENT, padded_rows
 from step3rt.ops.quantize import dequantize_groups, quantize_groups
 
-ROW_ALIGNMENT = 64
-"""Rows of a group start at a multiple of this, the rows of one wgmma."""
 MAX_GROUPS = 64
 MAX_COLUMNS = 8
 MAX_TOKENS = 2048
@@ -158,7 +158,7 @@ def allocate_moe_workspace(
     """
     device = experts.gate_up.device
     if num_ctas is None:
-        num_ctas = torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2
+        num_ctas = launch.num_sms(device) // _CLUSTER_CTAS * _CLUSTER_CTAS
     if num_ctas < _CLUSTER_CTAS or num_ctas % _CLUSTER_CTAS != 0:
         raise ValueError(
             f"num_ctas is {num_ctas}. CTAs work in clusters of {_CLUSTER_CTAS}. Pass an even "
@@ -172,8 +172,8 @@ def allocate_moe_workspace(
     if num_slices is None:
         num_slices = _default_slices(experts)
     num_ids = max_tokens * num_columns if experts.num_routed > 0 else 0
-    capacity = _padded(num_ids + (ROW_ALIGNMENT - 1) * min(experts.num_routed, num_ids))
-    capacity += _padded(max_tokens) if experts.has_shared else 0
+    capacity = padded_rows(num_ids + (ROW_ALIGNMENT - 1) * min(experts.num_routed, num_ids))
+    capacity += padded_rows(max_tokens) if experts.has_shared else 0
     hidden, inner = experts.hidden_size, experts.intermediate_size
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -207,7 +207,9 @@ def moe_fp8(
     Raises:
         ValueError: a shape, dtype, device or layout does not fit.
     """
-    _check(tokens, experts, workspace, out)
+    check_layer(tokens, experts, workspace)
+    out_shape = (tokens.hidden.shape[0], experts.hidden_size)
+    launch.check_tensor("out", out, out_shape, torch.bfloat16, workspace.rows.device)
     if tokens.hidden.shape[0] == 0:
         return
     moe_dispatch(tokens, experts, workspace)
@@ -219,6 +221,19 @@ def moe_fp8(
 def moe_dispatch(tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace) -> None:
     """Fills `groups`, `token_rows`, `rows` and `row_scales`. Arguments are `moe_fp8`'s, checked."""
     num_tokens, num_columns = tokens.topk_ids.shape
+    if workspace.rows.device.type == "cpu":
+        groups, token_rows = reference_dispatch(
+            tokens.topk_ids,
+            experts.first_expert,
+            experts.num_routed,
+            has_shared=experts.has_shared,
+        )
+        workspace.groups.copy_(torch.tensor(groups, dtype=torch.int32))
+        workspace.token_rows[: token_rows.numel()] = token_rows.flatten()
+        moe_fp8_reference.copy_rows(
+            tokens.hidden, tokens.scales, token_rows, workspace.rows, workspace.row_scales
+        )
+        return
     params = np.zeros(1, dtype=_DISPATCH_DTYPE)
     params["topk_ids"] = tokens.topk_ids.data_ptr()
     params["hidden"] = tokens.hidden.data_ptr()
@@ -245,6 +260,12 @@ def moe_dispatch(tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace
 
 def moe_gate_up(experts: Fp8Experts, workspace: MoeWorkspace) -> None:
     """Fills `inner` and `inner_scales` from the sorted rows."""
+    if workspace.rows.device.type == "cpu":
+        weights = (experts.gate_up, experts.gate_up_scale)
+        rows = (workspace.rows, workspace.row_scales)
+        out = (workspace.inner, workspace.inner_scales)
+        moe_fp8_reference.gate_up(workspace.groups, weights, rows, out)
+        return
     params = _gemm_params(workspace, experts.gate_up, experts.gate_up_scale, workspace.rows)
     params["row_scales"] = workspace.row_scales.data_ptr()
     params["out"] = workspace.inner.data_ptr()
@@ -254,6 +275,11 @@ def moe_gate_up(experts: Fp8Experts, workspace: MoeWorkspace) -> None:
 
 def moe_down(experts: Fp8Experts, workspace: MoeWorkspace) -> None:
     """Fills `expert_out` from `inner`."""
+    if workspace.rows.device.type == "cpu":
+        weights = (experts.down, experts.down_scale)
+        rows = (workspace.inner, workspace.inner_scales)
+        moe_fp8_reference.down(workspace.groups, weights, rows, workspace.expert_out)
+        return
     params = _gemm_params(workspace, experts.down, experts.down_scale, workspace.inner)
     params["row_scales"] = workspace.inner_scales.data_ptr()
     params["out"] = workspace.expert_out.data_ptr()
@@ -264,6 +290,12 @@ def moe_down(experts: Fp8Experts, workspace: MoeWorkspace) -> None:
 def moe_combine(tokens: MoeTokens, workspace: MoeWorkspace, out: torch.Tensor) -> None:
     """Writes `out` from `expert_out`."""
     num_slices, capacity, width = workspace.expert_out.shape
+    if out.device.type == "cpu":
+        token_rows = workspace.token_rows[: out.shape[0] * (tokens.topk_ids.shape[1] + 1)]
+        moe_fp8_reference.combine(
+            workspace.expert_out, token_rows.view(out.shape[0], -1), tokens.topk_weights, out
+        )
+        return
     params = np.zeros(1, dtype=_COMBINE_DTYPE)
     params["expert_out"] = workspace.expert_out.data_ptr()
     params["token_rows"] = workspace.token_rows.data_ptr()
@@ -274,27 +306,6 @@ def moe_combine(tokens: MoeTokens, workspace: MoeWorkspace, out: torch.Tensor) -
     params["row_capacity"] = capacity
     params["width"] = width
     _COMBINE.launch(out.device, out.shape[0], (params,))
-
-
-def reference_dispatch(
-    topk_ids: torch.Tensor, first_expert: int, num_routed: int, *, has_shared: bool
-) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Returns what `moe_dispatch` decides: (first row, rows) of each group, and i32[T, C + 1]."""
-    num_tokens, num_columns = topk_ids.shape
-    local = topk_ids.cpu() - first_expert
-    token_rows = torch.full((num_tokens, num_columns + 1), -1, dtype=torch.int32)
-    groups = []
-    start = 0
-    for expert in range(num_routed):
-        places = (local == expert).nonzero()  # in the order of (token, column)
-        rows = torch.arange(start, start + len(places), dtype=torch.int32)
-        token_rows[places[:, 0], places[:, 1]] = rows
-        groups.append((start, len(places)))
-        start += _padded(len(places))
-    if has_shared:
-        token_rows[:, num_columns] = torch.arange(start, start + num_tokens, dtype=torch.int32)
-        groups.append((start, num_tokens))
-    return groups, token_rows
 
 
 def reference_expert(
@@ -330,17 +341,16 @@ def _gemm_params(
     return params
 
 
-def _padded(num_rows: int) -> int:
-    return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
 def _default_slices(experts: Fp8Experts) -> int:
     return 3 if experts.num_groups == 1 else 1
 
 
-def _check(
-    tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace, out: torch.Tensor
-) -> None:
+def check_layer(tokens: MoeTokens, experts: Fp8Experts, workspace: MoeWorkspace) -> None:
+    """Checks what a layer's launches take.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
     device = workspace.rows.device
     hidden, inner, groups = experts.hidden_size, experts.intermediate_size, experts.num_groups
     fp8, f32 = torch.float8_e4m3fn, torch.float32
@@ -360,7 +370,6 @@ def _check(
     launch.check_tensor("scales", tokens.scales, (num_tokens, scale_blocks[0]), f32, device)
     launch.check_tensor("topk_ids", tokens.topk_ids, (num_tokens, -1), torch.int32, device)
     launch.check_tensor("topk_weights", tokens.topk_weights, tokens.topk_ids.shape, f32, device)
-    launch.check_tensor("out", out, (num_tokens, hidden), torch.bfloat16, device)
     num_columns = tokens.topk_ids.shape[1]
     if num_tokens > workspace.max_tokens or num_columns != workspace.num_columns:
         raise ValueError(

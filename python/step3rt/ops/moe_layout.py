@@ -9,15 +9,28 @@ other; inside a tile, the 128-value blocks of K; inside such a block, the rows o
 16-byte chunk c lies at place c ^ row % 8, wgmma's 128-byte swizzle.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 BLOCK_K = 128
 GATE_UP_TILE = 256
 DOWN_TILE = 192
 GRANULE = 64
+ROW_ALIGNMENT = 64
+"""Rows of a group start at a multiple of this, the rows of one wgmma."""
 
 _CHUNK_BYTES = 16
+_CHUNK = torch.complex128  # of 16 bytes too: moves a chunk as one element
 _SWIZZLE_ROWS = 8
+
+Pack = Callable[[torch.Tensor], torch.Tensor]
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows that a group of `num_rows` occupies."""
+    return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def pack_gate_up(gate_up: torch.Tensor) -> torch.Tensor:
@@ -55,14 +68,60 @@ def pack_down(down: torch.Tensor) -> torch.Tensor:
     return _pack_tiles(_order_granules(down), DOWN_TILE)
 
 
+def unpack_gate_up(packed: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """Returns e4m3[G, 2 * I, H], on the CPU: the inverse of `pack_gate_up`."""
+    return _unpack(packed, hidden_size, pack_gate_up)
+
+
+def unpack_down(packed: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+    """Returns e4m3[G, H, I], on the CPU: the inverse of `pack_down`."""
+    return _unpack(packed, intermediate_size, pack_down)
+
+
+def pack_rows(plain: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Returns e4m3[K / 128, R, 128] of activations e4m3[R, K], as the kernels keep them.
+
+    Args:
+        plain: The activations.
+        places: i64[R]: which row of the kernels' buffer each will be.
+    """
+    num_rows, width = plain.shape
+    blocks = plain.view(torch.uint8).view(num_rows, width // BLOCK_K, BLOCK_K).transpose(0, 1)
+    return _swizzle_rows(blocks, places).view(torch.float8_e4m3fn)
+
+
 def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
     """Returns e4m3[R, K] of activations as the kernels keep them, e4m3[K / 128, R, 128]."""
-    num_blocks, num_rows, _ = rows.shape
-    chunks = rows.view(torch.uint8).view(num_blocks, num_rows, -1, _CHUNK_BYTES)
-    plain = torch.stack(
-        [chunks[:, row, _swizzle(row)] for row in range(num_rows)], dim=0
-    )  # [R, K / 128, 8, 16]
+    num_rows = rows.shape[1]
+    places = torch.arange(num_rows, device=rows.device)
+    plain = _swizzle_rows(rows.view(torch.uint8), places).transpose(0, 1)
     return plain.reshape(num_rows, -1).view(torch.float8_e4m3fn)
+
+
+def _swizzle_rows(blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """u8[K / 128, R, 128] with the chunks of each row as in row `places[r]`; its own inverse."""
+    chunks = blocks.contiguous().view(_CHUNK)
+    table = torch.tensor([_swizzle(row) for row in range(_SWIZZLE_ROWS)], device=blocks.device)
+    order = table[places % _SWIZZLE_ROWS].expand(chunks.shape)
+    return chunks.gather(2, order).view(torch.uint8)
+
+
+def _unpack(packed: torch.Tensor, width: int, pack: Pack) -> torch.Tensor:
+    chunks = packed.view(torch.uint8).view(_CHUNK)
+    num_groups, num_chunks = chunks.shape
+    num_rows = num_chunks * _CHUNK_BYTES // width
+    plain = chunks.index_select(1, _chunk_places(pack, num_rows, width))
+    return plain.view(torch.uint8).view(num_groups, num_rows, width).view(torch.float8_e4m3fn)
+
+
+@functools.cache
+def _chunk_places(pack: Pack, num_rows: int, width: int) -> torch.Tensor:
+    """i64[N * K / 16]: where `pack` puts each chunk of a weight [N, K]; it is given numbers."""
+    num_chunks = num_rows * width // _CHUNK_BYTES
+    numbers = torch.arange(num_chunks)[:, None].repeat(1, _CHUNK_BYTES // 8)
+    weight = numbers.view(torch.uint8).view(1, num_rows, width).view(torch.float8_e4m3fn)
+    packed = pack(weight).view(torch.uint8).view(torch.int64).view(num_chunks, -1)[:, 0]
+    return packed.argsort()
 
 
 def _order_granules(weight: torch.Tensor) -> torch.Tensor:

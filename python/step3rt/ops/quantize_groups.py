@@ -1,13 +1,14 @@
 """Quantises activations to FP8 in groups of 1x128 on the GPU.
 
-Launches kernels/fused/sm90_bf16_quantize_groups; the reference is `ops.quantize.quantize_groups`.
+Launches kernels/fused/sm90_bf16_quantize_groups; the reference, which runs on the CPU, is
+`ops.quantize.quantize_groups`.
 """
 
 import numpy as np
 import torch
 
 from step3rt.ops import launch
-from step3rt.ops.quantize import GROUP_SIZE
+from step3rt.ops.quantize import GROUP_SIZE, quantize_groups
 from step3rt.ops.rmsnorm_quantize import QuantizedRows
 
 _THREADS = 256
@@ -44,6 +45,9 @@ def quantize_groups_fp8(
             f"{GROUP_SIZE}. Skip it for an empty batch, or pad the rows."
         )
     out.check(num_tokens, width, device)
+    if device.type == "cpu":
+        out.copy_(*quantize_groups(x))
+        return
     num_vectors = num_tokens * width // _VECTOR_WIDTH
     num_ctas = -(-num_vectors // (kernel.num_threads * vectors_per_thread))
     arguments = (launch.pointer(x), out.pointers(), np.int64(num_vectors))

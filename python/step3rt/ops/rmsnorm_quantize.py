@@ -1,6 +1,6 @@
 """Residual add, RMS normalisation and FP8 quantisation of activations, fused.
 
-Launches the kernels of kernels/fused; computes no GEMM.
+Launches the kernels of kernels/fused, on the CPU their references; computes no GEMM.
 """
 
 from dataclasses import dataclass
@@ -77,6 +77,11 @@ class QuantizedRows:
         scale_shape = (num_tokens, width // GROUP_SIZE)
         launch.check_tensor("scales", self.scales, scale_shape, torch.float32, device)
 
+    def copy_(self, values: torch.Tensor, scales: torch.Tensor) -> None:
+        """Takes over rows of the same shape."""
+        self.values.copy_(values)
+        self.scales.copy_(scales)
+
     def pointers(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
         """The kernel argument."""
         pointers = np.zeros(1, dtype=_ROWS_DTYPE)
@@ -137,6 +142,17 @@ def add_rmsnorm_quantize(
         out.quantized.check(num_tokens, HIDDEN_SIZE, device)
         params["quantized"] = out.quantized.values.data_ptr()
         params["scales"] = out.quantized.scales.data_ptr()
+    if device.type == "cpu":
+        added, normed, quantized = reference_add_rmsnorm_quantize(
+            residual, partial_sums, weight, eps
+        )
+        if out.residual is not None:
+            out.residual.copy_(added)
+        if out.normed is not None:
+            out.normed.copy_(normed)
+        if out.quantized is not None:
+            out.quantized.copy_(quantized.values, quantized.scales)
+        return
     params["residual"] = residual.data_ptr()
     params["partial_sums"] = partial_sums.data_ptr()
     params["weight"] = weight.data_ptr()
@@ -180,6 +196,9 @@ def rmsnorm_quantize(
         )
     launch.check_tensor("weight", weight, (QUERY_RANK,), torch.bfloat16, device)
     out.check(num_tokens, QUERY_RANK, device)
+    if device.type == "cpu":
+        out.copy_(*quantize_groups(rms_norm(latent, weight, eps)))
+        return
     arguments = (
         launch.pointer(latent),
         np.int64(latent.stride(0)),

@@ -1,6 +1,6 @@
 """Rotary embedding of queries and keys, fused with the append of K and V to the paged cache.
 
-Launches the kernels of kernels/fused; decides no slots.
+Launches the kernels of kernels/fused, on the CPU their references; decides no slots.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from step3rt.ops import launch
-from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
-from step3rt.ops.mfa_schedule import HEAD_DIM
+from step3rt.ops.kv_cache import bf16_cache_shape, fp8_block_offsets, fp8_cache_shape
+from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM
+from step3rt.ops.quantize import E4M3_MAX, to_e4m3
+from step3rt.ops.rotary import rotate
 
 _BF16_KERNEL = launch.Kernel("fused/sm90_bf16_rope_append.cu", num_threads=256, is_dependent=True)
 _FP8_KERNEL = launch.Kernel("fused/sm90_fp8_rope_append.cu", num_threads=256, is_dependent=True)
 _HEADS_PER_CTA = 32
+_SMALLEST_AMAX = 1e-12  # of the FP8 kernel: a head of zeros still gets a positive scale
 
 # struct RopeParams of kernels/fused/rope.cuh.
 _PARAMS_DTYPE = np.dtype(
@@ -74,6 +77,13 @@ def rope_append_bf16(
     device = tokens.q.device
     launch.check_tensor("q_out", q_out, tokens.q.shape, torch.bfloat16, device)
     launch.check_tensor("kv_cache", kv_cache, bf16_cache_shape(-1), torch.bfloat16, device)
+    if device.type == "cpu":
+        q, k, v = _rotate_on_cpu(tokens, table)
+        q_out.copy_(q)
+        appended, blocks, offsets = _slots_on_cpu(tokens)
+        kv_cache[blocks, 0, offsets] = k[appended].bfloat16()
+        kv_cache[blocks, 1, offsets] = v[appended].bfloat16()
+        return
     arguments = (params, launch.pointer(q_out), launch.pointer(kv_cache))
     _BF16_KERNEL.launch(device, _num_ctas(tokens), arguments)
 
@@ -106,6 +116,17 @@ def rope_append_fp8(
     k_scale, v_scale = kv_scale
     if not (k_scale > 0 and v_scale > 0):
         raise ValueError(f"kv_scale is {kv_scale}. A scale is positive. Recalibrate the layer.")
+    if device.type == "cpu":
+        q, k, v = _rotate_on_cpu(tokens, table)
+        amax = q.abs().amax(dim=-1).clamp(min=_SMALLEST_AMAX)
+        values.copy_(to_e4m3(q * (E4M3_MAX / amax)[..., None]))
+        scales.copy_(amax * (1 / E4M3_MAX))
+        appended, blocks, offsets = _slots_on_cpu(tokens)
+        places = fp8_block_offsets(device)[:, offsets]  # [2, appended, 256]
+        for half, (row, scale) in enumerate(((k, k_scale), (v, v_scale))):
+            quantized = to_e4m3(row[appended] * (1 / scale))
+            kv_cache[blocks[:, None], places[half]] = quantized.view(torch.uint8)
+        return
     arguments = (
         params,
         launch.pointer(values),
@@ -126,6 +147,22 @@ def reference_rope(x: torch.Tensor, positions: torch.Tensor, theta: float) -> to
     low, high = x[..., :half].double(), x[..., half:].double()
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def _rotate_on_cpu(
+    tokens: RopeTokens, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns q f32[T, N, 256] and K f32[T, 256], both rotated in fp32, and V f32[T, 256]."""
+    cos, sin = table[tokens.positions.long()].chunk(2, dim=1)
+    k, v = tokens.kv.float().chunk(2, dim=1)
+    return rotate(tokens.q.float(), cos, sin), rotate(k[:, None], cos, sin)[:, 0], v
+
+
+def _slots_on_cpu(tokens: RopeTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the tokens that are appended, and the block and the offset of each, all i64."""
+    appended = (tokens.slots >= 0).nonzero().flatten()
+    slots = tokens.slots[appended].long()
+    return appended, slots // BLOCK_SIZE_TOKENS, slots % BLOCK_SIZE_TOKENS
 
 
 def _num_ctas(tokens: RopeTokens) -> int:

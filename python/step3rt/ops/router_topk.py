@@ -1,6 +1,7 @@
 """Launches the router: logits of 48 experts, softmax, and the 3 most probable, in one kernel.
 
-Counts no tokens per expert: an FFN instance serves several sources and counts over all of them.
+On the CPU it runs `ops.router.route` instead. Counts no tokens per expert: an FFN instance serves
+several sources and counts over all of them.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 
 from step3rt.ops import launch
+from step3rt.ops.linear import linear_bf16
 from step3rt.ops.rmsnorm_quantize import HIDDEN_SIZE
+from step3rt.ops.router import route
 
 NUM_EXPERTS = 48
 TOP_K = 3
@@ -93,6 +96,14 @@ def route_topk(
     if logits is not None:
         launch.check_tensor("logits", logits, (num_tokens, NUM_EXPERTS), torch.bfloat16, device)
         params["logits"] = logits.data_ptr()
+    if device.type == "cpu":
+        rounded = linear_bf16(hidden, gate)
+        chosen_ids, chosen_weights = route(rounded, TOP_K, is_normalised=is_normalised)
+        ids.copy_(chosen_ids)
+        weights.copy_(chosen_weights)
+        if logits is not None:
+            logits.copy_(rounded)
+        return
     params["hidden"] = hidden.data_ptr()
     params["gate"] = gate.data_ptr()
     params["topk_ids"] = ids.data_ptr()

@@ -1,6 +1,7 @@
 """Chooses tokens on the GPU: the function of `ops.sampling` as one kernel launch per batch.
 
-Launches kernels/sampling; keeps no state between steps and counts no tokens.
+Launches kernels/sampling, on the CPU runs `ops.sample_reference`; keeps no state between steps and
+counts no tokens.
 """
 
 import functools
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from step3rt.ops import launch
+from step3rt.ops.sample_reference import IS_KNOWN, IS_MASKED, sample_row
 
 ROW_CTAS = 8
 MAX_TOP = 32
@@ -34,7 +36,6 @@ _GREEDY_KERNELS = {
     )
     for dtype, source in _SOURCES.items()
 }
-_IS_KNOWN, _IS_MASKED = 1, 2
 
 # struct SamplingRow of kernels/sampling/cluster_row.cuh.
 _ROW_DTYPE = np.dtype(
@@ -244,6 +245,9 @@ def sample_on_device(
         ("top_logprobs", torch.float32, (num_rows, max_top)),
     ):
         launch.check_tensor(name, getattr(out, name), shape, dtype, device)
+    if device.type == "cpu":
+        _sample_on_cpu(logits, batch, out)
+        return
     params = np.zeros(1, dtype=_PARAMS_DTYPE)
     params["logits"] = logits.data_ptr()
     for source, names in ((batch, ("rows", "edit_offsets", "edits")), (out, Samples.__slots__)):
@@ -259,6 +263,20 @@ def sample_on_device(
         _GREEDY_KERNELS[logits.dtype] if batch.is_greedy else _kernel(logits.dtype, slice_tokens)
     )
     kernel.launch(device, num_rows * row_ctas, (params,))
+
+
+def _sample_on_cpu(logits: torch.Tensor, batch: SamplingBatch, out: Samples) -> None:
+    rows = batch.rows.numpy().reshape(-1).view(_ROW_DTYPE)
+    edits = batch.edits.numpy().reshape(-1).view(_EDIT_DTYPE)
+    offsets = batch.edit_offsets.tolist()
+    for index, row in enumerate(rows):
+        result = sample_row(logits[index], row, edits[offsets[index] : offsets[index + 1]])
+        out.token_ids[index] = result.token_id
+        out.is_corrupt[index] = result.is_corrupt
+        out.logprobs[index] = result.logprob
+        for place, (token_id, logprob) in enumerate(result.top):
+            out.top_ids[index, place] = token_id
+            out.top_logprobs[index, place] = logprob
 
 
 @functools.cache
@@ -294,6 +312,6 @@ def _edits(
             token,
             row.generated.get(token, 0) if has_penalties else 0,
             row.bias.get(token, 0.0),
-            (_IS_KNOWN if token in known else 0) | (_IS_MASKED if token in masked else 0),
+            (IS_KNOWN if token in known else 0) | (IS_MASKED if token in masked else 0),
         )
     return edits

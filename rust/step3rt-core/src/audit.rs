@@ -84,8 +84,11 @@ impl Scheduler {
             "sequence {id} has computed {} of {known} tokens",
             stay.num_computed_tokens
         );
+        // What is only assumed to be computed gets its blocks with the first plan.
+        let is_assumed = self.config.assumes_computed_prompts && !stay.is_told;
+        let num_filled = num_blocks(stay.num_computed_tokens, block_size_tokens);
         ensure!(
-            num_blocks(stay.num_computed_tokens, block_size_tokens) <= stay.num_granted_blocks
+            (is_assumed || num_filled <= stay.num_granted_blocks)
                 && stay.num_granted_blocks as usize == stay.holding.blocks.len(),
             "sequence {id} has computed tokens outside its blocks"
         );

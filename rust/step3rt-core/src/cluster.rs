@@ -138,6 +138,7 @@ mod tests {
             max_sequences_per_lane: 2,
             max_waiting_requests: 8,
             recovery_timeout_ms: 1_000,
+            assumes_computed_prompts: false,
         }
     }
 
@@ -173,6 +174,7 @@ mod tests {
                 id: SequenceId(arrival),
                 vacancy: vacancy.clone(),
                 block_size_tokens: 4,
+                is_assumed_computed: false,
             };
             let slot = table.insert(sequence);
             let instance = cluster.instances.get_mut(&id)?;

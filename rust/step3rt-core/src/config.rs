@@ -25,6 +25,10 @@ pub struct SchedulerConfig {
     pub max_waiting_requests: u32,
     /// How long sequences wait for a lost instance to come back before they fail.
     pub recovery_timeout_ms: u64,
+    /// For measurements of decoding at long contexts, which would spend their time on prompts: all
+    /// of a sequence but its last known token counts as computed from the start, whatever its
+    /// blocks hold. What is generated then means nothing, and nothing is shared or cached.
+    pub assumes_computed_prompts: bool,
 }
 
 /// Most lanes of one attention instance. The pipeline has three stages; more than two lanes per
@@ -160,6 +164,7 @@ mod tests {
             max_sequences_per_lane: 256,
             max_waiting_requests: 100,
             recovery_timeout_ms: 10_000,
+            assumes_computed_prompts: false,
         }
     }
 
@@ -182,6 +187,7 @@ mod tests {
             max_sequences_per_lane: 1,
             max_waiting_requests: 1,
             recovery_timeout_ms: 0,
+            assumes_computed_prompts: false,
         };
         assert_eq!(smallest.validate(), Ok(()));
         let mut most_lanes = valid();

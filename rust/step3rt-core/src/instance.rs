@@ -156,13 +156,17 @@ impl Instance {
     }
 
     /// Gives `sequence` a place on a lane; the instance is told when its first chunk is planned.
-    /// What is cached of it counts as computed.
+    /// What is cached of it counts as computed, or what its place says.
     pub(crate) fn join(&mut self, slot: Slot, sequence: &mut Sequence, place: Place) {
         let Vacancy { lane, prefix } = place.vacancy;
         let CachedPrefix { blocks, node, .. } = prefix;
         self.pool.share(&blocks);
         let num_granted_blocks = u32::try_from(blocks.len()).expect("ids of blocks are u32");
-        let num_computed_tokens = num_granted_blocks * place.block_size_tokens;
+        let num_computed_tokens = if place.is_assumed_computed {
+            sequence.num_known_tokens() - 1
+        } else {
+            num_granted_blocks * place.block_size_tokens
+        };
         let stay = Stay {
             id: place.id,
             is_told: false,
@@ -368,6 +372,8 @@ pub(crate) struct Place {
     pub(crate) id: SequenceId,
     pub(crate) vacancy: Vacancy,
     pub(crate) block_size_tokens: u32,
+    /// See [`SchedulerConfig::assumes_computed_prompts`].
+    pub(crate) is_assumed_computed: bool,
 }
 
 /// Blocks that `num_tokens` tokens fill, the last one perhaps in part.

@@ -54,6 +54,7 @@ impl Scheduler {
                 id: SequenceId(self.num_stays),
                 vacancy,
                 block_size_tokens: self.config.block_size_tokens,
+                is_assumed_computed: self.config.assumes_computed_prompts,
             };
             self.num_stays += 1;
             let instance = self.cluster.instances.get_mut(&id);

@@ -243,7 +243,9 @@ impl Scheduler {
             let end = sequence.accept(now, (asked, output), &mut self.events);
             if end.is_ok() {
                 generated.count(sequence.tenant, u64::from(asked.samples));
-                instance.publish_full_blocks(sequence, asked, self.config.block_size_tokens);
+                if !self.config.assumes_computed_prompts {
+                    instance.publish_full_blocks(sequence, asked, self.config.block_size_tokens);
+                }
             } else {
                 instance.distrust(sequence);
             }

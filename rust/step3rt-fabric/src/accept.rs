@@ -11,20 +11,24 @@ use std::time::Instant;
 
 use thiserror::Error;
 
-use crate::address::ChoiceReason;
+use crate::choice::Choice;
+use crate::connect::no_epoch;
 use crate::contract::{Link, LinkIdentity};
-use crate::handshake::{Kind, MESSAGE_BYTES, Message, RefusalCode};
-use crate::hub::{Accepted, Hub, Watch};
+use crate::device_offer::DeviceOffer;
+use crate::handshake::{By, Kind, MESSAGE_BYTES, Message, RefusalCode};
+use crate::hub::{Hub, Watch};
 use crate::lane::LinkTerms;
+use crate::link_epoch::{self, LinkEpoch};
 use crate::memory::MapError;
-use crate::rdma::{self, OFFER_BYTES};
+use crate::new_link::NewLink;
+use crate::rdma;
 use crate::rdma_status::RdmaError;
 use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
-use crate::tcp_socket;
+use crate::tcp_socket::{self, FrameSocket};
 use crate::tls::{self, Accepting, Fault, Handshake};
 
 /// A connection whose hello has not come yet.
@@ -37,7 +41,8 @@ enum PendingSocket {
     Shm(OwnedFd),
     Tcp {
         opening: Opening,
-        bytes: Box<[u8; MESSAGE_BYTES + OFFER_BYTES]>,
+        /// The hello; once that was found good, also what it says that follows.
+        bytes: Vec<u8>,
         num_bytes: usize,
     },
 }
@@ -124,7 +129,7 @@ impl Pending {
     pub(crate) fn tcp(stream: TcpStream, deadline: Instant) -> Self {
         let socket = PendingSocket::Tcp {
             opening: Opening::New(stream),
-            bytes: Box::new([0; MESSAGE_BYTES + OFFER_BYTES]),
+            bytes: vec![0; MESSAGE_BYTES],
             num_bytes: 0,
         };
         Self { deadline, socket }
@@ -177,105 +182,167 @@ impl Pending {
 /// A hello that was found good; its sender's link is counted.
 struct Admitted {
     peer: LinkIdentity,
-    choice: ChoiceReason,
+    choice: Choice,
+    by: By,
+    /// What both ends will call the link.
+    epoch: LinkEpoch,
+    /// The peer's, of a link through device memory.
+    device_offer: Option<DeviceOffer>,
+    /// Why it takes the place of the present link.
+    reset: Option<String>,
 }
 
-fn admit(hub: &Hub, hello: Message) -> Result<Admitted, AcceptError> {
-    let Message { from, kind } = hello;
-    let Kind::Hello { wanted, choice, .. } = kind else {
+/// Whether a message is a hello that this end wants. Before anything is made for it.
+fn judge(hub: &Hub, hello: &Message) -> Result<By, AcceptError> {
+    let Kind::Hello { wanted, by, .. } = hello.kind else {
         return Err(HandshakeError::Unexpected("message other than a hello").into());
     };
-    let verdict = hub.introduction.judge(&from, wanted);
-    verdict
-        .and_then(|()| hub.admit(from.identity))
-        .map_err(AcceptError::Refused)?;
-    Ok(Admitted {
-        peer: from.identity,
+    let verdict = hub.introduction.judge(&hello.from, wanted);
+    verdict.map_err(AcceptError::Refused)?;
+    if matches!(by, By::Device { .. }) && hub.device_offer.is_none() {
+        return Err(AcceptError::Refused(RefusalCode::NoDeviceOffer));
+    }
+    Ok(by)
+}
+
+/// Judges a hello with what followed it, and counts its sender's link.
+fn admit(hub: &Hub, hello: &Message, following: &[u8]) -> Result<Admitted, AcceptError> {
+    judge(hub, hello)?;
+    let Kind::Hello {
         choice,
+        by,
+        epoch,
+        reason_bytes,
+        ..
+    } = hello.kind
+    else {
+        return Err(HandshakeError::Unexpected("message other than a hello").into());
+    };
+    if following.len() != hello.following_bytes() {
+        return Err(HandshakeError::Size(MESSAGE_BYTES + following.len()).into());
+    }
+    let (reason, offer) = following.split_at(reason_bytes.into());
+    let reason = std::str::from_utf8(reason).map_err(|_| HandshakeError::Text)?;
+    let device_offer = match by {
+        By::Device { .. } => Some(DeviceOffer::new(offer).expect("a message's own limit")),
+        By::Carrier | By::Rdma => None,
+    };
+    let peer = hello.from.identity;
+    let epoch = link_epoch::agree(epoch).ok_or_else(no_epoch)?;
+    hub.admit(peer).map_err(AcceptError::Refused)?;
+    let reset = (!reason.is_empty()).then(|| reason.to_owned());
+    if let Some(reason) = &reset {
+        hub.begin_reset(peer.instance, reason.clone());
+    }
+    Ok(Admitted {
+        peer,
+        choice,
+        by,
+        epoch,
+        device_offer,
+        reset,
     })
 }
 
 impl Admitted {
+    fn terms(&self, hub: &Hub) -> LinkTerms {
+        hub.terms(self.peer, self.by)
+    }
+
+    /// The welcome, with this end's device offer if the link is through device memory.
+    fn welcome(&self, hub: &Hub) -> Vec<u8> {
+        let by = match (self.by, &hub.device_offer) {
+            (By::Device { .. }, Some(offer)) => By::of_offer(offer),
+            _ => By::Carrier,
+        };
+        let epoch = self.epoch;
+        let message = hub.message(Kind::Welcome { epoch, by });
+        [&message, hub.offer_by(by)].concat()
+    }
+
     /// Uncounts the link when it fails to come into being.
     fn finish<E: Into<AcceptError>>(
         self,
         hub: &Hub,
         link: Result<Box<dyn Link>, E>,
-    ) -> Result<Option<Accepted>, AcceptError> {
-        let Self { peer, choice } = self;
+    ) -> Result<Option<NewLink>, AcceptError> {
         match link {
             Ok(link) => {
-                hub.confirm(peer);
-                let reason = choice.to_string();
-                Ok(Some(Accepted { link, reason }))
+                hub.confirm(self.peer);
+                Ok(Some(NewLink {
+                    link,
+                    reason: self.choice.to_string(),
+                    epoch: self.epoch,
+                    device_offer: self.device_offer,
+                    reset: self.reset,
+                }))
             }
             Err(error) => {
-                hub.dismiss(peer.instance);
+                if self.reset.is_some() {
+                    hub.end_reset(self.peer.instance);
+                }
+                hub.dismiss(self.peer.instance);
                 Err(error.into())
             }
         }
     }
 }
 
-fn advance_shm(hub: &Hub, socket: &OwnedFd) -> Result<Option<Accepted>, AcceptError> {
+fn advance_shm(hub: &Hub, socket: &OwnedFd) -> Result<Option<NewLink>, AcceptError> {
     let received = match shm::receive(socket) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
         received => received?,
     };
-    if received.num_bytes != MESSAGE_BYTES {
+    if received.num_bytes < MESSAGE_BYTES {
         return Err(HandshakeError::Size(received.num_bytes).into());
     }
     let hello = Message::decode(&received.bytes)?;
-    if is_for_rdma(&hello) {
+    if received.num_bytes != MESSAGE_BYTES + hello.following_bytes() {
+        return Err(HandshakeError::Size(received.num_bytes).into());
+    }
+    if judge(hub, &hello)? == By::Rdma {
         return Err(HandshakeError::Unexpected("hello for RDMA").into());
     }
+    let following = received.following().to_vec();
     let fds: [OwnedFd; NUM_PASSED_FDS] = received
         .fds
         .try_into()
         .map_err(|fds: Vec<_>| HandshakeError::Descriptors(fds.len()))?;
-    let admitted = admit(hub, hello)?;
-    let link = link_shm(hub, &hub.terms(admitted.peer), socket, &fds);
+    let admitted = admit(hub, &hello, &following)?;
+    let link = link_shm(hub, &admitted, socket, &fds);
     admitted.finish(hub, link)
 }
 
 fn link_shm(
     hub: &Hub,
-    terms: &LinkTerms,
+    admitted: &Admitted,
     socket: &OwnedFd,
     fds: &[OwnedFd; NUM_PASSED_FDS],
 ) -> Result<Box<dyn Link>, AcceptError> {
-    let peer_memory = PeerMemory::open(fds, terms)?;
+    let terms = admitted.terms(hub);
+    let peer_memory = PeerMemory::open(fds, &terms)?;
     let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends())?;
     let (process, state) = (shm::peer_process(socket), hub.new_state());
     let own_socket = Arc::new(socket.try_clone()?);
     let fds = [slots_fd.as_fd(), hub.bell_fd()];
     // A refusal may not follow this.
-    shm::send(socket, &hub.message(Kind::Welcome), &fds)?;
+    shm::send(socket, &admitted.welcome(hub), &fds)?;
     hub.watch(Watch {
         socket: Arc::clone(&own_socket),
         process,
         state: Arc::clone(&state),
     });
-    let link = ShmLink::new(*terms, outgoing, peer_memory, (own_socket, state));
+    let ends = (own_socket, state, hub.bell.expect_far_ringer().into());
+    let link = ShmLink::new(terms, outgoing, peer_memory, ends);
     Ok(Box::new(link))
-}
-
-fn is_for_rdma(hello: &Message) -> bool {
-    matches!(
-        hello.kind,
-        Kind::Hello {
-            is_for_rdma: true,
-            ..
-        }
-    )
 }
 
 fn advance_tcp(
     hub: &Hub,
     opening: &mut Opening,
-    bytes: &mut [u8; MESSAGE_BYTES + OFFER_BYTES],
+    bytes: &mut Vec<u8>,
     num_bytes: &mut usize,
-) -> Result<Option<Accepted>, AcceptError> {
+) -> Result<Option<NewLink>, AcceptError> {
     let Some(stream) = opening.advance(hub)? else {
         return Ok(None);
     };
@@ -286,17 +353,20 @@ fn advance_tcp(
     if hub.tls.is_some() && stream.encryption().is_none() {
         return Err(AcceptError::NotTls);
     }
-    if !is_for_rdma(&hello) {
-        let admitted = admit(hub, hello)?;
-        let link = link_tcp(hub, hub.terms(admitted.peer), opening);
-        return admitted.finish(hub, link);
-    }
+    let by = judge(hub, &hello)?;
+    bytes.resize(MESSAGE_BYTES + hello.following_bytes(), 0);
     if !read_up_to(bytes.len(), stream, bytes, num_bytes)? {
         return Ok(None);
     }
-    let admitted = admit(hub, hello)?;
-    let terms = hub.terms(admitted.peer);
-    let link = link_rdma(hub, terms, opening, &bytes[MESSAGE_BYTES..]);
+    let following = &bytes[MESSAGE_BYTES..];
+    let admitted = admit(hub, &hello, following)?;
+    let link = match by {
+        By::Rdma => {
+            let offer = &following[following.len() - by.offer_bytes()..];
+            link_rdma(hub, &admitted, opening, offer)
+        }
+        By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, opening).map_err(Into::into),
+    };
     admitted.finish(hub, link)
 }
 
@@ -413,7 +483,7 @@ fn read_up_to(
 
 fn link_rdma(
     hub: &Hub,
-    terms: LinkTerms,
+    admitted: &Admitted,
     opening: &mut Opening,
     offer: &[u8],
 ) -> Result<Box<dyn Link>, AcceptError> {
@@ -422,21 +492,24 @@ fn link_rdma(
     }
     let stream = opening.stream();
     let control = stream.socket().local_addr()?.ip();
+    let terms = admitted.terms(hub);
     let end = rdma::Prepared::answer(&hub.rdma_devices, terms, control, offer)?;
     tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // As for TCP, no refusal may follow. From here on the peer may write.
-    stream.write_all(&[&hub.message(Kind::Welcome)[..], &end.offer()].concat())?;
+    stream.write_all(&[&admitted.welcome(hub)[..], &end.offer()].concat())?;
     let control = opening.take().into_socket().into();
     Ok(end.into_link(control, hub.new_state(), &hub.settings)?)
 }
 
-fn link_tcp(hub: &Hub, terms: LinkTerms, opening: &mut Opening) -> io::Result<Box<dyn Link>> {
+fn link_tcp(hub: &Hub, admitted: &Admitted, opening: &mut Opening) -> io::Result<Box<dyn Link>> {
+    let terms = admitted.terms(hub);
     let slots = TcpSlots::new(&terms)?;
     let stream = opening.stream();
     tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // A refusal may not follow this, short of a thread that cannot be started: the peer then sees
-    // its link end. Does not block: 64 bytes fit a fresh socket.
-    stream.write_all(&hub.message(Kind::Welcome))?;
-    let state = hub.new_state();
-    Ok(Box::new(TcpLink::new(terms, slots, opening.take(), state)?))
+    // its link end. Does not block: 4160 bytes fit a fresh socket.
+    stream.write_all(&admitted.welcome(hub))?;
+    let socket = FrameSocket::new(opening.take(), hub.settings.peer_timeout)?;
+    let ends = (hub.new_state(), hub.bell.sockets());
+    Ok(Box::new(TcpLink::new(terms, slots, socket, ends)?))
 }

@@ -19,6 +19,9 @@ pub enum FabricKind {
     Tcp,
     /// Slots that the peer's device writes.
     Rdma,
+    /// Slots in the devices' memory, which no fabric of this crate moves; shm or TCP carries the
+    /// handshake and the liveness of the link.
+    CudaIpc,
 }
 
 impl FabricKind {
@@ -28,6 +31,7 @@ impl FabricKind {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
             Self::Rdma => "rdma",
+            Self::CudaIpc => "cuda_ipc",
         }
     }
 }
@@ -41,11 +45,11 @@ impl fmt::Display for FabricKind {
 /// One way to reach an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataAddress {
-    /// `"shm"`, `"rdma"` or `"tcp"`. A name that this build does not know is passed over, not an error: a
-    /// newer peer may offer more.
+    /// `"shm"`, `"rdma"`, `"tcp"` or `"cuda_ipc"`. A name that this build does not know is passed over,
+    /// not an error: a newer peer may offer more.
     pub fabric: String,
     /// shm: the abstract Unix socket's name after an `@`; tcp: `host:port`; rdma: the same, of the
-    /// control connection.
+    /// control connection; `cuda_ipc`: nothing, as it is linked at one of the others' addresses.
     pub address: String,
 }
 
@@ -74,7 +78,8 @@ impl PeerAddress {
 /// The setting `fabric`: which fabrics a connection may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FabricChoice {
-    /// Shared memory within a host, otherwise RDMA where both ends have it, otherwise TCP.
+    /// Within a host device memory where both ends offer it, otherwise shared memory; between hosts RDMA
+    /// where both ends have it, otherwise TCP.
     #[default]
     Auto,
     /// Only shared memory.
@@ -83,11 +88,13 @@ pub enum FabricChoice {
     Tcp,
     /// Only RDMA, also within a host.
     Rdma,
+    /// Only device memory.
+    CudaIpc,
 }
 
 /// A `fabric` setting that is none of its values.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("fabric {0:?} is not known. It is \"auto\", \"shm\", \"rdma\" or \"tcp\"")]
+#[error("fabric {0:?} is not known. It is \"auto\", \"cuda_ipc\", \"shm\", \"rdma\" or \"tcp\"")]
 pub struct UnknownFabric(pub String);
 
 impl FromStr for FabricChoice {
@@ -99,6 +106,7 @@ impl FromStr for FabricChoice {
             "shm" => Ok(Self::Shm),
             "tcp" => Ok(Self::Tcp),
             "rdma" => Ok(Self::Rdma),
+            "cuda_ipc" => Ok(Self::CudaIpc),
             other => Err(UnknownFabric(other.to_owned())),
         }
     }
@@ -125,10 +133,12 @@ pub enum ChoiceReason {
     RdmaNotOffered,
     /// Both ends have an RDMA device, but no link came about over them.
     RdmaFailed,
+    /// Both ends run on one host and offer device memory.
+    DeviceMemory,
 }
 
 impl ChoiceReason {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::SameHost,
         Self::DifferentHosts,
         Self::ShmNotOffered,
@@ -138,6 +148,7 @@ impl ChoiceReason {
         Self::RdmaWithinHost,
         Self::RdmaNotOffered,
         Self::RdmaFailed,
+        Self::DeviceMemory,
     ];
 
     pub(crate) fn code(self) -> u32 {
@@ -161,12 +172,13 @@ impl fmt::Display for ChoiceReason {
             Self::RdmaWithinHost => "one host, but no shared memory, and both ends have RDMA",
             Self::RdmaNotOffered => "the ends run on different hosts, and only one has RDMA",
             Self::RdmaFailed => "both ends have RDMA, but cannot be linked by it",
+            Self::DeviceMemory => "both ends run on one host and offer device memory",
         })
     }
 }
 
-/// The fabrics to try, in order, each with the reason that holds if it succeeds. A later one is
-/// tried only when the one before is out of reach.
+/// The fabrics other than `cuda_ipc` to try, in order, each with the reason that holds if it succeeds.
+/// A later one is tried only when the one before is out of reach.
 ///
 /// Within a host shared memory comes before RDMA: a slot that both ends map moves no byte, while a
 /// device would read and write each payload once.
@@ -176,7 +188,7 @@ pub(crate) fn candidates(
     has_rdma: bool,
     peer: &PeerAddress,
 ) -> Vec<(FabricKind, ChoiceReason)> {
-    let is_same_host = !local_boot_id.is_empty() && local_boot_id == peer.boot_id;
+    let is_same_host = is_same_host(local_boot_id, peer);
     let offers_rdma = peer.address_of(FabricKind::Rdma).is_some();
     let offers_shm = peer.address_of(FabricKind::Shm).is_some();
     let without_shm = if offers_shm {
@@ -195,6 +207,7 @@ pub(crate) fn candidates(
         FabricChoice::Shm => vec![(FabricKind::Shm, ChoiceReason::Setting)],
         FabricChoice::Tcp => vec![(FabricKind::Tcp, ChoiceReason::Setting)],
         FabricChoice::Rdma => vec![(FabricKind::Rdma, ChoiceReason::Setting)],
+        FabricChoice::CudaIpc => Vec::new(),
         FabricChoice::Auto => {
             let shm = (is_same_host && offers_shm).then_some(ChoiceReason::SameHost);
             let all = [(FabricKind::Shm, shm), (FabricKind::Rdma, rdma)];
@@ -204,6 +217,11 @@ pub(crate) fn candidates(
             possible.chain([(FabricKind::Tcp, tcp)]).collect()
         }
     }
+}
+
+/// Whether a peer runs on this end's host. Unknown hosts are different ones.
+pub(crate) fn is_same_host(local_boot_id: &str, peer: &PeerAddress) -> bool {
+    !local_boot_id.is_empty() && local_boot_id == peer.boot_id
 }
 
 /// Identifies the running kernel: two processes that read the same value run on one host (or in
@@ -282,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn the_setting_overrides_and_has_four_values() {
+    fn the_setting_overrides_and_has_five_values() {
         let peer = peer("c", &["shm", "tcp"]);
         for fabric in [FabricKind::Shm, FabricKind::Tcp, FabricKind::Rdma] {
             let choice = fabric.as_str().parse().unwrap();
@@ -292,10 +310,13 @@ mod tests {
             );
         }
         assert_eq!("auto".parse(), Ok(FabricChoice::Auto));
+        let by_device = "cuda_ipc".parse().unwrap();
+        assert_eq!(by_device, FabricChoice::CudaIpc);
+        assert_eq!(candidates(by_device, "b", true, &peer), []);
         let error = "pigeon".parse::<FabricChoice>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            r#"fabric "pigeon" is not known. It is "auto", "shm", "rdma" or "tcp""#
+            r#"fabric "pigeon" is not known. It is "auto", "cuda_ipc", "shm", "rdma" or "tcp""#
         );
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::address::{DataAddress, FabricChoice, FabricKind};
+use crate::choice::DeviceError;
 use crate::contract::{Geometry, GeometryError, LinkIdentity, Side};
 use crate::rdma_status::RdmaError;
 use crate::shm;
@@ -91,6 +92,9 @@ pub enum BindError {
     /// The setting asks for RDMA, which cannot be used here.
     #[error("fabric \"rdma\" cannot be used: {0}. Or set `fabric` to \"auto\"")]
     Rdma(#[from] RdmaError),
+    /// The setting asks for device memory, and there is none.
+    #[error("fabric \"cuda_ipc\" cannot be used: {0}")]
+    Device(DeviceError),
     /// No descriptors, memory or threads.
     #[error("cannot make the endpoint: {0}")]
     System(#[from] io::Error),

@@ -6,237 +6,84 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use step3rt_core::ids::InstanceId;
-use thiserror::Error;
 
-use crate::address::{ChoiceReason, FabricChoice, FabricKind, PeerAddress, candidates};
-use crate::contract::{Link, LinkIdentity};
-use crate::handshake::{Kind, MESSAGE_BYTES, Message};
+use crate::address::{FabricKind, PeerAddress};
+use crate::choice::Candidate;
+use crate::connect_error::ConnectError;
+use crate::contract::Link;
+use crate::device_offer::DeviceOffer;
+use crate::handshake::{By, Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
-use crate::memory::MapError;
+use crate::lane::LinkTerms;
+use crate::link_epoch::{self, LinkEpoch};
+use crate::new_link::NewLink;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
 use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
+use crate::reset_ask;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
-use crate::tcp_socket;
-use crate::tls::{self, Fault};
-
-/// Why a peer could not be linked. Nothing of the attempt is left.
-#[derive(Debug, Error)]
-pub enum ConnectError {
-    /// Only the initiator connects, so that two ends never connect to each other at once.
-    #[error(
-        "a responder does not connect: its peers connect to it. Call this on the attention instance"
-    )]
-    WrongSide,
-    /// All places for links are taken.
-    #[error("this endpoint has no room for instance {instance}. Raise `max_peers`={max_peers}")]
-    Full {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// The setting.
-        max_peers: usize,
-    },
-    /// A later incarnation of that instance was linked before.
-    #[error(
-        "instance {} was linked with an epoch later than {} before. The address is out of date; wait for the \
-         next topology", .0.instance, .0.epoch
-    )]
-    Stale(LinkIdentity),
-    /// The fabric that the setting asks for is not among the peer's addresses.
-    #[error(
-        "instance {instance} does not listen on {fabric}. Set `fabric` to \"auto\" or have it listen"
-    )]
-    NotOffered {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// What was asked for.
-        fabric: FabricKind,
-    },
-    /// Nobody answers there.
-    #[error(
-        "instance {instance} cannot be reached over {fabric} at {address}: {error}. See that it \
-         runs and that nothing between the hosts blocks the port"
-    )]
-    Unreachable {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Tried last.
-        fabric: FabricKind,
-        /// Tried last.
-        address: String,
-        /// Of the operating system.
-        error: io::Error,
-    },
-    /// Something answered that makes no sense.
-    #[error(
-        "instance {instance} answered over {fabric}, but not as a peer does: {error}. See that a \
-         step3rt instance of this release listens there"
-    )]
-    Handshake {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Tried last.
-        fabric: FabricKind,
-        /// What is wrong.
-        error: HandshakeError,
-    },
-    /// The connection failed after it was made.
-    #[error(
-        "instance {instance} did not finish the handshake over {fabric}: {error}. See its log, then \
-         connect again"
-    )]
-    Interrupted {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Tried last.
-        fabric: FabricKind,
-        /// Of the operating system.
-        error: io::Error,
-    },
-    /// The peer said no.
-    #[error("instance {instance} refused the link: {refusal}")]
-    Refused {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Why.
-        refusal: Refusal,
-    },
-    /// The ends do not trust each other, or only one of them speaks TLS.
-    #[error("instance {instance} is not linked over {fabric}: {fault}")]
-    Tls {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Tried last.
-        fabric: FabricKind,
-        /// What is wrong, and what to do.
-        fault: Fault,
-    },
-    /// The peer's memory is not what was agreed.
-    #[error(
-        "instance {instance} passed memory that cannot be used: {error}. Run one release everywhere"
-    )]
-    Memory {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// What is wrong.
-        error: MapError,
-    },
-    /// No link over RDMA came about.
-    #[error("instance {instance} cannot be linked over rdma: {error}")]
-    Rdma {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// What is missing, and the fix.
-        error: RdmaError,
-    },
-    /// This end could not make the slots or threads of the link.
-    #[error(
-        "this end cannot make the link to instance {instance}: {error}. Raise its limit of memory, \
-         descriptors or threads, or make the slots smaller with `max_tokens_per_micro_batch`"
-    )]
-    Resources {
-        /// Whom it was to link.
-        instance: InstanceId,
-        /// Of the operating system.
-        error: io::Error,
-    },
-}
-
-impl ConnectError {
-    /// Whether another fabric may do what this one could not.
-    pub(crate) fn is_out_of_reach(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable { .. }
-                | Self::Rdma { .. }
-                | Self::Refused {
-                    refusal: Refusal::NoRdma,
-                    ..
-                }
-        )
-    }
-}
-
-/// What an endpoint needs to link peers, in place or on a thread.
-pub(crate) struct Dialer {
-    pub(crate) hub: Arc<Hub>,
-    pub(crate) fabric: FabricChoice,
-    pub(crate) boot_id: String,
-}
-
-impl Dialer {
-    /// Tries the fabrics in order; the next one only when a peer is out of reach by the one before.
-    pub(crate) fn link(&self, peer: &PeerAddress) -> Result<(Box<dyn Link>, String), ConnectError> {
-        let mut candidates =
-            candidates(self.fabric, &self.boot_id, self.hub.has_rdma, peer).into_iter();
-        let mut next = candidates.next();
-        let mut unreachable: Option<ConnectError> = None;
-        while let Some((fabric, choice)) = next {
-            next = candidates.next();
-            match (Attempt {
-                hub: &self.hub,
-                peer,
-                fabric,
-                choice,
-            })
-            .run()
-            {
-                Ok(link) => {
-                    let reason = match unreachable {
-                        Some(error) => format!("{choice}: {error}"),
-                        None => choice.to_string(),
-                    };
-                    return Ok((link, reason));
-                }
-                Err(error) if next.is_some() && error.is_out_of_reach() => {
-                    unreachable = Some(error);
-                }
-                // That the last resort is not even offered says less than why the first failed.
-                Err(ConnectError::NotOffered { .. }) if unreachable.is_some() => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Err(unreachable.expect("there is a candidate, and the last one returns its error"))
-    }
-}
+use crate::tcp_socket::{self, FrameSocket};
+use crate::tls;
 
 /// One attempt to link one peer over one fabric.
 pub(crate) struct Attempt<'a> {
     pub(crate) hub: &'a Hub,
     pub(crate) peer: &'a PeerAddress,
-    pub(crate) fabric: FabricKind,
-    pub(crate) choice: ChoiceReason,
+    pub(crate) candidate: Candidate,
+    /// Why the present link is to be replaced, if it is.
+    pub(crate) reset: Option<&'a str>,
 }
+
+/// What the peer's welcome says.
+struct Welcome {
+    epoch: LinkEpoch,
+    /// How many bytes of its device offer follow, of a link through device memory.
+    offer_bytes: Option<usize>,
+}
+
+/// A link, with the bytes of the peer's device offer.
+type Made = (Box<dyn Link>, Welcome, Vec<u8>);
 
 impl Attempt<'_> {
     /// Connects, introduces, and makes the link.
-    pub(crate) fn run(&self) -> Result<Box<dyn Link>, ConnectError> {
+    pub(crate) fn run(&self) -> Result<NewLink, ConnectError> {
+        let carrier = self.candidate.carrier;
         let address = self
             .peer
-            .address_of(self.fabric)
+            .address_of(carrier)
             .ok_or(ConnectError::NotOffered {
                 instance: self.instance(),
-                fabric: self.fabric,
+                fabric: carrier,
             })?;
-        match self.fabric {
-            FabricKind::Shm => self.link_shm(address),
-            FabricKind::Tcp => self.link_tcp(address),
-            FabricKind::Rdma => self.link_rdma(address),
-        }
+        let proposed = link_epoch::propose().ok_or_else(|| self.resources(no_epoch()))?;
+        let (link, welcome, offer) = match carrier {
+            FabricKind::Shm => self.link_shm(address, proposed)?,
+            FabricKind::Tcp => self.link_tcp(address, proposed)?,
+            FabricKind::Rdma => self.link_rdma(address, proposed)?,
+            FabricKind::CudaIpc => unreachable!("device memory carries no handshake"),
+        };
+        let device_offer = welcome.offer_bytes.map(|_| DeviceOffer::new(&offer));
+        Ok(NewLink {
+            link,
+            reason: self.candidate.choice.to_string(),
+            epoch: welcome.epoch,
+            device_offer: device_offer.transpose().expect("a message's own limit"),
+            reset: self.reset.map(ToOwned::to_owned),
+        })
     }
 
-    fn link_shm(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
-        let terms = self.hub.terms(self.peer.identity);
+    fn link_shm(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+        let terms = self.terms();
         let socket = shm::connect(address, self.hub.settings.handshake_timeout)
             .map_err(|error| self.unreachable(address, error))?;
         let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends())
             .map_err(|error| self.resources(error))?;
         shm::send(
             &socket,
-            &self.hello(),
+            &self.hello(proposed),
             &[slots_fd.as_fd(), self.hub.bell_fd()],
         )
         .map_err(|error| self.interrupted(error))?;
@@ -244,7 +91,11 @@ impl Attempt<'_> {
         if received.num_bytes == 0 {
             return Err(self.interrupted(io::ErrorKind::UnexpectedEof.into()));
         }
-        self.check_answer(&received.bytes)?;
+        let welcome = self.check_answer(&received.bytes, proposed)?;
+        if received.num_bytes != MESSAGE_BYTES + welcome.offer_bytes.unwrap_or(0) {
+            return Err(self.wrong(HandshakeError::Size(received.num_bytes)));
+        }
+        let offer = received.following().to_vec();
         let fds: [OwnedFd; NUM_PASSED_FDS] = received
             .fds
             .try_into()
@@ -260,54 +111,61 @@ impl Attempt<'_> {
             process,
             state: Arc::clone(&state),
         });
-        Ok(Box::new(ShmLink::new(
-            terms,
-            outgoing,
-            memory,
-            (socket, state),
-        )))
+        let ends = (socket, state, self.hub.bell.expect_far_ringer().into());
+        let link = ShmLink::new(terms, outgoing, memory, ends);
+        Ok((Box::new(link), welcome, offer))
     }
 
-    fn link_tcp(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
-        let terms = self.hub.terms(self.peer.identity);
+    fn link_tcp(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+        let terms = self.terms();
         let stream = self.open(address)?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
-        stream
-            .write_all(&self.hello())
-            .map_err(|error| self.interrupted(error))?;
-        let answer = stream.read_message(self.deadline());
-        self.check_answer(&answer.map_err(|error| self.interrupted(error))?)?;
-        tcp_socket::prepare(stream.socket(), self.hub.settings.peer_timeout)
-            .and_then(|()| TcpLink::new(terms, slots, stream, self.hub.new_state()))
-            .map(|link| Box::new(link) as Box<dyn Link>)
+        let (welcome, offer) = self.greet(&stream, proposed, &[])?;
+        let ends = (self.hub.new_state(), self.hub.bell.sockets());
+        FrameSocket::new(stream, self.hub.settings.peer_timeout)
+            .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
+            .map(|link| (Box::new(link) as Box<dyn Link>, welcome, offer))
             .map_err(|error| self.resources(error))
     }
 
-    fn link_rdma(&self, address: &str) -> Result<Box<dyn Link>, ConnectError> {
+    fn link_rdma(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
         let stream = self.open(address)?;
         let control = stream
             .socket()
             .local_addr()
             .map_err(|error| self.interrupted(error))?;
-        let terms = self.hub.terms(self.peer.identity);
         let devices = &self.hub.rdma_devices;
-        let mut end =
-            rdma::Prepared::new(devices, terms, control.ip()).map_err(|error| self.rdma(error))?;
-        stream
-            .write_all(&[&self.hello()[..], &end.offer()].concat())
-            .map_err(|error| self.interrupted(error))?;
-        let deadline = self.deadline();
-        let answer = stream.read_message(deadline);
-        self.check_answer(&answer.map_err(|error| self.interrupted(error))?)?;
-        let mut offer = [0; rdma::OFFER_BYTES];
-        stream
-            .read_exact(&mut offer, deadline)
-            .map_err(|error| self.interrupted(error))?;
+        let mut end = rdma::Prepared::new(devices, self.terms(), control.ip())
+            .map_err(|error| self.rdma(error))?;
+        let (welcome, offer) = self.greet(&stream, proposed, &end.offer())?;
         end.connect(&offer).map_err(|error| self.rdma(error))?;
         let socket = stream.into_socket();
         tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
             .and_then(|()| end.into_link(socket.into(), self.hub.new_state(), &self.hub.settings))
+            .map(|link| (link, welcome, offer))
             .map_err(|error| self.resources(error))
+    }
+
+    /// Says hello over TCP, with an offer of queue pairs if there is one; returns the welcome and the
+    /// offer behind it.
+    fn greet(
+        &self,
+        stream: &Stream,
+        proposed: LinkEpoch,
+        queue_pairs: &[u8],
+    ) -> Result<(Welcome, Vec<u8>), ConnectError> {
+        let deadline = self.deadline();
+        stream
+            .write_all(&[&self.hello(proposed), queue_pairs].concat())
+            .map_err(|error| self.interrupted(error))?;
+        let bytes = stream.read_message(deadline);
+        let bytes = bytes.map_err(|error| self.interrupted(error))?;
+        let welcome = self.check_answer(&bytes, proposed)?;
+        let mut offer = vec![0; welcome.offer_bytes.unwrap_or(queue_pairs.len())];
+        stream
+            .read_exact(&mut offer, deadline)
+            .map_err(|error| self.interrupted(error))?;
+        Ok((welcome, offer))
     }
 
     /// Connects, and shakes hands where this end has certificates.
@@ -328,15 +186,36 @@ impl Attempt<'_> {
         Instant::now() + self.hub.settings.handshake_timeout
     }
 
-    fn hello(&self) -> [u8; MESSAGE_BYTES] {
-        self.hub.message(Kind::Hello {
-            wanted: self.peer.identity,
-            choice: self.choice,
-            is_for_rdma: self.fabric == FabricKind::Rdma,
-        })
+    fn terms(&self) -> LinkTerms {
+        self.hub.terms(self.peer.identity, self.by())
     }
 
-    fn check_answer(&self, bytes: &[u8; MESSAGE_BYTES]) -> Result<(), ConnectError> {
+    fn by(&self) -> By {
+        match (self.candidate.fabric, &self.hub.device_offer) {
+            (FabricKind::Rdma, _) => By::Rdma,
+            (FabricKind::CudaIpc, Some(offer)) => By::of_offer(offer),
+            _ => By::Carrier,
+        }
+    }
+
+    /// A hello, with the reason and the device offer that follow it, if any do.
+    fn hello(&self, epoch: LinkEpoch) -> Vec<u8> {
+        let (by, reason) = (self.by(), self.reset.map_or("", reset_ask::bounded));
+        let message = self.hub.message(Kind::Hello {
+            wanted: self.peer.identity,
+            choice: self.candidate.choice,
+            epoch,
+            by,
+            reason_bytes: u8::try_from(reason.len()).expect("bounded"),
+        });
+        [&message, reason.as_bytes(), self.hub.offer_by(by)].concat()
+    }
+
+    fn check_answer(
+        &self,
+        bytes: &[u8; MESSAGE_BYTES],
+        proposed: LinkEpoch,
+    ) -> Result<Welcome, ConnectError> {
         let ours = &self.hub.introduction;
         let wanted = self.peer.identity;
         let refused = |refusal| ConnectError::Refused {
@@ -349,15 +228,29 @@ impl Attempt<'_> {
             }
             answer => answer.map_err(|error| self.wrong(error))?,
         };
-        match answer.kind {
-            Kind::Refusal(code) => Err(refused(ours.explain(&answer.from, wanted, code))),
-            Kind::Hello { .. } => Err(self.wrong(HandshakeError::Unexpected("hello"))),
-            // The peer has judged this end; this is the same judgement the other way.
-            Kind::Welcome => answer
-                .from
-                .judge(ours, wanted)
-                .map_err(|code| refused(ours.explain(&answer.from, wanted, code))),
+        let (epoch, by) = match answer.kind {
+            Kind::Refusal(code) => return Err(refused(ours.explain(&answer.from, wanted, code))),
+            Kind::Hello { .. } => return Err(self.wrong(HandshakeError::Unexpected("hello"))),
+            Kind::Welcome { epoch, by } => (epoch, by),
+        };
+        // The peer has judged this end; this is the same judgement the other way.
+        answer
+            .from
+            .judge(ours, wanted)
+            .map_err(|code| refused(ours.explain(&answer.from, wanted, code)))?;
+        let offer_bytes = match by {
+            By::Device { .. } => Some(by.offer_bytes()),
+            _ => None,
+        };
+        if offer_bytes.is_some() != (self.candidate.fabric == FabricKind::CudaIpc) {
+            return Err(self.wrong(HandshakeError::Unexpected("welcome by another fabric")));
         }
+        if epoch < proposed {
+            let (field, value) = ("link_epoch", epoch.0.into());
+            return Err(self.wrong(HandshakeError::Field { field, value }));
+        }
+        link_epoch::note(epoch);
+        Ok(Welcome { epoch, offer_bytes })
     }
 
     fn instance(&self) -> InstanceId {
@@ -365,7 +258,8 @@ impl Attempt<'_> {
     }
 
     fn unreachable(&self, address: &str, error: io::Error) -> ConnectError {
-        let (instance, fabric, address) = (self.instance(), self.fabric, address.to_owned());
+        let (instance, fabric) = (self.instance(), self.candidate.carrier);
+        let address = address.to_owned();
         ConnectError::Unreachable {
             instance,
             fabric,
@@ -378,7 +272,7 @@ impl Attempt<'_> {
         if let Some(fault) = tls::fault_of(&error) {
             return ConnectError::Tls {
                 instance: self.instance(),
-                fabric: self.fabric,
+                fabric: self.candidate.carrier,
                 fault,
             };
         }
@@ -389,7 +283,7 @@ impl Attempt<'_> {
         };
         ConnectError::Interrupted {
             instance: self.instance(),
-            fabric: self.fabric,
+            fabric: self.candidate.carrier,
             error,
         }
     }
@@ -397,7 +291,7 @@ impl Attempt<'_> {
     fn wrong(&self, error: HandshakeError) -> ConnectError {
         ConnectError::Handshake {
             instance: self.instance(),
-            fabric: self.fabric,
+            fabric: self.candidate.carrier,
             error,
         }
     }
@@ -413,4 +307,9 @@ impl Attempt<'_> {
             error,
         }
     }
+}
+
+/// Why a process cannot make another link.
+pub(crate) fn no_epoch() -> io::Error {
+    io::Error::other("this process has made as many links as flags can tell apart; start it again")
 }

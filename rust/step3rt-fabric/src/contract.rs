@@ -2,6 +2,7 @@
 //! this contract can tell which one it got.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +40,15 @@ impl Geometry {
             }
         }
         Ok(())
+    }
+
+    /// The least that the contract allows for as many lanes: for links that carry no payloads.
+    pub(crate) fn without_payloads(&self) -> Self {
+        Self {
+            num_lanes: self.num_lanes,
+            a2f_slot_bytes: 1,
+            f2a_slot_bytes: 1,
+        }
     }
 
     /// Capacity of the slots of `direction`.
@@ -147,7 +157,8 @@ pub trait Link: Send {
     /// Who is at the other end.
     fn peer(&self) -> LinkIdentity;
 
-    /// The kind of fabric, for people: `"shm"`, `"rdma"`, `"tcp"`, `"sim"`.
+    /// The kind of fabric, for people: `"shm"`, `"rdma"`, `"tcp"`, `"sim"`. (`"cuda_ipc"` is a link of
+    /// one of these that carries no payloads.)
     fn fabric(&self) -> &'static str;
 
     /// By which of several devices and addresses it goes, and whether it is encrypted, for people.
@@ -169,6 +180,13 @@ pub trait Link: Send {
     /// Publishes the first `frame.payload_bytes` bytes of the send slot to the peer.
     fn push(&mut self, lane: LaneId, frame: Frame) -> Result<(), PushError>;
 
+    /// Asks the peer's owner to link anew; the link itself goes on. For the accepting end, which cannot
+    /// connect. Never blocks.
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        let _ = reason;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Appends what has happened since the last call. Never blocks. After `Down` it appends
     /// nothing more.
     fn poll(&mut self, out: &mut Vec<LinkEvent>);
@@ -179,6 +197,8 @@ pub trait Link: Send {
 pub enum LinkEvent {
     /// A checked frame lies in the receive slot of its lane.
     Arrived(FrameHeader),
+    /// The peer's owner asks for a new link in the place of this one, and says why. Once at most.
+    ResetAsked(String),
     /// The link is over; a new one needs a new handshake.
     Down(DownReason),
 }
@@ -206,6 +226,9 @@ pub enum DownReason {
     /// The peer came back, and its new link took the place of this one.
     #[error("replaced by a new link of epoch {0}")]
     Replaced(Epoch),
+    /// One of the ends asked for a new link in its place, and said why.
+    #[error("reset: {0}")]
+    Reset(String),
     /// This end closed it.
     #[error("closed by this end")]
     Closed,

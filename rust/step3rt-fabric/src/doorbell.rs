@@ -9,13 +9,11 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
-
-use rustix::thread::futex;
+use std::time::Duration;
 
 use crate::contract::Doorbell;
 use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing};
+use crate::sync::{AtomicU32, Instant, Ordering, futex, spin_loop};
 
 /// Longest busy wait. A futex wake-up costs about 20 µs, so spinning longer saves nothing.
 pub(crate) const MAX_SPIN_US: u32 = 50;
@@ -26,7 +24,7 @@ pub(crate) const MAX_SPIN_US: u32 = 50;
 const MAX_WAITS_WITHOUT_SPIN: u32 = 256;
 
 /// Loads between two looks at the clock.
-const SPINS_PER_CLOCK_READ: u32 = 64;
+const SPINS_PER_CLOCK_READ: u32 = if cfg!(loom) { 2 } else { 64 };
 
 // The words lie in lines of their own (128 bytes: x86 fetches lines in pairs), so that a ringing
 // peer does not slow down the sleeper count's readers.
@@ -95,22 +93,31 @@ impl FutexDoorbell {
         })
     }
 
-    fn counter(&self) -> &AtomicU32 {
+    /// How long a wait that starts now may spin, if it may; then [`FutexDoorbell::learn`] follows.
+    pub(crate) fn may_spin(&self) -> Option<Duration> {
+        (!self.spin.is_zero() && self.patience.may_spin()).then_some(self.spin)
+    }
+
+    /// Says whether spinning has paid.
+    pub(crate) fn learn(&self, has_paid: bool) {
+        self.patience.learn(has_paid);
+    }
+
+    pub(crate) fn counter(&self) -> &AtomicU32 {
         self.memory.u32_at(COUNTER_AT)
     }
 
-    fn sleepers(&self) -> &AtomicU32 {
+    pub(crate) fn sleepers(&self) -> &AtomicU32 {
         self.memory.u32_at(SLEEPERS_AT)
     }
 
-    fn spin(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
-        let budget = self.spin.min(timeout);
+    fn spin(&self, seen: u32, started: Instant, budget: Duration) -> bool {
         loop {
             for _ in 0..SPINS_PER_CLOCK_READ {
                 if self.current() != seen {
                     return true;
                 }
-                std::hint::spin_loop();
+                spin_loop();
             }
             if started.elapsed() >= budget {
                 return false;
@@ -118,7 +125,8 @@ impl FutexDoorbell {
         }
     }
 
-    fn sleep(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
+    /// The end of every wait: sleeps without spinning first.
+    pub(crate) fn sleep(&self, seen: u32, started: Instant, timeout: Duration) -> bool {
         // Counted before the kernel compares the word: a ringer that increments after that compare
         // sees the sleeper, one that increments before it makes the compare fail.
         self.sleepers().fetch_add(1, Ordering::SeqCst);
@@ -130,14 +138,8 @@ impl FutexDoorbell {
             if left.is_zero() {
                 break false;
             }
-            // Every outcome is handled by looking again: rung, interrupted, timed out. A timeout too
-            // long for the kernel is a year, which is as good.
-            let left = left.min(Duration::from_hours(24 * 365));
-            let left = futex::Timespec {
-                tv_sec: i64::try_from(left.as_secs()).expect("a year of seconds fits"),
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            let _ = futex::wait(self.counter(), futex::Flags::empty(), seen, Some(&left));
+            // Every outcome is handled by looking again: rung, interrupted, timed out.
+            futex::wait(self.counter(), seen, left);
         };
         self.sleepers().fetch_sub(1, Ordering::SeqCst);
         is_rung
@@ -152,9 +154,7 @@ impl Doorbell for FutexDoorbell {
     fn ring(&self) {
         self.counter().fetch_add(1, Ordering::SeqCst);
         if self.sleepers().load(Ordering::SeqCst) != 0 {
-            // Fails only for an address that is not mapped, which this one is. Not PRIVATE: the
-            // sleeper is another process.
-            let _ = futex::wake(self.counter(), futex::Flags::empty(), u32::MAX >> 1);
+            futex::wake_all(self.counter());
         }
     }
 
@@ -163,9 +163,9 @@ impl Doorbell for FutexDoorbell {
             return true;
         }
         let started = Instant::now();
-        if !self.spin.is_zero() && self.patience.may_spin() {
-            let is_rung = self.spin(seen, started, timeout);
-            self.patience.learn(is_rung);
+        if let Some(limit) = self.may_spin() {
+            let is_rung = self.spin(seen, started, limit.min(timeout));
+            self.learn(is_rung);
             if is_rung {
                 return true;
             }
@@ -182,6 +182,7 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(30);
+    const NUM_ROUNDS: u32 = if cfg!(miri) { 20 } else { 5_000 };
 
     #[test]
     fn a_wait_ends_at_its_timeout_when_nobody_rings() {
@@ -227,13 +228,13 @@ mod tests {
         let other = std::thread::spawn({
             let (ping, pong) = (Arc::clone(&ping), Arc::clone(&pong));
             move || {
-                for round in 0..5_000 {
+                for round in 0..NUM_ROUNDS {
                     done.send(ping.wait(round, LONG)).unwrap();
                     pong.ring();
                 }
             }
         });
-        for round in 0..5_000 {
+        for round in 0..NUM_ROUNDS {
             ping.ring();
             assert!(pong.wait(round, LONG));
             assert!(finished.recv().unwrap());

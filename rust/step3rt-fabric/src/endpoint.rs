@@ -3,36 +3,46 @@
 //! It never blocks for a peer except in [`Endpoint::connect`] ([`Endpoint::dial`] does not), and never
 //! looks into a payload.
 
+mod dialling;
+
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::JoinHandle;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 
-use crate::address::{DataAddress, FabricChoice, FabricKind, PeerAddress, boot_id};
+use crate::address::{DataAddress, FabricChoice, FabricKind, boot_id};
+use crate::choice::DeviceError;
 pub use crate::config::{BindError, EndpointConfig, LinkSettings};
-pub use crate::connect::ConnectError;
-use crate::connect::Dialer;
-use crate::contract::{
-    Doorbell, DownReason, Link, LinkEvent, LinkIdentity, PushError, Side, SlotMemory,
-};
+pub use crate::connect_error::ConnectError;
+use crate::contract::{Doorbell, DownReason, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
+use crate::device_offer::DeviceOffer;
 use crate::frame::{Frame, FrameHeader};
-use crate::handshake::{Introduction, RefusalCode};
-use crate::hub::{Accepted, Hub};
+use crate::handshake::Introduction;
+use crate::hub::Hub;
+use crate::link_epoch::LinkEpoch;
+use crate::new_link::NewLink;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
+use crate::reset_ask;
 use crate::tls::Tls;
 use crate::watcher::Watcher;
+use dialling::Dialled;
 
 /// A new link, for people and reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkSummary {
     /// Who is at the other end.
     pub peer: LinkIdentity,
-    /// `"shm"`, `"rdma"`, `"tcp"` or `"sim"`.
+    /// `"cuda_ipc"`, `"shm"`, `"rdma"`, `"tcp"` or `"sim"`.
     pub fabric: &'static str,
     /// Why this fabric and no other.
     pub reason: String,
+    /// Which incarnation of the link this is; equal at both ends, and above those before.
+    pub epoch: LinkEpoch,
+    /// What the peer offers of its device's memory, of a `"cuda_ipc"` link alone. Such a link tells of
+    /// the peer's end as any other does; its slots have one byte.
+    pub device_offer: Option<DeviceOffer>,
 }
 
 /// What an endpoint reports. A peer's events are in order: up, arrivals, down.
@@ -54,6 +64,14 @@ pub enum FabricEvent {
         peer: InstanceId,
         /// What it says.
         header: FrameHeader,
+    },
+    /// The peer of an initiator asks for a new link in the place of the present one, which goes on:
+    /// see [`Endpoint::dial_again`].
+    ResetAsked {
+        /// Who asks.
+        peer: LinkIdentity,
+        /// Why.
+        reason: String,
     },
     /// A link is over. It is forgotten at the next poll, so that what arrived with this event can
     /// still be read; slots that the caller holds stay mapped as long as it holds them.
@@ -81,8 +99,6 @@ pub struct Endpoint {
     dialled: (SyncSender<Dialled>, Receiver<Dialled>),
 }
 
-type Dialled = (LinkIdentity, Result<(Box<dyn Link>, String), ConnectError>);
-
 struct Entry {
     peer: LinkIdentity,
     link: Box<dyn Link>,
@@ -91,15 +107,27 @@ struct Entry {
 }
 
 impl Endpoint {
-    /// Binds the listeners and starts the watcher thread. Links over TCP are in clear text.
+    /// Binds the listeners and starts the watcher thread, for an instance without device memory.
     pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
-        Self::bind_with(config, None)
+        Self::bind_with(config, None, None)
     }
 
-    /// Binds as [`Endpoint::bind`] does. With `tls`, links over TCP are encrypted, only peers with a
-    /// certificate of the same CA are linked, and the control connections of links over RDMA are
-    /// held to the same; what an RDMA device or shared memory moves is never encrypted.
-    pub fn bind_with(config: EndpointConfig, tls: Option<Tls>) -> Result<Self, BindError> {
+    /// Binds the listeners and starts the watcher thread. The offer is the same for all peers.
+    pub fn bind_with_device(
+        config: EndpointConfig,
+        device_offer: Option<DeviceOffer>,
+    ) -> Result<Self, BindError> {
+        Self::bind_with(config, device_offer, None)
+    }
+
+    /// Binds as the others do. With `tls`, links over TCP are encrypted, only peers with a certificate
+    /// of the same CA are linked, and the control connections of links over RDMA are held to the
+    /// same; what an RDMA device, shared memory or device memory moves is never encrypted.
+    pub fn bind_with(
+        config: EndpointConfig,
+        device_offer: Option<DeviceOffer>,
+        tls: Option<Tls>,
+    ) -> Result<Self, BindError> {
         config.geometry.validate()?;
         let introduction = Introduction {
             identity: config.identity,
@@ -107,8 +135,18 @@ impl Endpoint {
             geometry: config.geometry,
         };
         let has_rdma = has_rdma(config.fabric)?;
-        let (listeners, addresses) = config.listen(has_rdma)?;
-        let hub = Arc::new(Hub::new(introduction, config.settings, has_rdma, tls)?);
+        let device_offer = usable_offer(config.fabric, device_offer)?;
+        let (listeners, mut addresses) = config.listen(has_rdma)?;
+        if device_offer.is_some() && !addresses.is_empty() {
+            // Not a place of its own: the offers come with a handshake at one of the others.
+            addresses.push(DataAddress {
+                fabric: FabricKind::CudaIpc.as_str().to_owned(),
+                address: String::new(),
+            });
+        }
+        let mut hub = Hub::new(introduction, config.settings, has_rdma, tls)?;
+        hub.device_offer = device_offer;
+        let hub = Arc::new(hub);
         let watcher = Watcher::new(Arc::clone(&hub), listeners);
         let watcher = std::thread::Builder::new()
             .name("fabric-watch".to_owned())
@@ -139,92 +177,23 @@ impl Endpoint {
         Arc::clone(&self.hub.bell) as Arc<dyn Doorbell>
     }
 
-    /// Links to a peer; blocks for at most the handshake timeout per fabric tried. An existing link
-    /// to that instance is replaced (its end is reported by [`Endpoint::poll`]).
-    pub fn connect(&mut self, peer: &PeerAddress) -> Result<LinkSummary, ConnectError> {
-        if self.config.side == Side::Responder {
-            return Err(ConnectError::WrongSide);
-        }
-        let instance = peer.identity.instance;
-        self.admit(peer.identity)?;
-        match self.dialer().link(peer) {
-            Ok((link, reason)) => {
-                let reason = self.with_path(reason, &*link);
-                let (peer, fabric) = (link.peer(), link.fabric());
-                self.insert(link);
-                tracing::info!(%instance, epoch = %peer.epoch, fabric, reason, "linked");
-                Ok(LinkSummary {
-                    peer,
-                    fabric,
-                    reason,
-                })
-            }
-            Err(error) => {
-                self.hub.dismiss(instance);
-                Err(error)
-            }
-        }
-    }
-
-    /// Links to a peer on a thread of its own, within the time that [`Endpoint::connect`] takes. A
-    /// later poll, for which the doorbell rings, says [`FabricEvent::LinkUp`] or
-    /// [`FabricEvent::DialFailed`].
-    pub fn dial(&mut self, peer: PeerAddress) -> Result<(), ConnectError> {
-        if self.config.side == Side::Responder {
-            return Err(ConnectError::WrongSide);
-        }
-        let instance = peer.identity.instance;
-        self.admit(peer.identity)?;
-        let (dialer, dialled) = (self.dialer(), self.dialled.0.clone());
-        let dialling = move || {
-            let outcome = dialer.link(&peer);
-            // The endpoint may be gone; then the link is dropped here.
-            let _ = dialled.send((peer.identity, outcome));
-            dialer.hub.bell.ring();
-        };
-        let thread = std::thread::Builder::new().name("fabric-dial".to_owned());
-        thread.spawn(dialling).map(drop).map_err(|error| {
-            self.hub.dismiss(instance);
-            ConnectError::Resources { instance, error }
-        })
-    }
-
-    fn dialer(&self) -> Dialer {
-        Dialer {
-            hub: Arc::clone(&self.hub),
-            fabric: self.config.fabric,
-            boot_id: self.boot_id.clone(),
-        }
-    }
-
-    fn take_dialled(&mut self) {
-        while let Ok((peer, outcome)) = self.dialled.1.try_recv() {
-            match outcome {
-                Ok((link, reason)) => self.insert_and_report(link, reason),
-                Err(error) => {
-                    self.hub.dismiss(peer.instance);
-                    let reason = error.to_string();
-                    self.notices.push(FabricEvent::DialFailed { peer, reason });
-                }
-            }
-        }
-    }
-
-    fn admit(&self, peer: LinkIdentity) -> Result<(), ConnectError> {
-        self.hub.admit(peer).map_err(|code| match code {
-            RefusalCode::Stale(_) => ConnectError::Stale(peer),
-            // An admission fails for no other reason.
-            _ => ConnectError::Full {
-                instance: peer.instance,
-                max_peers: self.config.settings.max_peers,
-            },
+    /// Asks a linked initiator for a new link in the place of the present one. Its answer is that link,
+    /// before which the present one is reported over by [`DownReason::Reset`]. Never blocks.
+    pub fn ask_reset(&mut self, peer: InstanceId, reason: &str) -> Result<(), PushError> {
+        let at = self.position(peer).ok_or(PushError::NotLinked(peer))?;
+        let asked = self.links[at].link.ask_reset(&reason_text(reason));
+        asked.map_err(|error| {
+            PushError::Down(DownReason::Transport {
+                during: "asking for a new link",
+                os_error: error.raw_os_error().unwrap_or(0),
+            })
         })
     }
 
     /// Adopts a link made elsewhere, such as one end of a simulated pair, and reports it as up.
     pub fn adopt(&mut self, link: Box<dyn Link>) -> Result<(), ConnectError> {
         self.admit(link.peer())?;
-        self.insert_and_report(link, "adopted".to_owned());
+        self.insert_and_report(NewLink::adopted(link));
         self.hub.bell.ring();
         Ok(())
     }
@@ -234,8 +203,8 @@ impl Endpoint {
         while let Some(at) = self.links.iter().position(|entry| entry.is_over) {
             self.remove(at);
         }
-        for Accepted { link, reason } in self.hub.take_accepted() {
-            self.insert_and_report(link, reason);
+        for link in self.hub.take_accepted() {
+            self.insert_and_report(link);
         }
         self.take_dialled();
         out.append(&mut self.notices);
@@ -251,9 +220,16 @@ impl Endpoint {
                     peer: peer.instance,
                     header,
                 },
+                LinkEvent::ResetAsked(reason) => FabricEvent::ResetAsked {
+                    peer: *peer,
+                    reason,
+                },
                 LinkEvent::Down(reason) => {
                     *is_over = true;
                     let (instance, epoch) = (peer.instance, peer.epoch);
+                    // Its successor may exist already, and the peer have let go of this one.
+                    let reset = self.hub.reset_of(instance);
+                    let reason = reset.map_or(reason, DownReason::Reset);
                     tracing::info!(%instance, %epoch, %reason, "link down");
                     FabricEvent::LinkDown {
                         peer: *peer,
@@ -292,17 +268,6 @@ impl Endpoint {
         &self.config
     }
 
-    fn with_path(&self, mut reason: String, link: &dyn Link) -> String {
-        if let Some(path) = link.path() {
-            reason = format!("{reason}; {path}");
-        }
-        if self.hub.tls.is_some() && link.fabric() == FabricKind::Rdma.as_str() {
-            // Who sets TLS up expects the opposite.
-            reason += "; not encrypted, as rdma never is";
-        }
-        reason
-    }
-
     /// A process has few peers, and their ids are contiguous in memory: no map is faster.
     fn position(&self, peer: InstanceId) -> Option<usize> {
         self.links
@@ -310,30 +275,40 @@ impl Endpoint {
             .position(|entry| entry.peer.instance == peer)
     }
 
-    fn insert_and_report(&mut self, link: Box<dyn Link>, reason: String) {
-        let reason = self.with_path(reason, &*link);
-        let (peer, fabric) = (link.peer(), link.fabric());
-        self.insert(link);
-        tracing::info!(instance = %peer.instance, epoch = %peer.epoch, fabric, reason, "linked");
-        self.notices.push(FabricEvent::LinkUp(LinkSummary {
-            peer,
-            fabric,
-            reason,
-        }));
+    fn insert_and_report(&mut self, link: NewLink) {
+        let summary = self.insert(link);
+        self.notices.push(FabricEvent::LinkUp(summary));
     }
 
     /// Adds a link, in place of an earlier one to the same instance.
-    fn insert(&mut self, link: Box<dyn Link>) {
+    fn insert(&mut self, link: NewLink) -> LinkSummary {
+        let mut summary = link.summary();
+        if self.hub.tls.is_some() && summary.fabric == FabricKind::Rdma.as_str() {
+            // Who sets TLS up expects the opposite.
+            summary.reason += "; not encrypted, as rdma never is";
+        }
+        let NewLink { link, reset, .. } = link;
         let peer = link.peer();
         self.hub.confirm(peer);
+        let is_reset = reset.is_some();
         if let Some(at) = self.position(peer.instance) {
-            self.end(at, DownReason::Replaced(peer.epoch));
+            let reason = reset.map_or(DownReason::Replaced(peer.epoch), DownReason::Reset);
+            self.end(at, reason);
+        }
+        if is_reset {
+            self.hub.end_reset(peer.instance);
         }
         self.links.push(Entry {
             peer,
             link,
             is_over: false,
         });
+        let LinkSummary { fabric, reason, .. } = &summary;
+        tracing::info!(
+            instance = %peer.instance, epoch = %peer.epoch, link_epoch = %summary.epoch, fabric, reason,
+            "linked"
+        );
+        summary
     }
 
     /// Ends a link from this side.
@@ -367,7 +342,7 @@ impl Drop for Endpoint {
 
 /// Whether this end may offer and try RDMA. What the setting asks for must be there.
 fn has_rdma(setting: FabricChoice) -> Result<bool, RdmaError> {
-    if matches!(setting, FabricChoice::Shm | FabricChoice::Tcp) {
+    if !matches!(setting, FabricChoice::Auto | FabricChoice::Rdma) {
         return Ok(false);
     }
     let Err(error) = rdma::usable() else {
@@ -381,4 +356,21 @@ fn has_rdma(setting: FabricChoice) -> Result<bool, RdmaError> {
         error => tracing::warn!(%error, "there is an RDMA device that cannot be used"),
     }
     Ok(false)
+}
+
+/// What this end may offer of its device's memory. What the setting asks for must be there.
+fn usable_offer(
+    setting: FabricChoice,
+    offer: Option<DeviceOffer>,
+) -> Result<Option<DeviceOffer>, BindError> {
+    match setting {
+        FabricChoice::CudaIpc if offer.is_none() => Err(BindError::Device(DeviceError::NoOffer)),
+        FabricChoice::Auto | FabricChoice::CudaIpc => Ok(offer),
+        FabricChoice::Shm | FabricChoice::Tcp | FabricChoice::Rdma => Ok(None),
+    }
+}
+
+/// A reason as the peer will read it.
+fn reason_text(reason: &str) -> String {
+    reset_ask::bounded(reason).to_owned()
 }

@@ -4,17 +4,26 @@
 //! same bytes travel over Unix sockets (with file descriptors beside them) and TCP.
 //!
 //! ```text
-//!  0     4   6    7    8        12    16    24       32       40              44   48           56   60   64
-//!  │magic│ver│kind│side│instance│lanes│epoch│a2f slot│f2a slot│other instance │code│ other epoch│ by │ crc│
+//!  0     4   6    7    8        12    13         16    24       32       40              44   48
+//!  │magic│ver│kind│side│instance│lanes│link epoch│epoch│a2f slot│f2a slot│other instance │code│
+//!  48           56 57     58    60   64
+//!  │ other epoch│by│reason│offer│ crc│
 //! ```
-//! "Other" is whom a hello wants to reach, and the epoch that a refusal holds against it. Where a
-//! "by" stands as 0, the link goes over the socket that the hello came by; 1 is RDMA, and then an
-//! offer of queue pairs follows the hello and the welcome.
+//! "Other" is whom a hello wants to reach, and the epoch that a refusal holds against it. "Link epoch"
+//! is what a hello proposes and a welcome says (see `link_epoch`). A "by" of 0 is a link that goes over
+//! the socket that the hello came by, 1 is RDMA, 2 is device memory. Behind a hello follow as many bytes
+//! of text as "reason" says, why it takes the place of the present link; then, by RDMA, an offer of
+//! queue pairs, and by device memory the "offer" bytes of that. Behind a welcome follows the same
+//! offer of the other end. Messages of every version have this size and the version at this place, so
+//! that one of another version is told so.
 
 use step3rt_core::ids::{Epoch, InstanceId};
 
-use crate::address::ChoiceReason;
+use crate::choice::Choice;
 use crate::contract::{Geometry, LinkIdentity, Side};
+use crate::device_offer::{DeviceOffer, MAX_DEVICE_OFFER_BYTES};
+use crate::link_epoch::LinkEpoch;
+use crate::rdma::OFFER_BYTES;
 use crate::refusal::HandshakeError;
 
 /// Size of every message.
@@ -22,7 +31,9 @@ pub(crate) const MESSAGE_BYTES: usize = 64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"S3HS");
 /// Version of the handshake, and by it of the frames that follow.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
+/// Most bytes that follow a message.
+pub(crate) const MAX_FOLLOWING_BYTES: usize = u8::MAX as usize + MAX_DEVICE_OFFER_BYTES;
 const CRC_AT: usize = MESSAGE_BYTES - 4;
 
 /// What an endpoint says of itself.
@@ -39,13 +50,70 @@ pub(crate) enum Kind {
     /// From the connecting end: whom it wants, and why by this fabric.
     Hello {
         wanted: LinkIdentity,
-        choice: ChoiceReason,
-        is_for_rdma: bool,
+        choice: Choice,
+        /// What it proposes.
+        epoch: LinkEpoch,
+        by: By,
+        /// Length of the text that says why the present link is to be replaced; 0 if none is.
+        reason_bytes: u8,
     },
-    /// The link exists.
-    Welcome,
+    /// The link exists. The queue pairs that follow one for RDMA are not announced: whoever asked for
+    /// RDMA awaits them.
+    Welcome { epoch: LinkEpoch, by: By },
     /// It does not.
     Refusal(RefusalCode),
+}
+
+/// What the slots of a link are moved by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// The fabric that the message travels by.
+    Carrier,
+    Rdma,
+    /// The devices; an offer of so many bytes follows.
+    Device {
+        offer_bytes: u16,
+    },
+}
+
+impl By {
+    pub(crate) fn of_offer(offer: &DeviceOffer) -> Self {
+        let offer_bytes = u16::try_from(offer.as_bytes().len()).expect("at most 4096");
+        Self::Device { offer_bytes }
+    }
+
+    fn code(self) -> u8 {
+        match self {
+            Self::Carrier => 0,
+            Self::Rdma => 1,
+            Self::Device { .. } => 2,
+        }
+    }
+
+    pub(crate) fn offer_bytes(self) -> usize {
+        match self {
+            Self::Carrier => 0,
+            Self::Rdma => OFFER_BYTES,
+            Self::Device { offer_bytes } => offer_bytes.into(),
+        }
+    }
+
+    fn from_bytes(bytes: &[u8; MESSAGE_BYTES]) -> Result<Self, HandshakeError> {
+        let offer_bytes = u16::from_le_bytes([bytes[58], bytes[59]]);
+        let is_offer_good = match bytes[56] {
+            2 => usize::from(offer_bytes) <= MAX_DEVICE_OFFER_BYTES,
+            _ => offer_bytes == 0,
+        };
+        if !is_offer_good {
+            return Err(field("offer_bytes", offer_bytes));
+        }
+        match bytes[56] {
+            0 => Ok(Self::Carrier),
+            1 => Ok(Self::Rdma),
+            2 => Ok(Self::Device { offer_bytes }),
+            by => Err(field("by", by)),
+        }
+    }
 }
 
 /// The part of a [`crate::Refusal`] that travels; the message's introduction has the rest.
@@ -61,6 +129,7 @@ pub(crate) enum RefusalCode {
     NoRdma,
     NeedsTls,
     NoTls,
+    NoDeviceOffer,
 }
 
 /// One message of the handshake.
@@ -100,7 +169,7 @@ impl Message {
         };
         let (kind, code, other) = match self.kind {
             Kind::Hello { wanted, choice, .. } => (0, choice.code(), wanted),
-            Kind::Welcome => (1, 0, nobody),
+            Kind::Welcome { .. } => (1, 0, nobody),
             Kind::Refusal(RefusalCode::Version) => (2, 0, nobody),
             Kind::Refusal(RefusalCode::NotMe) => (2, 1, nobody),
             Kind::Refusal(RefusalCode::SameSide) => (2, 2, nobody),
@@ -111,6 +180,7 @@ impl Message {
             Kind::Refusal(RefusalCode::NoRdma) => (2, 7, nobody),
             Kind::Refusal(RefusalCode::NeedsTls) => (2, 8, nobody),
             Kind::Refusal(RefusalCode::NoTls) => (2, 9, nobody),
+            Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 10, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -125,21 +195,30 @@ impl Message {
         out[6] = kind;
         out[7] = side;
         out[8..12].copy_from_slice(&identity.instance.0.to_le_bytes());
-        out[12..16].copy_from_slice(&u32::from(geometry.num_lanes).to_le_bytes());
+        let (link_epoch, by, reason_bytes) = match self.kind {
+            Kind::Hello {
+                epoch,
+                by,
+                reason_bytes,
+                ..
+            } => (epoch.0, by, reason_bytes),
+            Kind::Welcome { epoch, by } => (epoch.0, by, 0),
+            Kind::Refusal(_) => (0, By::Carrier, 0),
+        };
+        // The lanes are in the word's first byte, the link's epoch in the other three.
+        out[12..16].copy_from_slice(&(link_epoch << 8).to_le_bytes());
+        out[12] = geometry.num_lanes;
         out[16..24].copy_from_slice(&identity.epoch.0.to_le_bytes());
         out[24..32].copy_from_slice(&(geometry.a2f_slot_bytes as u64).to_le_bytes());
         out[32..40].copy_from_slice(&(geometry.f2a_slot_bytes as u64).to_le_bytes());
         out[40..44].copy_from_slice(&other.instance.0.to_le_bytes());
         out[44..48].copy_from_slice(&u32::to_le_bytes(code));
         out[48..56].copy_from_slice(&other.epoch.0.to_le_bytes());
-        let is_for_rdma = matches!(
-            self.kind,
-            Kind::Hello {
-                is_for_rdma: true,
-                ..
-            }
-        );
-        out[56..60].copy_from_slice(&u32::from(is_for_rdma).to_le_bytes());
+        out[56] = by.code();
+        out[57] = reason_bytes;
+        if let By::Device { offer_bytes } = by {
+            out[58..60].copy_from_slice(&offer_bytes.to_le_bytes());
+        }
         let crc = crc32fast::hash(&out[..CRC_AT]);
         out[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
         out
@@ -160,37 +239,60 @@ impl Message {
         if u32_at(bytes, CRC_AT) != crc32fast::hash(&bytes[..CRC_AT]) {
             return Err(HandshakeError::Checksum);
         }
-        let by = u32_at(bytes, 56);
-        let is_hello = bytes[6] == 0;
-        if by > u32::from(is_hello) {
-            return Err(field("by", by));
-        }
         let other = LinkIdentity {
             instance: InstanceId(u32_at(bytes, 40)),
             epoch: Epoch(u64_at(bytes, 48)),
         };
         Ok(Self {
             from: introduction(bytes)?,
-            kind: kind(bytes[6], u32_at(bytes, 44), (other, by == 1))?,
+            kind: kind(bytes, other)?,
         })
+    }
+
+    /// How many bytes follow this message.
+    pub(crate) fn following_bytes(&self) -> usize {
+        match self.kind {
+            Kind::Hello {
+                by, reason_bytes, ..
+            } => usize::from(reason_bytes) + by.offer_bytes(),
+            Kind::Welcome { by, .. } => by.offer_bytes(),
+            Kind::Refusal(_) => 0,
+        }
     }
 }
 
-fn kind(
-    kind: u8,
-    code: u32,
-    (other, is_for_rdma): (LinkIdentity, bool),
-) -> Result<Kind, HandshakeError> {
+fn kind(bytes: &[u8; MESSAGE_BYTES], other: LinkIdentity) -> Result<Kind, HandshakeError> {
+    let (kind, code) = (bytes[6], u32_at(bytes, 44));
+    let (by, reason_bytes) = (By::from_bytes(bytes)?, bytes[57]);
+    let link_epoch = u32_at(bytes, 12) >> 8;
+    let is_link = kind < 2;
+    if (link_epoch == 0) == is_link {
+        return Err(field("link_epoch", link_epoch));
+    }
+    let is_by_known = match kind {
+        0 => true,
+        1 => by != By::Rdma,
+        _ => by == By::Carrier,
+    };
+    if !is_by_known {
+        return Err(field("by", bytes[56]));
+    }
+    if reason_bytes > 0 && kind != 0 {
+        return Err(field("reason_bytes", reason_bytes));
+    }
+    let epoch = LinkEpoch(link_epoch);
     match (kind, code) {
-        (0, _) => match ChoiceReason::from_code(code) {
+        (0, _) => match Choice::from_code(code) {
             Some(choice) => Ok(Kind::Hello {
                 wanted: other,
                 choice,
-                is_for_rdma,
+                epoch,
+                by,
+                reason_bytes,
             }),
             None => Err(field("choice", code)),
         },
-        (1, 0) => Ok(Kind::Welcome),
+        (1, 0) => Ok(Kind::Welcome { epoch, by }),
         (2, 0) => Ok(Kind::Refusal(RefusalCode::Version)),
         (2, 1) => Ok(Kind::Refusal(RefusalCode::NotMe)),
         (2, 2) => Ok(Kind::Refusal(RefusalCode::SameSide)),
@@ -201,6 +303,7 @@ fn kind(
         (2, 7) => Ok(Kind::Refusal(RefusalCode::NoRdma)),
         (2, 8) => Ok(Kind::Refusal(RefusalCode::NeedsTls)),
         (2, 9) => Ok(Kind::Refusal(RefusalCode::NoTls)),
+        (2, 10) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }
@@ -212,7 +315,6 @@ fn introduction(bytes: &[u8; MESSAGE_BYTES]) -> Result<Introduction, HandshakeEr
         1 => Side::Responder,
         other => return Err(field("side", other)),
     };
-    let num_lanes = u32_at(bytes, 12);
     let slot_bytes = |at, name| {
         let value = u64_at(bytes, at);
         usize::try_from(value).map_err(|_| field(name, value))
@@ -224,7 +326,7 @@ fn introduction(bytes: &[u8; MESSAGE_BYTES]) -> Result<Introduction, HandshakeEr
         },
         side,
         geometry: Geometry {
-            num_lanes: u8::try_from(num_lanes).map_err(|_| field("num_lanes", num_lanes))?,
+            num_lanes: bytes[12],
             a2f_slot_bytes: slot_bytes(24, "a2f_slot_bytes")?,
             f2a_slot_bytes: slot_bytes(32, "f2a_slot_bytes")?,
         },
@@ -262,122 +364,4 @@ impl Introduction {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn introduction(side: Side) -> Introduction {
-        Introduction {
-            identity: LinkIdentity {
-                instance: InstanceId(3),
-                epoch: Epoch(8),
-            },
-            side,
-            geometry: Geometry {
-                num_lanes: 3,
-                a2f_slot_bytes: 1 << 20,
-                f2a_slot_bytes: 1 << 21,
-            },
-        }
-    }
-
-    fn kinds() -> Vec<Kind> {
-        let wanted = LinkIdentity {
-            instance: InstanceId(1),
-            epoch: Epoch(2),
-        };
-        let hello = |choice, is_for_rdma| Kind::Hello {
-            wanted,
-            choice,
-            is_for_rdma,
-        };
-        let hellos = [false, true].map(|by| ChoiceReason::ALL.map(|choice| hello(choice, by)));
-        let refusals = [
-            RefusalCode::Version,
-            RefusalCode::NotMe,
-            RefusalCode::SameSide,
-            RefusalCode::Geometry,
-            RefusalCode::Stale(Epoch(9)),
-            RefusalCode::Full,
-            RefusalCode::Resources,
-            RefusalCode::NoRdma,
-            RefusalCode::NeedsTls,
-            RefusalCode::NoTls,
-        ];
-        let refusals = refusals.map(Kind::Refusal);
-        [&hellos.concat()[..], &[Kind::Welcome], &refusals].concat()
-    }
-
-    #[test]
-    fn every_message_comes_back_as_it_went() {
-        for kind in kinds() {
-            for side in [Side::Initiator, Side::Responder] {
-                let message = Message {
-                    from: introduction(side),
-                    kind,
-                };
-                assert_eq!(Message::decode(&message.encode()), Ok(message));
-            }
-        }
-    }
-
-    #[test]
-    fn a_message_of_another_size_or_version_is_refused() {
-        let bytes = Message {
-            from: introduction(Side::Initiator),
-            kind: Kind::Welcome,
-        }
-        .encode();
-        assert_eq!(Message::decode(&bytes[..63]), Err(HandshakeError::Size(63)));
-        assert_eq!(Message::decode(&[]), Err(HandshakeError::Size(0)));
-        let mut newer = bytes;
-        newer[4] = 7;
-        assert_eq!(Message::decode(&newer), Err(HandshakeError::Version(7)));
-    }
-
-    #[test]
-    fn each_disagreement_has_its_own_refusal() {
-        let ours = introduction(Side::Responder);
-        let theirs = introduction(Side::Initiator);
-        let stale = LinkIdentity {
-            epoch: Epoch(7),
-            ..ours.identity
-        };
-        let mut wide = theirs;
-        wide.geometry.f2a_slot_bytes += 1;
-        assert_eq!(ours.judge(&theirs, ours.identity), Ok(()));
-        assert_eq!(ours.judge(&theirs, stale), Err(RefusalCode::NotMe));
-        assert_eq!(ours.judge(&ours, ours.identity), Err(RefusalCode::SameSide));
-        assert_eq!(ours.judge(&wide, ours.identity), Err(RefusalCode::Geometry));
-    }
-
-    proptest! {
-        #[test]
-        fn arbitrary_fields_with_a_right_checksum_never_panic(
-            body in proptest::collection::vec(any::<u8>(), MESSAGE_BYTES - 10),
-        ) {
-            let mut bytes = [0; MESSAGE_BYTES];
-            bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-            bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
-            bytes[6..CRC_AT].copy_from_slice(&body);
-            bytes[6] %= 4;
-            bytes[7] %= 3;
-            bytes[13..16].fill(0);
-            bytes[45..48].fill(0);
-            bytes[44] %= 12;
-            bytes[56] %= 3;
-            bytes[57..60].fill(0);
-            let crc = crc32fast::hash(&bytes[..CRC_AT]);
-            bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
-            if let Ok(message) = Message::decode(&bytes) {
-                prop_assert_eq!(Message::decode(&message.encode()), Ok(message));
-            }
-        }
-
-        #[test]
-        fn arbitrary_bytes_are_no_message(bytes in proptest::collection::vec(any::<u8>(), 0..130)) {
-            prop_assert!(Message::decode(&bytes).is_err());
-        }
-    }
-}
+mod tests;

@@ -5,30 +5,25 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use rustix::event::EventfdFlags;
 use step3rt_core::ids::{Epoch, InstanceId};
 
+use crate::bell::EndpointBell;
 use crate::config::LinkSettings;
-use crate::contract::{Doorbell, Link, LinkIdentity};
-use crate::doorbell::FutexDoorbell;
-use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
+use crate::contract::{Doorbell, LinkIdentity};
+use crate::device_offer::DeviceOffer;
+use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
+use crate::new_link::NewLink;
 use crate::rdma;
 use crate::state::LinkState;
+use crate::sync::{AtomicBool, AtomicUsize, Event, Mutex, MutexGuard, Ordering};
 use crate::tls::Tls;
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
 /// what is forgotten is long gone.
 const MAX_REMEMBERED_EPOCHS: usize = 4096;
-
-/// A link that the watcher accepted, on its way to the owner.
-pub(crate) struct Accepted {
-    pub(crate) link: Box<dyn Link>,
-    pub(crate) reason: String,
-}
 
 /// A socket whose hang-up is the end of a link.
 pub(crate) struct Watch {
@@ -43,23 +38,28 @@ struct Registry {
     epochs: HashMap<InstanceId, Epoch>,
     /// Links of each linked instance: more than one while a new one takes the place of the last.
     num_links: HashMap<InstanceId, usize>,
+    /// Instances whose new link is about to take the place of the present one, as an end asked for:
+    /// how many such links there are, and why the last one.
+    resets: HashMap<InstanceId, (usize, String)>,
 }
 
 pub(crate) struct Hub {
     pub(crate) introduction: Introduction,
     pub(crate) settings: LinkSettings,
-    pub(crate) bell: Arc<FutexDoorbell>,
+    pub(crate) bell: Arc<EndpointBell>,
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
     /// With it, every connection over TCP begins with a TLS handshake.
     pub(crate) tls: Option<Tls>,
+    /// What this end offers of its device's memory, where the setting allows that.
+    pub(crate) device_offer: Option<DeviceOffer>,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
-    accepted: Mutex<Vec<Accepted>>,
+    accepted: Mutex<Vec<NewLink>>,
     num_accepted: AtomicUsize,
     new_watches: Mutex<Vec<Watch>>,
-    wake: OwnedFd,
+    wake: Event,
     is_stopping: AtomicBool,
 }
 
@@ -70,8 +70,7 @@ impl Hub {
         has_rdma: bool,
         tls: Option<Tls>,
     ) -> io::Result<Self> {
-        let (bell, bell_fd) = FutexDoorbell::create(settings.spin_us)?;
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (bell, bell_fd) = EndpointBell::create(settings.spin_us)?;
         Ok(Self {
             introduction,
             settings,
@@ -79,12 +78,13 @@ impl Hub {
             has_rdma,
             rdma_devices: rdma::Devices::default(),
             tls,
+            device_offer: None,
             bell_fd,
             registry: Mutex::default(),
             accepted: Mutex::default(),
             num_accepted: AtomicUsize::new(0),
             new_watches: Mutex::default(),
-            wake,
+            wake: Event::new()?,
             is_stopping: AtomicBool::new(false),
         })
     }
@@ -103,13 +103,26 @@ impl Hub {
         .encode()
     }
 
+    /// What follows a hello or welcome that says `by` of this end's device memory.
+    pub(crate) fn offer_by(&self, by: By) -> &[u8] {
+        match (by, &self.device_offer) {
+            (By::Device { .. }, Some(offer)) => offer.as_bytes(),
+            _ => &[],
+        }
+    }
+
     /// The terms of a link to a peer whose introduction was found good.
-    pub(crate) fn terms(&self, peer: LinkIdentity) -> LinkTerms {
+    pub(crate) fn terms(&self, peer: LinkIdentity, by: By) -> LinkTerms {
+        let geometry = self.introduction.geometry;
         LinkTerms {
             local: self.introduction.identity,
             peer,
             side: self.introduction.side,
-            geometry: self.introduction.geometry,
+            geometry: match by {
+                // Payloads lie in the devices' memory.
+                By::Device { .. } => geometry.without_payloads(),
+                By::Carrier | By::Rdma => geometry,
+            },
             payload_checksum: self.settings.payload_checksum,
         }
     }
@@ -151,8 +164,33 @@ impl Hub {
         }
     }
 
+    /// Notes that a new link is about to take the place of the present one. Before the peer knows that
+    /// there is one: from then on it may close the old one, whose end is then no loss of a peer.
+    pub(crate) fn begin_reset(&self, peer: InstanceId, reason: String) {
+        let mut registry = lock(&self.registry);
+        let num_before = registry.resets.get(&peer).map_or(0, |(num, _)| *num);
+        registry.resets.insert(peer, (num_before + 1, reason));
+    }
+
+    /// Why the link to a peer is being replaced, if it is.
+    pub(crate) fn reset_of(&self, peer: InstanceId) -> Option<String> {
+        let registry = lock(&self.registry);
+        registry.resets.get(&peer).map(|(_, reason)| reason.clone())
+    }
+
+    /// Takes [`Hub::begin_reset`] back: the link was replaced, or will not be.
+    pub(crate) fn end_reset(&self, peer: InstanceId) {
+        let mut registry = lock(&self.registry);
+        if let Some((num, _)) = registry.resets.get_mut(&peer) {
+            *num -= 1;
+            if *num == 0 {
+                registry.resets.remove(&peer);
+            }
+        }
+    }
+
     /// Hands a link to the owner. One of the same instance that it has not taken yet is dropped.
-    pub(crate) fn deliver(&self, link: Accepted) {
+    pub(crate) fn deliver(&self, link: NewLink) {
         let mut accepted = lock(&self.accepted);
         let instance = link.link.peer().instance;
         let earlier = accepted
@@ -162,14 +200,17 @@ impl Hub {
         accepted.push(link);
         self.num_accepted.store(accepted.len(), Ordering::Release);
         drop(accepted);
-        if earlier.is_some() {
+        if let Some(earlier) = earlier {
+            if earlier.reset.is_some() {
+                self.end_reset(instance);
+            }
             self.dismiss(instance);
         }
         self.bell.ring();
     }
 
     /// The links accepted since the last call; no lock when there are none.
-    pub(crate) fn take_accepted(&self) -> Vec<Accepted> {
+    pub(crate) fn take_accepted(&self) -> Vec<NewLink> {
         if self.num_accepted.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }
@@ -181,34 +222,30 @@ impl Hub {
     /// Has the watcher thread look after a socket.
     pub(crate) fn watch(&self, watch: Watch) {
         lock(&self.new_watches).push(watch);
-        self.wake_watcher();
+        self.wake.set();
     }
 
     /// For the watcher: sockets to look after since the last call.
     pub(crate) fn take_new_watches(&self) -> Vec<Watch> {
-        // The eventfd only says "look"; that it is empty already is no news.
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        // Before looking, so that what comes after the look is seen by the next one.
+        self.wake.clear();
         std::mem::take(&mut *lock(&self.new_watches))
     }
 
     /// For the watcher: readable when it is wanted.
-    pub(crate) fn wake(&self) -> &OwnedFd {
+    pub(crate) fn wake(&self) -> &Event {
         &self.wake
     }
 
-    /// Ends the watcher.
+    /// Ends the watcher, and the thread of the sockets.
     pub(crate) fn stop(&self) {
         self.is_stopping.store(true, Ordering::Release);
-        self.wake_watcher();
+        self.bell.sockets().stop();
+        self.wake.set();
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.is_stopping.load(Ordering::Acquire)
-    }
-
-    fn wake_watcher(&self) {
-        // Fails only when the counter is full, which wakes as well.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 }
 
@@ -312,6 +349,20 @@ mod tests {
         assert_eq!(hub.admit(identity(2, 2)), Err(RefusalCode::Full));
         hub.dismiss(InstanceId(1));
         assert!(hub.admit(identity(2, 2)).is_ok());
+    }
+
+    #[test]
+    fn a_link_is_being_replaced_until_the_last_that_was_to_take_its_place_has() {
+        let (hub, peer) = (hub(4), InstanceId(1));
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer), None);
+        hub.begin_reset(peer, "first".to_owned());
+        hub.begin_reset(peer, "second".to_owned());
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer).as_deref(), Some("second"));
+        assert_eq!(hub.reset_of(InstanceId(2)), None);
+        hub.end_reset(peer);
+        assert_eq!(hub.reset_of(peer), None);
     }
 
     #[test]

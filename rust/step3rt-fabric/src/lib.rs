@@ -76,25 +76,46 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`, `stream` and `tls` (a socket's bytes, encrypted or not). How links come about: `handshake`, `connect`,
-//! `accept`, `watcher`, `hub`.
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits), `stream` and
+//! `tls` (a socket's bytes, encrypted or not). How links come
+//! about: `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the
+//! place of another: `reset_ask`.
+//!
+//! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
+//! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
 
 pub mod address;
 pub mod contract;
+pub mod device_offer;
 pub mod endpoint;
 pub mod frame;
+pub mod link_epoch;
 pub mod measure;
 pub mod sim;
 
 mod accept;
+mod bell;
+mod choice;
 mod config;
 mod connect;
+mod connect_error;
 mod credentials;
+mod dialer;
 mod doorbell;
 mod handshake;
 mod hub;
 mod lane;
+pub mod late_doorbell;
+mod measure_flag;
 mod memory;
+#[cfg(loom)]
+mod models;
+mod new_link;
+#[cfg(not(any(loom, miri)))]
+mod pages;
+#[cfg(any(loom, miri))]
+#[path = "heap_pages.rs"]
+mod pages;
 #[cfg(feature = "rdma")]
 mod rdma;
 #[cfg(not(feature = "rdma"))]
@@ -103,10 +124,14 @@ mod rdma;
 mod rdma_status;
 mod refusal;
 mod region;
+mod reset_ask;
 mod shm;
+mod sockets;
 mod state;
 mod stream;
+mod sync;
 mod tcp;
+mod tcp_receiver;
 mod tcp_socket;
 #[cfg(feature = "tls")]
 mod tls;
@@ -117,7 +142,10 @@ mod watcher;
 
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod two_sides;
 
+pub use choice::DeviceError;
 pub use memory::MapError;
 pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};
 pub use refusal::{HandshakeError, Refusal};

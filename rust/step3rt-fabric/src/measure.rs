@@ -18,6 +18,7 @@ use crate::endpoint::{
     BindError, ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings,
 };
 use crate::frame::Frame;
+use crate::measure_flag::{echo_flag, measure_flag};
 use crate::tls::Tls;
 
 /// Rounds before those that count, on both sides.
@@ -26,7 +27,7 @@ pub const WARM_UP_ROUNDS: usize = 50;
 const LANE: LaneId = LaneId(0);
 const ANY_PORT: &str = "127.0.0.1:0";
 /// A peer that is silent this long, between rounds of milliseconds, is gone.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What carries the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,8 @@ pub enum Carrier {
     Rdma,
     /// No link, the baseline of TCP: a socket that one thread of each process writes and reads.
     Socket,
-    /// No link and no second process, the baseline of shared memory: a copy in and a copy out.
-    Copy,
+    /// No link, the baseline of shared memory: the same copies, and one word that says whose turn it is.
+    Flag,
 }
 
 impl Carrier {
@@ -50,7 +51,7 @@ impl Carrier {
             Self::Tcp => "tcp",
             Self::Rdma => "rdma",
             Self::Socket => "socket",
-            Self::Copy => "memcpy",
+            Self::Flag => "flag",
         }
     }
 }
@@ -59,7 +60,7 @@ impl FromStr for Carrier {
     type Err = MeasureError;
 
     fn from_str(name: &str) -> Result<Self, MeasureError> {
-        let all = [Self::Shm, Self::Tcp, Self::Rdma, Self::Socket, Self::Copy];
+        let all = [Self::Shm, Self::Tcp, Self::Rdma, Self::Socket, Self::Flag];
         let found = all.into_iter().find(|carrier| carrier.fabric() == name);
         found.ok_or_else(|| MeasureError::Carrier(name.to_owned()))
     }
@@ -89,7 +90,7 @@ pub struct Times {
 #[derive(Debug, Error)]
 pub enum MeasureError {
     /// Not a [`Carrier`].
-    #[error("{0:?} carries nothing that is measured. Use shm, tcp, rdma, socket or memcpy")]
+    #[error("{0:?} carries nothing that is measured. Use shm, tcp, rdma, socket or flag")]
     Carrier(String),
     /// No bytes or no rounds.
     #[error("{num_bytes} bytes in {num_rounds} rounds cannot be measured. Use 1 or more of each")]
@@ -116,12 +117,11 @@ pub enum MeasureError {
     System(#[from] io::Error),
 }
 
-/// Measures rounds with the process that wrote `address`; of [`Carrier::Copy`] alone. With `tls`, a
-/// link over TCP is encrypted.
+/// Measures rounds with the process that wrote `address`. With `tls`, a link over TCP is encrypted.
 pub fn measure(plan: Plan, tls: Option<Tls>, address: &str) -> Result<Times, MeasureError> {
     plan.check()?;
     match plan.carrier {
-        Carrier::Copy => measure_copy(plan),
+        Carrier::Flag => measure_flag(plan, address),
         Carrier::Socket => measure_socket(plan, address),
         Carrier::Shm | Carrier::Tcp | Carrier::Rdma => measure_link(plan, tls, address),
     }
@@ -132,7 +132,7 @@ pub fn measure(plan: Plan, tls: Option<Tls>, address: &str) -> Result<Times, Mea
 pub fn echo(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<(), MeasureError> {
     plan.check()?;
     let cpu_us_per_round = match plan.carrier {
-        Carrier::Copy => 0.0,
+        Carrier::Flag => echo_flag(plan, out)?,
         Carrier::Socket => echo_socket(plan, out)?,
         Carrier::Shm | Carrier::Tcp | Carrier::Rdma => echo_link(plan, tls, out)?,
     };
@@ -170,7 +170,7 @@ impl Plan {
     }
 
     /// Calls `round` for each, and returns how long those that count took, there and back.
-    fn time(
+    pub(crate) fn time(
         self,
         mut round: impl FnMut() -> Result<(), MeasureError>,
     ) -> Result<(Vec<Duration>, f64), MeasureError> {
@@ -194,8 +194,9 @@ impl Plan {
 }
 
 impl Times {
-    fn new((rounds, cpu_us_per_round): (Vec<Duration>, f64), ways: f64) -> Self {
-        let one_way_us = rounds.iter().map(|round| round.as_secs_f64() * 1e6 / ways);
+    /// Of rounds there and back, and the CPU time of one.
+    pub(crate) fn new((rounds, cpu_us_per_round): (Vec<Duration>, f64)) -> Self {
+        let one_way_us = rounds.iter().map(|round| round.as_secs_f64() * 1e6 / 2.0);
         Self {
             one_way_us: one_way_us.collect(),
             cpu_us_per_round,
@@ -210,7 +211,7 @@ fn cpu_us() -> f64 {
     time.tv_sec as f64 * 1e6 + time.tv_nsec as f64 / 1e3
 }
 
-fn say(out: &mut dyn Write, line: &str) -> Result<(), MeasureError> {
+pub(crate) fn say(out: &mut dyn Write, line: &str) -> Result<(), MeasureError> {
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
 }
@@ -240,7 +241,7 @@ fn bind(plan: Plan, tls: Option<Tls>, side: Side) -> Result<Endpoint, MeasureErr
         advertise_host: None,
         settings: LinkSettings::default(),
     };
-    Ok(Endpoint::bind_with(config, tls)?)
+    Ok(Endpoint::bind_with(config, None, tls)?)
 }
 
 fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> Result<(), MeasureError> {
@@ -254,12 +255,10 @@ fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> Result
                 FabricEvent::LinkDown { .. } | FabricEvent::DialFailed { .. } => {
                     return Err(MeasureError::Ended);
                 }
-                FabricEvent::LinkUp(_) => {}
+                FabricEvent::LinkUp(_) | FabricEvent::ResetAsked { .. } => {}
             }
         }
-        let started = Instant::now();
-        doorbell.wait(seen, PATIENCE);
-        if started.elapsed() >= PATIENCE {
+        if !doorbell.wait(seen, PATIENCE) {
             return Err(MeasureError::Ended);
         }
     }
@@ -267,7 +266,7 @@ fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> Result
 
 /// As tensor code does; [`SlotMemory::write`] is not made for speed.
 #[expect(unsafe_code, reason = "copies into a slot at full speed")]
-fn copy_in(slot: &dyn SlotMemory, bytes: &[u8]) {
+pub(crate) fn copy_in(slot: &dyn SlotMemory, bytes: &[u8]) {
     assert!(bytes.len() <= slot.len());
     // SAFETY: the slot has as many bytes, is mapped while `slot` lives, and is this side's to write
     // while the lane has credit.
@@ -279,7 +278,7 @@ fn copy_in(slot: &dyn SlotMemory, bytes: &[u8]) {
 
 /// The other way round.
 #[expect(unsafe_code, reason = "copies out of a slot at full speed")]
-fn copy_out(slot: &dyn SlotMemory, bytes: &mut [u8]) {
+pub(crate) fn copy_out(slot: &dyn SlotMemory, bytes: &mut [u8]) {
     assert!(bytes.len() <= slot.len());
     // SAFETY: as above; the peer does not write between the arrival and this side's push.
     unsafe {
@@ -317,7 +316,7 @@ fn measure_link(plan: Plan, tls: Option<Tls>, address: &str) -> Result<Times, Me
         }
         Ok(())
     })?;
-    Ok(Times::new(rounds, 2.0))
+    Ok(Times::new(rounds))
 }
 
 fn echo_link(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<f64, MeasureError> {
@@ -326,30 +325,25 @@ fn echo_link(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<f64, M
     let peer = identity(Side::Initiator).instance;
     let mut payload = vec![1; plan.num_bytes];
     let mut events = Vec::new();
+    let mut slots = None;
     let (_, cpu_us_per_round) = plan.time(|| {
         await_frame(&mut endpoint, &mut events)?;
         if plan.copies() {
+            // Asked for once: they stay where they are.
+            if slots.is_none() {
+                let receive = endpoint.receive_slot(peer, LANE);
+                slots = receive.zip(endpoint.send_slot(peer, LANE));
+            }
             let not_linked = || MeasureError::Push(PushError::NotLinked(peer));
-            let receive = endpoint.receive_slot(peer, LANE);
-            copy_out(&*receive.ok_or_else(not_linked)?, &mut payload);
-            let send = endpoint.send_slot(peer, LANE);
-            copy_in(&*send.ok_or_else(not_linked)?, &payload);
+            let (receive, send) = slots.as_ref().ok_or_else(not_linked)?;
+            copy_out(&**receive, &mut payload);
+            copy_in(&**send, &payload);
         }
         Ok(endpoint.push(peer, LANE, plan.frame())?)
     })?;
     // What the socket has not taken yet would be lost with the endpoint.
     while await_frame(&mut endpoint, &mut events).is_ok() {}
     Ok(cpu_us_per_round)
-}
-
-fn measure_copy(plan: Plan) -> Result<Times, MeasureError> {
-    let (mut from, mut slot) = (vec![1_u8; plan.num_bytes], vec![2_u8; plan.num_bytes]);
-    let rounds = plan.time(|| {
-        slot.copy_from_slice(std::hint::black_box(&from));
-        from.copy_from_slice(std::hint::black_box(&slot));
-        Ok(())
-    })?;
-    Ok(Times::new(rounds, 1.0))
 }
 
 fn prepared(stream: &TcpStream) -> io::Result<()> {
@@ -366,7 +360,7 @@ fn measure_socket(plan: Plan, address: &str) -> Result<Times, MeasureError> {
         stream.write_all(&payload)?;
         Ok(stream.read_exact(&mut payload)?)
     })?;
-    Ok(Times::new(rounds, 2.0))
+    Ok(Times::new(rounds))
 }
 
 fn echo_socket(plan: Plan, out: &mut dyn Write) -> Result<f64, MeasureError> {

@@ -1,31 +1,27 @@
 //! Memory that slots lie in: sealed memfds shared between processes, and private memory.
 //!
-//! With `rdma`'s calls of libibverbs, all of the crate's `unsafe`. It never forms a reference to slot bytes: other processes, the
+//! With `pages`, which maps them, and `rdma`'s calls of libibverbs, all of the crate's `unsafe`. It never forms a reference to slot bytes: other processes, the
 //! kernel and the embedding program write them, so they are reached by raw pointer, by system call
 //! or through atomics only.
 
 #![allow(
     unsafe_code,
-    reason = "maps memory and does I/O on it; all of the crate's unsafe but the verbs is here"
+    reason = "reaches mapped memory by pointer and does I/O on it"
 )]
 
-use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 use thiserror::Error;
 
 use crate::contract::SlotMemory;
+use crate::pages::Pages;
+use crate::sync::{Arc, AtomicU32, AtomicU64, Ordering};
 
 /// Mappings are whole pages of this size; a multiple of it is fine where pages are larger, because
-/// `mmap` rounds up itself.
-pub(crate) const PAGE_BYTES: usize = 4096;
+/// `mmap` rounds up itself. Small in models, which keep a history of each word.
+pub(crate) const PAGE_BYTES: usize = if cfg!(loom) { 256 } else { 4096 };
 
 /// Slot bytes are copied and summed by words: atomics, because another process may write them.
 pub(crate) const WORD_BYTES: usize = size_of::<u64>();
@@ -38,16 +34,6 @@ pub(crate) enum Sharing {
     PeerReads,
     /// Both write.
     PeerWrites,
-}
-
-impl Sharing {
-    fn seals(self) -> SealFlags {
-        let fixed_size = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        match self {
-            Self::PeerReads => fixed_size | SealFlags::FUTURE_WRITE,
-            Self::PeerWrites => fixed_size,
-        }
-    }
 }
 
 /// Why a received memfd was not mapped.
@@ -77,10 +63,12 @@ pub enum MapError {
 /// A mapped range, unmapped when the last owner drops it.
 #[derive(Debug)]
 pub(crate) struct Mapping {
-    base: NonNull<u8>,
-    len: usize,
+    pages: Pages,
     is_writable: bool,
 }
+
+/// A mapping that slots, links and devices hold on to together.
+pub(crate) type SharedMapping = Arc<Mapping>;
 
 // SAFETY: the range stays mapped until Drop, which needs the last owner; all accesses go through
 // atomics, system calls or raw pointers, none of which depend on the thread.
@@ -91,86 +79,30 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Makes a sealed memfd of `len` bytes, allocated in full and zeroed, and maps it for writing.
     pub(crate) fn share(name: &str, len: usize, sharing: Sharing) -> io::Result<(Self, OwnedFd)> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        // Allocated now: a full machine is an error here and not a SIGBUS at the first store.
-        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len as u64)?;
-        let mapping = Self::map(&fd, len, true)?;
-        rustix::fs::fcntl_add_seals(&fd, sharing.seals())?;
-        Ok((mapping, fd))
+        let (pages, fd) = Pages::share(name, len, sharing)?;
+        Ok((Self::of(pages, true), fd))
     }
 
     /// Maps a memfd that a peer made with [`Mapping::share`], after checking its size and seals.
     pub(crate) fn open(fd: &OwnedFd, len: usize, sharing: Sharing) -> Result<Self, MapError> {
-        let found = u64::try_from(rustix::fs::fstat(fd).map_err(io::Error::from)?.st_size);
-        let found = found.unwrap_or(0);
-        if found != len as u64 {
-            return Err(MapError::Size {
-                found,
-                expected: len,
-            });
-        }
-        let seals = rustix::fs::fcntl_get_seals(fd).map_err(io::Error::from)?;
-        if !seals.contains(sharing.seals()) {
-            let (found, expected) = (seals.bits(), sharing.seals().bits());
-            return Err(MapError::Seals { found, expected });
-        }
-        Ok(Self::map(fd, len, sharing == Sharing::PeerWrites)?)
+        let pages = Pages::open(fd, len, sharing)?;
+        Ok(Self::of(pages, sharing == Sharing::PeerWrites))
     }
 
     /// Maps private, zeroed memory.
     pub(crate) fn private(len: usize) -> io::Result<Self> {
-        Self::anonymous(len, MapFlags::PRIVATE)
+        Ok(Self::of(Pages::private(len)?, true))
     }
 
     /// Maps zeroed memory for a device to read and write. Shared, because after a fork a first store
     /// to private memory moves it to other pages, which the device does not know.
     #[cfg(feature = "rdma")]
     pub(crate) fn for_device(len: usize) -> io::Result<Self> {
-        Self::anonymous(len, MapFlags::SHARED)
+        Ok(Self::of(Pages::for_device(len)?, true))
     }
 
-    fn anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice aliases nothing.
-        let base = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                protection,
-                flags | MapFlags::POPULATE,
-            )?
-        };
-        Self::from_mmap(base, len, true)
-    }
-
-    fn map(fd: &OwnedFd, len: usize, is_writable: bool) -> io::Result<Self> {
-        let protection = if is_writable {
-            ProtFlags::READ | ProtFlags::WRITE
-        } else {
-            ProtFlags::READ
-        };
-        // SAFETY: a new mapping at an address of the kernel's choice aliases no Rust object. The
-        // memfd cannot shrink below `len`: our own is sealed right after, a peer's was checked.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                protection,
-                MapFlags::SHARED | MapFlags::POPULATE,
-                fd,
-                0,
-            )?
-        };
-        Self::from_mmap(base, len, is_writable)
-    }
-
-    fn from_mmap(base: *mut c_void, len: usize, is_writable: bool) -> io::Result<Self> {
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self {
-            base,
-            len,
-            is_writable,
-        })
+    fn of(pages: Pages, is_writable: bool) -> Self {
+        Self { pages, is_writable }
     }
 
     /// The 32-bit word at `offset`, for futexes. Panics outside of the mapping, when misaligned, and
@@ -180,7 +112,7 @@ impl Mapping {
             self.is_writable,
             "an atomic that may be stored to needs writable memory"
         );
-        let pointer = self.at(offset, size_of::<AtomicU32>(), align_of::<AtomicU32>());
+        let pointer = self.at(offset, size_of::<u32>(), size_of::<u32>());
         // SAFETY: in bounds and aligned (checked by `at`), mapped for as long as `self` lives, and
         // only ever accessed as an atomic, here and by other processes.
         unsafe { AtomicU32::from_ptr(pointer.cast()) }
@@ -188,7 +120,7 @@ impl Mapping {
 
     /// Loads the 64-bit word at `offset`. Panics outside of the mapping or when misaligned.
     pub(crate) fn load_u64(&self, offset: usize, ordering: Ordering) -> u64 {
-        let pointer = self.at(offset, size_of::<AtomicU64>(), align_of::<AtomicU64>());
+        let pointer = self.at(offset, WORD_BYTES, WORD_BYTES);
         // SAFETY: in bounds and aligned (checked by `at`), mapped for as long as `self` lives. Atomic
         // loads of this size are allowed on read-only memory.
         unsafe { AtomicU64::from_ptr(pointer.cast()) }.load(ordering)
@@ -197,7 +129,7 @@ impl Mapping {
     /// Stores the 64-bit word at `offset`. Panics as [`Mapping::u32_at`] does.
     pub(crate) fn store_u64(&self, offset: usize, value: u64, ordering: Ordering) {
         assert!(self.is_writable, "a store needs writable memory");
-        let pointer = self.at(offset, size_of::<AtomicU64>(), align_of::<AtomicU64>());
+        let pointer = self.at(offset, WORD_BYTES, WORD_BYTES);
         // SAFETY: in bounds, aligned and writable (checked), mapped for as long as `self` lives.
         unsafe { AtomicU64::from_ptr(pointer.cast()) }.store(value, ordering);
     }
@@ -260,36 +192,26 @@ impl Mapping {
     pub(crate) fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
         let end = offset.checked_add(len);
         assert!(
-            end.is_some_and(|end| end <= self.len) && offset.is_multiple_of(align),
+            end.is_some_and(|end| end <= self.pages.len()) && offset.is_multiple_of(align),
             "{len} bytes at {offset} are misaligned or outside of a mapping of {} bytes",
-            self.len
+            self.pages.len()
         );
         // SAFETY: `offset` is at most `len` (just checked), so the result stays in the allocation.
-        unsafe { self.base.as_ptr().add(offset) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `base` and `len` are what mmap returned, and the last owner is here, so no pointer
-        // that this crate gave out under an owner is left.
-        if let Err(error) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
-            tracing::error!(%error, len_bytes = self.len, "memory cannot be unmapped");
-        }
+        unsafe { self.pages.base().as_ptr().add(offset) }
     }
 }
 
 /// The payload bytes of one slot; keeps its mapping alive.
 #[derive(Debug)]
 pub(crate) struct SlotBytes {
-    mapping: Arc<Mapping>,
+    mapping: SharedMapping,
     range: Range<usize>,
 }
 
 impl SlotBytes {
     /// Panics when `range` is not within the mapping or does not start at a multiple of 64. What
     /// follows it up to the next multiple of 8 must be nobody's.
-    pub(crate) fn new(mapping: Arc<Mapping>, range: Range<usize>) -> Self {
+    pub(crate) fn new(mapping: SharedMapping, range: Range<usize>) -> Self {
         mapping.at(range.start, range.len(), 64);
         Self { mapping, range }
     }
@@ -344,14 +266,9 @@ impl SlotMemory for SlotBytes {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::net::{TcpListener, TcpStream};
 
-    fn plain_memfd(len: u64) -> OwnedFd {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let fd = rustix::fs::memfd_create("test", flags).unwrap();
-        rustix::fs::ftruncate(&fd, len).unwrap();
-        fd
-    }
+    use super::*;
 
     #[test]
     fn a_store_of_the_creator_is_seen_through_the_passed_fd() {
@@ -362,18 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reader_can_neither_map_for_writing_nor_resize_nor_punch_holes() {
-        let (_ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerReads).unwrap();
-        assert!(Mapping::map(&fd, PAGE_BYTES, true).is_err());
-        assert!(rustix::fs::ftruncate(&fd, 0).is_err());
-        assert!(rustix::fs::ftruncate(&fd, 1 << 20).is_err());
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        assert!(rustix::fs::fallocate(&fd, punch, 0, PAGE_BYTES as u64).is_err());
-        assert!(rustix::fs::fcntl_add_seals(&fd, SealFlags::WRITE).is_err());
-    }
-
-    #[test]
-    fn memory_of_another_size_or_without_seals_is_refused() {
+    fn memory_of_another_size_or_that_others_may_write_is_refused() {
         let (_ours, fd) = Mapping::share("test", PAGE_BYTES, Sharing::PeerWrites).unwrap();
         let error = Mapping::open(&fd, 2 * PAGE_BYTES, Sharing::PeerWrites).unwrap_err();
         assert!(
@@ -388,17 +294,31 @@ mod tests {
         );
         let error = Mapping::open(&fd, PAGE_BYTES, Sharing::PeerReads).unwrap_err();
         assert!(matches!(error, MapError::Seals { .. }), "{error}");
-        let bare = plain_memfd(PAGE_BYTES as u64);
-        let error = Mapping::open(&bare, PAGE_BYTES, Sharing::PeerWrites).unwrap_err();
-        assert!(matches!(error, MapError::Seals { found: 0, .. }), "{error}");
     }
 
     #[test]
-    fn something_that_is_no_memfd_is_refused() {
-        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        assert!(Mapping::open(&fd, 0, Sharing::PeerReads).is_err());
-        let directory: OwnedFd = std::fs::File::open("/").unwrap().into();
-        assert!(Mapping::open(&directory, PAGE_BYTES, Sharing::PeerReads).is_err());
+    fn bytes_go_from_one_mapping_by_a_socket_into_another() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let [from, to] = [(); 2].map(|()| Mapping::private(PAGE_BYTES).unwrap());
+        from.store_u64(64, 0xfeed, Ordering::Relaxed);
+        assert_eq!(from.send(&near, 64..72, 0).unwrap(), 8);
+        let mut missing = 128..136;
+        while !missing.is_empty() {
+            missing.start += to.receive(&far, missing.clone()).unwrap();
+        }
+        assert_eq!(to.load_u64(128, Ordering::Relaxed), 0xfeed);
+        drop(near);
+        assert_eq!(to.receive(&far, 0..PAGE_BYTES).unwrap(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of a mapping")]
+    fn receiving_past_the_end_of_a_mapping_panics() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let memory = Mapping::private(PAGE_BYTES).unwrap();
+        let _ = memory.receive(&listener, PAGE_BYTES - 1..PAGE_BYTES + 1);
     }
 
     #[test]

@@ -66,6 +66,11 @@ pub enum Refusal {
          `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
     )]
     NoTls,
+    /// It offers no device memory, or the fabric it is set to keeps it from that.
+    #[error(
+        "it offers no device memory. Give it a device with `--device`, or set `fabric` to \"auto\""
+    )]
+    NoDeviceOffer,
 }
 
 /// Why bytes are not a handshake message.
@@ -89,8 +94,11 @@ pub enum HandshakeError {
         value: u64,
     },
     /// Not the size of a message.
-    #[error("it has {0} bytes, not {MESSAGE_BYTES}")]
+    #[error("it has {0} bytes, not {MESSAGE_BYTES} and what it says that follows")]
     Size(usize),
+    /// What follows a hello as text is none.
+    #[error("its reason is not text")]
+    Text,
     /// Not what comes at this point.
     #[error("a {0} came where it does not belong")]
     Unexpected(&'static str),
@@ -122,6 +130,7 @@ impl Introduction {
             RefusalCode::NoRdma => Refusal::NoRdma,
             RefusalCode::NeedsTls => Refusal::NeedsTls,
             RefusalCode::NoTls => Refusal::NoTls,
+            RefusalCode::NoDeviceOffer => Refusal::NoDeviceOffer,
         }
     }
 }

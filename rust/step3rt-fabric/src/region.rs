@@ -4,23 +4,25 @@
 //!
 //! ```text
 //! 0           128         128·L                                         128·L + stride
-//! ├ flag 0 ───┼ flag 1 ───┼ ... ┼ header 0 (64) │ payload 0 (slot_bytes) │ pad to 64 ┼ header 1 ...
+//! ├ flag 0 ───┼ flag 1 ───┼ ... ┼ header 0 (64) │ payload 0 (slot_bytes) │ pad to 64 ┼ header 1 ... ┼ notes
 //! ```
 //! A flag is the sequence number of the last frame published on the lane: the header and payload
 //! are written first, the flag is stored with release and loaded with acquire. Header and payload
-//! are contiguous, so that a frame is one range for a system call too.
+//! are contiguous, so that a frame is one range for a system call too; and so are the notes by which a
+//! fabric that sends ranges asks for a new link, once.
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use step3rt_core::ids::LaneId;
 
 use crate::contract::{Geometry, SlotMemory};
 use crate::frame::{Direction, FrameHeader, HEADER_BYTES, ProtocolError};
-use crate::memory::{MapError, Mapping, PAGE_BYTES, Sharing, SlotBytes, WORD_BYTES};
+use crate::memory::{MapError, Mapping, PAGE_BYTES, SharedMapping, Sharing, SlotBytes, WORD_BYTES};
+use crate::reset_ask::{self, NOTE_BYTES};
+use crate::sync::Ordering;
 
 /// Two cache lines, because x86 fetches them in pairs and some ARM lines are that long.
 const FLAG_STRIDE_BYTES: usize = 128;
@@ -43,18 +45,24 @@ impl Layout {
         self.header_at(lane) + HEADER_BYTES
     }
 
-    fn total_bytes(self) -> usize {
+    fn notes_at(self) -> usize {
         self.header_at(LaneId(self.num_lanes))
-            .next_multiple_of(PAGE_BYTES)
+    }
+
+    fn total_bytes(self) -> usize {
+        (self.notes_at() + MAX_NOTES_BYTES).next_multiple_of(PAGE_BYTES)
     }
 }
 
 /// All slots of one direction.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
-    mapping: Arc<Mapping>,
+    mapping: SharedMapping,
     layout: Layout,
 }
+
+/// Room for the notes of the longest reason.
+const MAX_NOTES_BYTES: usize = reset_ask::MAX_NOTES * NOTE_BYTES;
 
 impl Region {
     /// Makes the slots that this process writes and a peer reads.
@@ -64,7 +72,7 @@ impl Region {
             Mapping::share("step3rt-slots", layout.total_bytes(), Sharing::PeerReads)?;
         Ok((
             Self {
-                mapping: Arc::new(mapping),
+                mapping: SharedMapping::new(mapping),
                 layout,
             },
             fd,
@@ -80,7 +88,7 @@ impl Region {
         let layout = layout(geometry, direction);
         let mapping = Mapping::open(fd, layout.total_bytes(), Sharing::PeerReads)?;
         Ok(Self {
-            mapping: Arc::new(mapping),
+            mapping: SharedMapping::new(mapping),
             layout,
         })
     }
@@ -90,7 +98,7 @@ impl Region {
         let layout = layout(geometry, direction);
         let mapping = Mapping::private(layout.total_bytes())?;
         Ok(Self {
-            mapping: Arc::new(mapping),
+            mapping: SharedMapping::new(mapping),
             layout,
         })
     }
@@ -99,14 +107,14 @@ impl Region {
     #[cfg(feature = "rdma")]
     pub(crate) fn for_device(geometry: &Geometry, direction: Direction) -> io::Result<Self> {
         let layout = layout(geometry, direction);
-        let mapping = Arc::new(Mapping::for_device(layout.total_bytes())?);
+        let mapping = SharedMapping::new(Mapping::for_device(layout.total_bytes())?);
         Ok(Self { mapping, layout })
     }
 
     /// What keeps the memory mapped.
     #[cfg(feature = "rdma")]
-    pub(crate) fn shared_mapping(&self) -> Arc<Mapping> {
-        Arc::clone(&self.mapping)
+    pub(crate) fn shared_mapping(&self) -> SharedMapping {
+        SharedMapping::clone(&self.mapping)
     }
 
     /// All headers and slots, without the flags: what a device may touch.
@@ -124,7 +132,12 @@ impl Region {
     /// The payload bytes of a lane, `None` when there is no such lane.
     pub(crate) fn slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
         let start = self.layout.payload_at(lane);
-        let slot = || SlotBytes::new(Arc::clone(&self.mapping), start..start + self.slot_bytes());
+        let slot = || {
+            SlotBytes::new(
+                SharedMapping::clone(&self.mapping),
+                start..start + self.slot_bytes(),
+            )
+        };
         (lane.0 < self.layout.num_lanes).then(|| Arc::new(slot()) as Arc<dyn SlotMemory>)
     }
 
@@ -171,6 +184,22 @@ impl Region {
             word.copy_from_slice(&value.to_ne_bytes());
         }
         header
+    }
+
+    /// Writes the notes that ask for a new link because of `reason`, and returns where they lie; `None`
+    /// when they were written before, and so are on their way.
+    pub(crate) fn write_notes(&self, reason: &str) -> Option<Range<usize>> {
+        let start = self.layout.notes_at();
+        if self.mapping.load_u64(start, Ordering::Relaxed) != 0 {
+            return None;
+        }
+        let notes = reset_ask::encode(reason).concat();
+        for (i, word) in notes.chunks_exact(WORD_BYTES).enumerate() {
+            let word = u64::from_ne_bytes(word.try_into().expect("chunks are of a word's size"));
+            self.mapping
+                .store_u64(start + i * WORD_BYTES, word, Ordering::Relaxed);
+        }
+        Some(start..start + notes.len())
     }
 
     /// Makes header and payload visible to the consumer, as frame `sequence` of the lane.

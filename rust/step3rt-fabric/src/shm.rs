@@ -1,7 +1,7 @@
 //! Links through shared memory: tensors lie in the slot, and a push moves nothing but a number.
 //!
-//! A Unix socket carries the handshake and the descriptors, then nothing; its hang-up is how a
-//! peer's death is seen.
+//! A Unix socket carries the handshake and the descriptors, then at most a request for a new link; its
+//! hang-up is how a peer's death is seen.
 //!
 //! Each end makes the memory that it writes and seals it so that the peer can only read it: a peer
 //! can corrupt what it sends, and nothing else. The socket's address is in the abstract namespace:
@@ -23,14 +23,16 @@ use rustix::net::{
 };
 use step3rt_core::ids::LaneId;
 
+use crate::bell::FarRinger;
 use crate::contract::{Doorbell, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
 use crate::credentials::PeerCredentials;
 use crate::doorbell::FutexDoorbell;
 use crate::frame::Frame;
-use crate::handshake::MESSAGE_BYTES;
+use crate::handshake::{MAX_FOLLOWING_BYTES, MESSAGE_BYTES};
 use crate::lane::{Lanes, LinkTerms};
 use crate::memory::MapError;
 use crate::region::Region;
+use crate::reset_ask;
 use crate::state::LinkState;
 
 /// Descriptors beside a hello or welcome: the sender's slots and the sender's doorbell.
@@ -46,6 +48,15 @@ pub(crate) struct Received {
     pub(crate) bytes: [u8; MESSAGE_BYTES],
     pub(crate) num_bytes: usize,
     pub(crate) fds: Vec<OwnedFd>,
+    following: Box<[u8; MAX_FOLLOWING_BYTES]>,
+}
+
+impl Received {
+    /// What came behind the message.
+    pub(crate) fn following(&self) -> &[u8] {
+        let len = self.num_bytes.saturating_sub(MESSAGE_BYTES);
+        &self.following[..len.min(MAX_FOLLOWING_BYTES)]
+    }
 }
 
 /// Binds a listener; returns it with its address, an `@` and the abstract name.
@@ -123,10 +134,10 @@ pub(crate) fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
     PeerCredentials::of(socket).ok()?.watch_process()
 }
 
-/// Sends one handshake message.
+/// Sends one handshake message, with what follows it.
 pub(crate) fn send(
     socket: &OwnedFd,
-    bytes: &[u8; MESSAGE_BYTES],
+    bytes: &[u8],
     fds: &[std::os::fd::BorrowedFd<'_>],
 ) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(NUM_PASSED_FDS))];
@@ -143,9 +154,14 @@ pub(crate) fn send(
 /// those expected are closed by the kernel.
 pub(crate) fn receive(socket: &OwnedFd) -> io::Result<Received> {
     let mut bytes = [0; MESSAGE_BYTES];
+    // Of a fixed size: nothing is allocated on a stranger's word.
+    let mut following = Box::new([0; MAX_FOLLOWING_BYTES]);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(NUM_PASSED_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let mut parts = [
+        IoSliceMut::new(&mut bytes),
+        IoSliceMut::new(&mut following[..]),
+    ];
     // With TRUNC the length is that of the message, so that one too long is noticed.
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
     let num_bytes =
@@ -160,6 +176,7 @@ pub(crate) fn receive(socket: &OwnedFd) -> io::Result<Received> {
         bytes,
         num_bytes,
         fds,
+        following,
     })
 }
 
@@ -169,6 +186,8 @@ pub(crate) struct ShmLink {
     peer_bell: FutexDoorbell,
     state: Arc<LinkState>,
     socket: Arc<OwnedFd>,
+    /// The peer rings this end's bell.
+    _ringer: Option<FarRinger>,
     is_down_reported: bool,
 }
 
@@ -200,7 +219,7 @@ impl ShmLink {
         terms: LinkTerms,
         outgoing: Region,
         peer: PeerMemory,
-        (socket, state): (Arc<OwnedFd>, Arc<LinkState>),
+        (socket, state, ringer): (Arc<OwnedFd>, Arc<LinkState>, Option<FarRinger>),
     ) -> Self {
         let lanes = Lanes::new(terms, outgoing, peer.incoming);
         Self {
@@ -208,6 +227,7 @@ impl ShmLink {
             peer_bell: peer.bell,
             state,
             socket,
+            _ringer: ringer,
             is_down_reported: false,
         }
     }
@@ -237,6 +257,14 @@ impl Link for ShmLink {
         let sequence = self.lanes.begin_push(lane, frame)?;
         self.lanes.outgoing.publish(lane, sequence);
         self.peer_bell.ring();
+        Ok(())
+    }
+
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        for note in reset_ask::encode(reason) {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            retry_on_intr(|| rustix::net::send(&*self.socket, &note, flags))?;
+        }
         Ok(())
     }
 

@@ -262,6 +262,11 @@ impl Link for SimLink {
         Ok(())
     }
 
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        self.peer_state.ask_reset(reason.to_owned());
+        Ok(())
+    }
+
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {
         self.deliver();
         self.state

@@ -1,13 +1,21 @@
 //! Whether a link is up, shared between the thread that owns it and those that see it die.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError};
 
 use crate::contract::{Doorbell, DownReason, LinkEvent};
+use crate::frame::ProtocolError;
 use crate::lane::Lanes;
+use crate::reset_ask::{Listener, NOTE_BYTES};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering};
 
 /// Up until the first failure; that one is kept.
 pub(crate) struct LinkState {
     down: OnceLock<DownReason>,
+    /// Why the peer asks for a new link in the place of this one, once it does.
+    asked: OnceLock<String>,
+    is_ask_reported: AtomicBool,
+    /// What has come of that. Locked when a note comes, which is never on a link that is well.
+    listener: Mutex<Listener>,
     /// The owner's doorbell.
     bell: Arc<dyn Doorbell>,
 }
@@ -16,6 +24,9 @@ impl LinkState {
     pub(crate) fn new(bell: Arc<dyn Doorbell>) -> Self {
         Self {
             down: OnceLock::new(),
+            asked: OnceLock::new(),
+            is_ask_reported: AtomicBool::new(false),
+            listener: Mutex::default(),
             bell,
         }
     }
@@ -23,6 +34,22 @@ impl LinkState {
     /// Takes the link down, unless it is down already, and wakes the owner.
     pub(crate) fn fail(&self, reason: DownReason) {
         if self.down.set(reason).is_ok() {
+            self.bell.ring();
+        }
+    }
+
+    /// Takes a note of the peer, which asks for a new link; whoever reads the socket brings it.
+    pub(crate) fn hear(&self, note: &[u8; NOTE_BYTES]) -> Result<(), ProtocolError> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reason) = listener.hear(note)? {
+            self.ask_reset(reason);
+        }
+        Ok(())
+    }
+
+    /// Tells the owner, once, that the peer asks for a new link.
+    pub(crate) fn ask_reset(&self, reason: String) {
+        if self.asked.set(reason).is_ok() {
             self.bell.ring();
         }
     }
@@ -58,6 +85,11 @@ impl LinkState {
                     break;
                 }
             }
+        }
+        if let Some(reason) = self.asked.get()
+            && !self.is_ask_reported.swap(true, Ordering::Relaxed)
+        {
+            out.push(LinkEvent::ResetAsked(reason.clone()));
         }
         let is_broken = |reason: &DownReason| matches!(reason, DownReason::Protocol(_));
         if let Some(reason) = self.down().filter(|reason| was_down || is_broken(reason)) {

@@ -43,6 +43,14 @@ impl Stream {
         }
     }
 
+    /// Whether bytes were taken off the socket that no call has given yet.
+    pub(crate) fn has_taken_bytes(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.has_taken_bytes(),
+        }
+    }
+
     /// Sends bytes of a mapping; may send fewer. After `WouldBlock` (which `MSG_DONTWAIT` among the
     /// `flags` allows) the next call must begin with the same bytes: some may be encrypted and half
     /// on their way.

@@ -1,32 +1,36 @@
-//! Links over TCP, for peers that share no memory: own frames, blocking threads, no gRPC.
+//! Links over TCP, for peers that share no memory: own frames, no gRPC.
 //!
-//! A receiver thread reads each frame straight into its slot, then sets the same flag that shared
-//! memory has; from there on the two fabrics are one. A push is one system call, because header and
-//! payload are contiguous in the slot. What the socket does not take at once is left to a sender
-//! thread, so that a push never waits for the peer.
+//! A frame is read straight into its slot, then the same flag is set that shared memory has; from
+//! there on the two fabrics are one. A push is one system call, because header and payload are
+//! contiguous in the slot. What the socket does not take at once follows when it has room, so that a
+//! push never waits for the peer. Who reads and who sends the rest: see `sockets`.
 //!
-//! What lies between the frames and the socket, if anything, is the [`Stream`]'s business. Without TLS
+//! What lies between the frames and the socket, if anything, is the `stream`'s business. Without TLS
 //! frames are neither encrypted nor authenticated: as for RDMA, the network is trusted.
 
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use step3rt_core::ids::LaneId;
 
 use crate::contract::{DownReason, Link, LinkEvent, LinkIdentity, PushError, SlotMemory};
-use crate::frame::{Frame, FrameHeader, HEADER_BYTES, ProtocolError};
-use crate::lane::{Alternation, Lanes, LinkTerms};
+use crate::frame::{Frame, ProtocolError};
+use crate::lane::{Lanes, LinkTerms};
 use crate::region::Region;
+use crate::sockets::{Place, Sockets, Transfer};
 use crate::state::LinkState;
-use crate::stream::Stream;
-use crate::tcp_socket::down_reason;
+use crate::tcp_receiver::{FrameReceiver, Received};
+use crate::tcp_socket::{FrameSocket, down_reason};
 
-/// The threads only make system calls; the default of 2 MiB each would be waste for 64 peers.
-const THREAD_STACK_BYTES: usize = 256 * 1024;
+/// System calls in one direction before the next socket has its turn. Some, because bytes come in
+/// parts while the peer still sends; few, because whoever waits may have news already.
+const MAX_CALLS_PER_TURN: usize = 4;
+
+/// Names, among what waits for room, a request for a new link; no lane has this number.
+const NOTES: LaneId = LaneId(u8::MAX);
 
 /// The slots of one end, made before the other is promised a link.
 pub(crate) struct TcpSlots {
@@ -43,96 +47,73 @@ impl TcpSlots {
     }
 }
 
-/// One end of a link over TCP.
+/// One end of a link over TCP, as its owner has it.
 pub(crate) struct TcpLink {
     lanes: Lanes,
-    state: Arc<LinkState>,
-    stream: Arc<Stream>,
-    /// Per lane, the sequence of this end's last push: the receiver's knowledge of credit.
-    pushed: Arc<[AtomicU64]>,
-    /// None only while the link is dropped.
-    backlog: Option<SyncSender<Range<usize>>>,
-    /// Frames in `backlog` or in the sender's hands; a push may only send by itself at zero.
-    num_in_backlog: Arc<AtomicUsize>,
-    threads: Vec<JoinHandle<()>>,
+    wire: Arc<Wire>,
     is_down_reported: bool,
 }
 
+/// What the owner of a link shares with the threads that move its bytes.
+struct Wire {
+    socket: FrameSocket,
+    outgoing: Region,
+    /// Per lane, the sequence of this end's last push: the receiver's knowledge of credit.
+    pushed: Arc<[AtomicU64]>,
+    receiver: Mutex<FrameReceiver>,
+    backlog: Mutex<Backlog>,
+    state: Arc<LinkState>,
+    sockets: Arc<Sockets>,
+    /// Set before the first push.
+    place: OnceLock<Place>,
+}
+
+/// What is left of frames that the socket did not take at once, in order.
+struct Backlog {
+    frames: VecDeque<(LaneId, Range<usize>)>,
+    /// Whether the backlog is sent on as soon as the socket has room.
+    wants_room: bool,
+}
+
 impl TcpLink {
-    /// Starts the threads of a link on a stream whose handshake is over and that is prepared.
+    /// A link on a socket whose handshake is over and that is prepared. Its bytes move with those of
+    /// `sockets`.
     pub(crate) fn new(
         terms: LinkTerms,
         TcpSlots { outgoing, incoming }: TcpSlots,
-        stream: Stream,
-        state: Arc<LinkState>,
+        socket: FrameSocket,
+        (state, sockets): (Arc<LinkState>, &Arc<Sockets>),
     ) -> io::Result<Self> {
         let num_lanes = usize::from(terms.geometry.num_lanes);
-        // A lane has one frame on its way at most; the head may be sent and not yet taken off.
-        let (backlog, frames) = sync_channel(num_lanes + 1);
-        let receiver = FrameReceiver {
-            terms,
-            incoming: incoming.clone(),
-            received: vec![0; num_lanes],
-            pushed: (0..num_lanes).map(|_| AtomicU64::new(0)).collect(),
-            stream: Arc::new(stream),
-            state: Arc::clone(&state),
+        let pushed: Arc<[_]> = (0..num_lanes).map(|_| AtomicU64::new(0)).collect();
+        let receiver = FrameReceiver::new(terms, incoming.clone(), Arc::clone(&pushed));
+        let backlog = Backlog {
+            // A lane has one frame on its way at most, and there is one request for a new link.
+            frames: VecDeque::with_capacity(num_lanes + 1),
+            wants_room: false,
         };
-        let sender = FrameSender {
+        let wire = Arc::new(Wire {
+            socket,
             outgoing: outgoing.clone(),
-            frames,
-            num_in_backlog: Arc::new(AtomicUsize::new(0)),
-            stream: Arc::clone(&receiver.stream),
-            state: Arc::clone(&state),
-        };
-        let mut link = Self {
-            lanes: Lanes::new(terms, outgoing, incoming),
+            pushed,
+            receiver: Mutex::new(receiver),
+            backlog: Mutex::new(backlog),
             state,
-            stream: Arc::clone(&receiver.stream),
-            pushed: Arc::clone(&receiver.pushed),
-            backlog: Some(backlog),
-            num_in_backlog: Arc::clone(&sender.num_in_backlog),
-            threads: Vec::with_capacity(2),
-            is_down_reported: false,
-        };
-        let peer = terms.peer.instance;
-        link.threads
-            .push(spawn(format!("fabric-rx-{peer}"), move || receiver.run())?);
-        link.threads
-            .push(spawn(format!("fabric-tx-{peer}"), move || sender.run())?);
-        Ok(link)
-    }
-
-    /// Sends what the socket takes at once and leaves the rest to the sender thread.
-    fn send(&self, mut frame: Range<usize>) -> Result<(), DownReason> {
-        if self.num_in_backlog.load(Ordering::Acquire) == 0 {
-            let mapping = self.lanes.outgoing.mapping();
-            while !frame.is_empty() {
-                match self.stream.send(mapping, frame.clone(), libc::MSG_DONTWAIT) {
-                    Ok(num_bytes) => frame.start += num_bytes,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(error) => return Err(down_reason("sending a frame", &error)),
-                }
-            }
-            if frame.is_empty() {
-                return Ok(());
-            }
+            sockets: Arc::clone(sockets),
+            place: OnceLock::new(),
+        });
+        let place = sockets.add(&wire.socket, Arc::clone(&wire) as Arc<dyn Transfer>)?;
+        wire.place.set(place).expect("set here and nowhere else");
+        if wire.socket.has_taken_bytes() {
+            // Came behind the handshake, and taken off the socket with it.
+            wire.advance();
         }
-        self.num_in_backlog.fetch_add(1, Ordering::Relaxed);
-        let backlog = self.backlog.as_ref().expect("set until drop");
-        // Full only if the peer answered a frame before it had all of it, or with the sender gone,
-        // which has then said why.
-        backlog
-            .try_send(frame)
-            .map_err(|_| DownReason::Protocol(ProtocolError::EarlyReply))
+        Ok(Self {
+            lanes: Lanes::new(terms, outgoing, incoming),
+            wire,
+            is_down_reported: false,
+        })
     }
-}
-
-fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(name)
-        .stack_size(THREAD_STACK_BYTES)
-        .spawn(body)
 }
 
 impl Link for TcpLink {
@@ -145,7 +126,7 @@ impl Link for TcpLink {
     }
 
     fn path(&self) -> Option<&str> {
-        self.stream.encryption()
+        self.wire.socket.encryption()
     }
 
     fn send_slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
@@ -157,155 +138,158 @@ impl Link for TcpLink {
     }
 
     fn push(&mut self, lane: LaneId, frame: Frame) -> Result<(), PushError> {
-        if let Some(reason) = self.state.down() {
+        let Wire { state, pushed, .. } = &*self.wire;
+        if let Some(reason) = state.down() {
             return Err(PushError::Down(reason.clone()));
         }
         let sequence = self.lanes.begin_push(lane, frame)?;
         // Before the bytes: the reply may be here before the system call returns.
-        self.pushed[usize::from(lane.0)].store(sequence, Ordering::Release);
+        pushed[usize::from(lane.0)].store(sequence, Ordering::Release);
         let range = self.lanes.outgoing.frame_range(lane, frame.payload_bytes);
-        self.send(range).map_err(|reason| {
-            self.state.fail(reason.clone());
-            PushError::Down(self.state.down().cloned().unwrap_or(reason))
+        self.wire.send(lane, range).map_err(|reason| {
+            state.fail(reason.clone());
+            PushError::Down(state.down().cloned().unwrap_or(reason))
         })
     }
 
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        if let Some(notes) = self.lanes.outgoing.write_notes(reason) {
+            // As a frame is: one that is on its way goes before.
+            self.wire.send(NOTES, notes).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {
-        self.state
-            .poll_lanes(&mut self.lanes, &mut self.is_down_reported, out);
+        let state = Arc::clone(&self.wire.state);
+        state.poll_lanes(&mut self.lanes, &mut self.is_down_reported, out);
     }
 }
 
 impl Drop for TcpLink {
     fn drop(&mut self) {
-        // Ends both threads' system calls. Fails only when the peer was first.
-        let _ = self.stream.socket().shutdown(std::net::Shutdown::Both);
-        self.backlog = None;
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!(peer = %self.lanes.terms.peer.instance, "a link's thread panicked");
-            }
-        }
+        let Wire {
+            socket,
+            sockets,
+            place,
+            ..
+        } = &*self.wire;
+        sockets.remove(socket, *place.get().expect("set when the link was made"));
+        // Now and not when the last thread lets go of the socket: the peer must see the end.
+        socket.shut_down();
     }
 }
 
-/// Reads frames into slots until the link ends.
-struct FrameReceiver {
-    terms: LinkTerms,
-    incoming: Region,
-    /// Per lane, the sequence of the last frame.
-    received: Vec<u64>,
-    pushed: Arc<[AtomicU64]>,
-    stream: Arc<Stream>,
-    state: Arc<LinkState>,
-}
+impl Wire {
+    /// Sends what the socket takes at once and leaves the rest for when it has room.
+    fn send(&self, lane: LaneId, mut frame: Range<usize>) -> Result<(), DownReason> {
+        let mut backlog = lock(&self.backlog);
+        if backlog.frames.iter().any(|(other, _)| *other == lane) {
+            // Credit without having had the frame.
+            return Err(DownReason::Protocol(ProtocolError::EarlyReply));
+        }
+        if backlog.frames.is_empty() {
+            while !frame.is_empty() && self.send_part(&mut frame)? {}
+            if frame.is_empty() {
+                return Ok(());
+            }
+        }
+        backlog.frames.push_back((lane, frame));
+        self.set_wants_room(&mut backlog, true)
+    }
 
-impl FrameReceiver {
-    fn run(mut self) {
+    /// Sends on what the socket did not take before, if anything.
+    fn send_backlog(&self) -> Result<(), DownReason> {
+        let Some(mut backlog) = try_lock(&self.backlog) else {
+            return Ok(());
+        };
+        for _ in 0..MAX_CALLS_PER_TURN {
+            let Some((_, frame)) = backlog.frames.front_mut() else {
+                break;
+            };
+            if !self.send_part(frame)? {
+                return Ok(());
+            }
+            if frame.start == frame.end {
+                backlog.frames.pop_front();
+            }
+        }
+        let wants_room = !backlog.frames.is_empty();
+        self.set_wants_room(&mut backlog, wants_room)
+    }
+
+    /// Sends once; false when the socket has no room.
+    fn send_part(&self, frame: &mut Range<usize>) -> Result<bool, DownReason> {
+        match self.socket.send(self.outgoing.mapping(), frame.clone()) {
+            Ok(num_bytes) => {
+                frame.start += num_bytes;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(down_reason("sending a frame", &error)),
+        }
+    }
+
+    fn set_wants_room(&self, backlog: &mut Backlog, wants_room: bool) -> Result<(), DownReason> {
+        if backlog.wants_room == wants_room {
+            return Ok(());
+        }
+        backlog.wants_room = wants_room;
+        let place = *self.place.get().expect("set before the first push");
+        let set = self.sockets.set_wants_room(&self.socket, place, wants_room);
+        set.map_err(|error| down_reason("awaiting room for a frame", &error))
+    }
+
+    fn receive(&self) -> Result<(), DownReason> {
+        let Some(mut receiver) = try_lock(&self.receiver) else {
+            return Ok(());
+        };
+        let mut num_calls = 0;
         loop {
-            if let Err(reason) = self.receive_frame() {
-                self.state.fail(reason);
-                return;
-            }
-        }
-    }
-
-    fn receive_frame(&mut self) -> Result<(), DownReason> {
-        let bytes = self.receive_header()?;
-        let header = self.check(&bytes).map_err(DownReason::Protocol)?;
-        let lane = header.lane;
-        self.receive_payload(lane, header.frame.payload_bytes)?;
-        self.incoming.write_header(lane, &bytes);
-        self.incoming.publish(lane, header.sequence);
-        self.received[usize::from(lane.0)] = header.sequence;
-        self.state.ring();
-        Ok(())
-    }
-
-    fn receive_header(&self) -> Result<[u8; HEADER_BYTES], DownReason> {
-        let mut bytes = [0; HEADER_BYTES];
-        let mut found = 0;
-        while found < HEADER_BYTES {
-            match self.stream.read(&mut bytes[found..]) {
-                Ok(0) if found == 0 => return Err(DownReason::PeerClosed),
-                Ok(0) => return Err(short_frame(found, HEADER_BYTES)),
-                Ok(num_bytes) => found += num_bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(down_reason("receiving a header", &error)),
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Checks everything before a byte is written into the slot: the owner may still be reading it.
-    fn check(&self, bytes: &[u8; HEADER_BYTES]) -> Result<FrameHeader, ProtocolError> {
-        let header = FrameHeader::decode(bytes)?;
-        let lane = usize::from(header.lane.0);
-        let Some(&received) = self.received.get(lane) else {
-            let expected = LaneId(self.terms.geometry.num_lanes);
-            return Err(ProtocolError::Lane {
-                found: header.lane,
-                expected,
-            });
-        };
-        let pushed = self.pushed[lane].load(Ordering::Acquire);
-        let alternation = Alternation {
-            side: self.terms.side,
-            pushed,
-            received,
-        };
-        self.terms.check_arrival(&header, &alternation)?;
-        Ok(header)
-    }
-
-    fn receive_payload(&self, lane: LaneId, payload_bytes: usize) -> Result<(), DownReason> {
-        let frame = self.incoming.frame_range(lane, payload_bytes);
-        let mut missing = frame.start + HEADER_BYTES..frame.end;
-        while !missing.is_empty() {
-            match self
-                .stream
-                .receive(self.incoming.mapping(), missing.clone())
-            {
-                Ok(0) => {
-                    let found = HEADER_BYTES + payload_bytes - missing.len();
-                    return Err(short_frame(found, HEADER_BYTES + payload_bytes));
+            let mut is_frame = false;
+            match receiver.receive(&self.socket)? {
+                Received::Nothing => break,
+                Received::Part => {}
+                Received::Frame => {
+                    self.state.ring();
+                    is_frame = true;
                 }
-                Ok(num_bytes) => missing.start += num_bytes,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(down_reason("receiving a payload", &error)),
+                Received::Note(note) => self.state.hear(&note).map_err(DownReason::Protocol)?,
+            }
+            num_calls += 1;
+            // What was taken off an encrypted socket does not make it readable again.
+            if (is_frame || num_calls >= MAX_CALLS_PER_TURN) && !self.socket.has_taken_bytes() {
+                break;
             }
         }
         Ok(())
     }
 }
 
-fn short_frame(found: usize, expected: usize) -> DownReason {
-    DownReason::Protocol(ProtocolError::ShortFrame { found, expected })
-}
-
-/// Sends the rest of frames that the socket did not take at once, in order.
-struct FrameSender {
-    outgoing: Region,
-    frames: Receiver<Range<usize>>,
-    num_in_backlog: Arc<AtomicUsize>,
-    stream: Arc<Stream>,
-    state: Arc<LinkState>,
-}
-
-impl FrameSender {
-    fn run(self) {
-        while let Ok(mut frame) = self.frames.recv() {
-            while !frame.is_empty() {
-                match self.stream.send(self.outgoing.mapping(), frame.clone(), 0) {
-                    Ok(num_bytes) => frame.start += num_bytes,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => {
-                        self.state.fail(down_reason("sending a frame", &error));
-                        return;
-                    }
-                }
-            }
-            self.num_in_backlog.fetch_sub(1, Ordering::Release);
+impl Transfer for Wire {
+    fn advance(&self) {
+        // Received first: what the peer sent before it closed still arrives.
+        let moved = match self.state.down() {
+            Some(reason) => Err(reason.clone()),
+            None => self.receive().and_then(|()| self.send_backlog()),
+        };
+        if let Err(reason) = moved {
+            self.state.fail(reason);
+            self.sockets.silence(&self.socket);
         }
+    }
+}
+
+/// A panic elsewhere leaves a torn frame at worst, which the receiver or the peer finds.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// None while another thread is at it.
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }

@@ -1,14 +1,18 @@
-//! TCP sockets before they carry frames: connecting, accepting, options.
+//! TCP sockets: connecting, accepting, options, and the bytes of frames.
 //!
-//! It never sees a frame.
+//! It never looks into a frame.
 
 use std::io;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
 use crate::contract::DownReason;
+use crate::memory::Mapping;
+use crate::stream::Stream;
 use crate::tls;
 
 /// Probes of a silent peer's host start after this long and come this often, the least that TCP
@@ -60,6 +64,69 @@ pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<
     let timeout_ms = u32::try_from(peer_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, timeout_ms)?;
     Ok(())
+}
+
+/// A socket that carries frames: all of their bytes pass here. No call blocks; one that would is an
+/// error of that kind.
+pub(crate) struct FrameSocket {
+    stream: Stream,
+}
+
+impl FrameSocket {
+    /// Of a socket whose handshake is over, once it is set up for frames.
+    pub(crate) fn new(stream: Stream, peer_timeout: Duration) -> io::Result<Self> {
+        prepare(stream.socket(), peer_timeout)?;
+        stream.socket().set_nonblocking(true)?;
+        Ok(Self { stream })
+    }
+
+    /// How it is encrypted, for people; `None` when it is not.
+    pub(crate) fn encryption(&self) -> Option<&str> {
+        self.stream.encryption()
+    }
+
+    /// Whether bytes were taken off the socket that no call has given yet: they do not make the
+    /// socket readable.
+    pub(crate) fn has_taken_bytes(&self) -> bool {
+        self.stream.has_taken_bytes()
+    }
+
+    /// Sends bytes of a mapping; may send fewer than asked. A call that would block is made again with
+    /// the same first byte.
+    pub(crate) fn send(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
+        retry_on_signal(|| self.stream.send(memory, range.clone(), 0))
+    }
+
+    /// Receives into a mapping; may receive fewer than asked, and 0 when the peer has closed.
+    pub(crate) fn receive(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
+        retry_on_signal(|| self.stream.receive(memory, range.clone()))
+    }
+
+    /// The same for bytes that lie in no slot yet.
+    pub(crate) fn receive_header(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        retry_on_signal(|| self.stream.read(bytes))
+    }
+
+    /// Ends the connection for both ends.
+    pub(crate) fn shut_down(&self) {
+        // Fails only when the peer was first.
+        let _ = self.stream.socket().shutdown(Shutdown::Both);
+    }
+}
+
+impl AsFd for FrameSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.socket().as_fd()
+    }
+}
+
+fn retry_on_signal(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
 /// The end of a link that an error of its socket means.

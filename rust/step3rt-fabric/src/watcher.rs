@@ -16,6 +16,7 @@ use crate::accept::{Pending, Progress};
 use crate::contract::DownReason;
 use crate::frame::ProtocolError;
 use crate::hub::{Hub, Watch};
+use crate::reset_ask::NOTE_BYTES;
 use crate::{shm, tcp_socket};
 
 /// Connections without a hello at one time; more wait in the listener's backlog.
@@ -193,12 +194,17 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
 }
 
 fn check_socket(watch: &Watch) {
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    match rustix::net::recv(&*watch.socket, &mut [0; 1], flags) {
-        Err(Errno::AGAIN | Errno::INTR) => {}
-        Ok((0, _)) | Err(_) => watch.state.fail(DownReason::PeerClosed),
-        Ok(_) => watch
-            .state
-            .fail(DownReason::Protocol(ProtocolError::Chatter)),
-    }
+    let mut note = [0; NOTE_BYTES];
+    // With TRUNC the length is that of the message, so that one too long is noticed.
+    let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+    let chatter = match rustix::net::recv(&*watch.socket, &mut note, flags) {
+        Err(Errno::AGAIN | Errno::INTR) => return,
+        Ok((_, 0)) | Err(_) => return watch.state.fail(DownReason::PeerClosed),
+        Ok((_, NOTE_BYTES)) => match watch.state.hear(&note) {
+            Ok(()) => return,
+            Err(error) => error,
+        },
+        Ok(_) => ProtocolError::Chatter,
+    };
+    watch.state.fail(DownReason::Protocol(chatter));
 }

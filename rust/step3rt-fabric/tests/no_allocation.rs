@@ -54,7 +54,7 @@ fn await_frame(node: &mut Node, events: &mut Vec<FabricEvent>) {
 
 #[test]
 fn a_frame_is_carried_without_an_allocation() {
-    // The larger one does not fit a socket's buffer, so that the sender thread has work too.
+    // The larger one does not fit a socket's buffer, so that a part of it is left for later.
     check(&[
         (Fabric::Shm, 4096),
         (Fabric::Tcp, 4096),

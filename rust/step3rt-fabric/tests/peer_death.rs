@@ -153,7 +153,9 @@ fn ffn_child(fabric: Fabric, forks: bool) {
                 }
             }
             FabricEvent::LinkDown { .. } => say("lost its peer"),
-            other @ FabricEvent::DialFailed { .. } => panic!("{other:?} of one that dials nobody"),
+            other @ (FabricEvent::DialFailed { .. } | FabricEvent::ResetAsked { .. }) => {
+                panic!("{other:?} of one that dials nobody")
+            }
         }
     }
 }

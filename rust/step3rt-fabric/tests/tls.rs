@@ -46,7 +46,7 @@ fn bind(side: Side, tls: Option<Tls>) -> Node {
             ..LinkSettings::default()
         },
     };
-    Node::new(Endpoint::bind_with(config, tls).unwrap())
+    Node::new(Endpoint::bind_with(config, None, tls).unwrap())
 }
 
 /// Has an attention instance connect to an FFN instance that refuses it, or is refused; then sees

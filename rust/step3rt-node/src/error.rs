@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use step3rt_core::ids::{InstanceId, LaneId};
 use step3rt_fabric::contract::PushError;
+use step3rt_fabric::device_offer::DeviceOfferTooLong;
 use step3rt_fabric::endpoint::BindError;
 use step3rt_tls::{Fault, SetupError};
 use thiserror::Error;
@@ -119,6 +120,9 @@ pub enum NodeError {
     /// The endpoint could not be made.
     #[error("cannot make the links of this instance: {0}")]
     Bind(BindError),
+    /// The device offer is too long.
+    #[error(transparent)]
+    DeviceOffer(#[from] DeviceOfferTooLong),
     /// A verb was used before the one that it needs, or twice.
     #[error("`{verb}` is not allowed now: {why}. Call bind, ready, poll and close in this order")]
     OutOfOrder {
@@ -172,7 +176,9 @@ impl NodeError {
             | Self::Refused { .. }
             | Self::Protocol { .. }
             | Self::Bind(_) => NodeErrorKind::Config,
-            Self::OutOfOrder { .. } | Self::NoSuchLane { .. } => NodeErrorKind::InvalidArgument,
+            Self::OutOfOrder { .. } | Self::NoSuchLane { .. } | Self::DeviceOffer(_) => {
+                NodeErrorKind::InvalidArgument
+            }
             Self::Push { source, .. } => match source {
                 PushError::Down(_) | PushError::NotLinked(_) => NodeErrorKind::Unavailable,
                 PushError::NoCredit(_)
@@ -235,6 +241,7 @@ mod tests {
             NodeError::Interrupted("10.0.0.1:50052".to_owned()),
             NodeError::SessionOver("the coordinator ended it".to_owned()),
             NodeError::Bind(BindError::Geometry(GeometryError::SlotBytes(0))),
+            NodeError::DeviceOffer(DeviceOfferTooLong(4097)),
             NodeError::OutOfOrder {
                 verb: "ready",
                 why: "it comes once, after bind",

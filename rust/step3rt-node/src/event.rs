@@ -2,7 +2,9 @@
 
 use step3rt_core::ids::InstanceId;
 use step3rt_core::step::StepPlan;
+use step3rt_fabric::device_offer::DeviceOffer;
 use step3rt_fabric::frame::FrameHeader;
+use step3rt_fabric::link_epoch::LinkEpoch;
 
 /// One piece of news.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +28,10 @@ pub enum NodeEvent {
         fabric: &'static str,
         /// Why this fabric and no other.
         reason: String,
+        /// Which incarnation of the link this is; equal at both ends, and above those before.
+        epoch: LinkEpoch,
+        /// What the peer offers of its device's memory, of a `"cuda_ipc"` link alone.
+        device_offer: Option<DeviceOffer>,
     },
     /// A link that was up is over; what was in flight on it will not arrive.
     LinkDown {

@@ -5,9 +5,13 @@
 //!
 //! ```text
 //!   topology names it    not linked ──dial──▶ up ──down──▶ lost (told to the coordinator;
-//!                            ▲ │               │            only a new epoch comes back)
-//!                            └─┘ retry         └─ topology drops it ──▶ gone
+//!                            ▲ │               │ │          only a new epoch comes back)
+//!                            └─┘ retry         │ └─ topology drops it ──▶ gone
+//!                             ▲                │
+//!                             └──── reset ─────┘ (told to the loop, not to the coordinator)
 //! ```
+//! A reset, which either end's loop may ask for, replaces a link whose both ends live. The old link
+//! stays in the endpoint until the new one takes its place, and nothing of it reaches the loop any more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -60,6 +64,8 @@ struct PeerState {
     identity: LinkIdentity,
     role_rank: u32,
     link: LinkState,
+    /// Why the present link is to be replaced, from the reset to the new link.
+    reset: Option<String>,
 }
 
 enum LinkState {
@@ -67,7 +73,7 @@ enum LinkState {
     Wanted { at: Instant, pause: Duration },
     /// Being dialled; if that fails, again after `pause`.
     Dialling { pause: Duration },
-    /// To be accepted.
+    /// To be accepted. With a reset the peer was asked to connect, and the old link is its life sign.
     Awaited,
     /// Usable.
     Up {
@@ -144,6 +150,7 @@ impl Links {
                     },
                     Role::Ffn => LinkState::Awaited,
                 },
+                reset: None,
             });
         }
         // What came early from a peer that is named now comes in its order.
@@ -162,6 +169,46 @@ impl Links {
         if out.status.is_none() && out.events.iter().any(is_about_a_link) {
             out.status = Some(self.describe());
         }
+    }
+
+    /// Has the link to `peer` replaced by a new one, because of `reason`; both ends' loops are told that
+    /// it is down, and then that it is up. Other links are not touched.
+    pub fn reset(&mut self, peer: InstanceId, reason: &str, out: &mut LinkNews) -> Option<()> {
+        if !self.is_up(peer) {
+            return None;
+        }
+        let asked = match self.role {
+            Role::Attention => Ok(()),
+            Role::Ffn => self.endpoint.ask_reset(peer, reason),
+        };
+        match asked {
+            Ok(()) => self.begin_reset(peer, reason, out),
+            Err(error) => {
+                // Without a word with the peer there is no agreement: it is lost, and comes back.
+                self.endpoint.disconnect(peer);
+                let reason =
+                    format!("{reason}; the peer could not be asked for a new link: {error}");
+                self.lose(peer, reason, out);
+            }
+        }
+        Some(())
+    }
+
+    /// From here on the loop does not use the present link. An attention instance connects anew.
+    fn begin_reset(&mut self, peer: InstanceId, reason: &str, out: &mut LinkNews) {
+        let Some(state) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        state.reset = Some(reason.to_owned());
+        state.link = match self.role {
+            Role::Attention => LinkState::Wanted {
+                at: Instant::now(),
+                pause: FIRST_RETRY,
+            },
+            Role::Ffn => LinkState::Awaited,
+        };
+        let reason = DownReason::Reset(reason.to_owned()).to_string();
+        out.events.push(NodeEvent::LinkDown { peer, reason });
     }
 
     /// When the next attempt to connect is due.
@@ -185,8 +232,11 @@ impl Links {
         let Some(state) = self.peers.remove(&identity.instance) else {
             return;
         };
-        if let LinkState::Up { .. } = state.link {
+        let is_up = matches!(state.link, LinkState::Up { .. });
+        if is_up || state.reset.is_some() {
             self.endpoint.disconnect(identity.instance);
+        }
+        if is_up {
             out.events.push(NodeEvent::LinkDown {
                 peer: identity.instance,
                 reason: DROPPED.to_owned(),
@@ -205,14 +255,20 @@ impl Links {
 
     fn take(&mut self, event: FabricEvent, out: &mut LinkNews) {
         match event {
-            FabricEvent::Arrived { peer, header } => {
-                if self.is_up(peer) {
+            FabricEvent::Arrived { peer, header } => match self.peers.get(&peer) {
+                Some(state) if matches!(state.link, LinkState::Up { .. }) => {
                     out.events.push(NodeEvent::Arrival { peer, header });
-                } else {
-                    self.unnamed.push(event);
+                }
+                // Over a link that the loop was told is down.
+                Some(state) if state.reset.is_some() => {}
+                _ => self.unnamed.push(event),
+            },
+            FabricEvent::LinkUp(link) => self.take_up(link, out),
+            FabricEvent::ResetAsked { peer, reason } => {
+                if self.role == Role::Attention && self.is_up(peer.instance) {
+                    self.begin_reset(peer.instance, &reason, out);
                 }
             }
-            FabricEvent::LinkUp(link) => self.take_up(link, out),
             FabricEvent::DialFailed { peer, reason } => self.retry(peer, &reason, out),
             FabricEvent::LinkDown { peer, reason } => self.take_down(peer, &reason, out),
         }
@@ -228,7 +284,10 @@ impl Links {
                         role_rank: state.role_rank,
                         fabric: link.fabric,
                         reason: link.reason.clone(),
+                        epoch: link.epoch,
+                        device_offer: link.device_offer,
                     });
+                    state.reset = None;
                     state.link = LinkState::Up {
                         fabric: link.fabric,
                         reason: link.reason,
@@ -251,25 +310,45 @@ impl Links {
                 peer: source,
                 header,
             } => (*source, header.epoch) != (peer.instance, peer.epoch),
-            FabricEvent::LinkDown { .. } | FabricEvent::DialFailed { .. } => true,
+            FabricEvent::LinkDown { .. }
+            | FabricEvent::DialFailed { .. }
+            | FabricEvent::ResetAsked { .. } => true,
         });
-        let Some(state) = self.peers.get_mut(&peer.instance) else {
+        let instance = peer.instance;
+        let Some(state) = self.peers.get(&instance) else {
             return;
         };
-        if state.identity != peer || !matches!(state.link, LinkState::Up { .. }) {
+        if state.identity != peer {
             return;
         }
-        state.link = LinkState::Lost;
-        let reason = reason.to_string();
+        match (&state.link, reason) {
+            // Its successor comes.
+            (LinkState::Up { .. }, DownReason::Reset(why)) => self.begin_reset(instance, why, out),
+            (LinkState::Up { .. }, _) => self.lose(instance, reason.to_string(), out),
+            (LinkState::Awaited, DownReason::Reset(_)) => {}
+            // It died instead of connecting anew, as it was asked to.
+            (LinkState::Awaited, _) if state.reset.is_some() => {
+                self.lose(instance, reason.to_string(), out);
+            }
+            _ => {}
+        }
+    }
+
+    /// Gives a peer up, and tells whoever believes in it.
+    fn lose(&mut self, peer: InstanceId, reason: String, out: &mut LinkNews) {
+        let Some(state) = self.peers.get_mut(&peer) else {
+            return;
+        };
         out.reports.push(Event::PeerLost(v1::PeerLost {
-            instance_id: peer.instance.0,
-            epoch: peer.epoch.0,
+            instance_id: peer.0,
+            epoch: state.identity.epoch.0,
             reason: reason.clone(),
         }));
-        out.events.push(NodeEvent::LinkDown {
-            peer: peer.instance,
-            reason,
-        });
+        if matches!(state.link, LinkState::Up { .. }) {
+            out.events.push(NodeEvent::LinkDown { peer, reason });
+        }
+        state.link = LinkState::Lost;
+        state.reset = None;
     }
 
     /// Threads of the fabric dial, so that a peer that is out of reach holds up nobody else.
@@ -286,7 +365,12 @@ impl Links {
                 continue;
             }
             state.link = LinkState::Dialling { pause };
-            if let Err(error) = self.endpoint.dial(peer.address.clone()) {
+            let address = peer.address.clone();
+            let dialled = match &state.reset {
+                Some(reason) => self.endpoint.dial_again(address, reason),
+                None => self.endpoint.dial(address),
+            };
+            if let Err(error) = dialled {
                 failed.push((state.identity, error.to_string()));
             }
         }

@@ -11,6 +11,7 @@ use step3rt_core::ids::{InstanceId, LaneId, StepId};
 use step3rt_core::step::{StepKey, StepOutput};
 use step3rt_fabric::address::{DataAddress, FabricChoice, boot_id};
 use step3rt_fabric::contract::{Geometry, Side, SlotMemory};
+use step3rt_fabric::device_offer::DeviceOffer;
 use step3rt_fabric::endpoint::{BindError, Endpoint, EndpointConfig, LinkSettings};
 use step3rt_fabric::frame::Frame;
 use step3rt_proto::v1;
@@ -107,13 +108,20 @@ impl Node {
     }
 
     /// Binds the data listeners for slots of these sizes. Once, after connecting.
-    pub fn bind(&mut self, a2f_slot_bytes: usize, f2a_slot_bytes: usize) -> Result<(), NodeError> {
+    /// `device_offer` is what all peers are told of this instance's device memory.
+    pub fn bind(
+        &mut self,
+        a2f_slot_bytes: usize,
+        f2a_slot_bytes: usize,
+        device_offer: Option<&[u8]>,
+    ) -> Result<(), NodeError> {
         if !matches!(self.phase, Phase::Joined) {
             return Err(NodeError::OutOfOrder {
                 verb: "bind",
                 why: "it comes once, before ready",
             });
         }
+        let device_offer = device_offer.map(DeviceOffer::new).transpose()?;
         let welcome = self.session.welcome();
         let data_host = self.options.data_host;
         let config = EndpointConfig {
@@ -138,14 +146,15 @@ impl Node {
                 ..LinkSettings::default()
             },
         };
-        let endpoint = Endpoint::bind_with(config, self.options.tls.clone());
-        let endpoint = endpoint.map_err(|error| match error {
-            BindError::Tcp { error, .. } => NodeError::DataHost {
-                data_host: data_host.to_string(),
-                why: error.to_string(),
-            },
-            error => NodeError::Bind(error),
-        })?;
+        let tls = self.options.tls.clone();
+        let endpoint =
+            Endpoint::bind_with(config, device_offer, tls).map_err(|error| match error {
+                BindError::Tcp { error, .. } => NodeError::DataHost {
+                    data_host: data_host.to_string(),
+                    why: error.to_string(),
+                },
+                error => NodeError::Bind(error),
+            })?;
         self.session.ring(endpoint.doorbell());
         self.phase = Phase::Bound(endpoint);
         Ok(())
@@ -230,6 +239,16 @@ impl Node {
             .ok_or(NodeError::NotLinked(peer))?
             .push(peer, lane, frame)
             .map_err(|source| NodeError::Push { peer, source })
+    }
+
+    /// Has the link to `peer` replaced by a new one. The next poll says that it is down with `reason`, as
+    /// the peer's does, and a later one that it is up under a new epoch. Never waits.
+    pub fn reset_link(&mut self, peer: InstanceId, reason: &str) -> Result<(), NodeError> {
+        let reset = match &mut self.phase {
+            Phase::Ready(links) => links.reset(peer, reason, &mut self.news),
+            _ => None,
+        };
+        reset.ok_or(NodeError::NotLinked(peer))
     }
 
     /// Names a step of this incarnation of this instance.

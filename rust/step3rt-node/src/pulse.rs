@@ -2,10 +2,11 @@
 //! other. Nobody ever waits for a lock here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use step3rt_fabric::contract::Doorbell;
+use step3rt_fabric::late_doorbell::LateDoorbell;
 use step3rt_proto::v1;
 
 /// An instance's signs of life.
@@ -14,7 +15,7 @@ pub struct Pulse {
     /// Milliseconds since `origin` when the loop last came round.
     last_progress_ms: AtomicU64,
     status: Mutex<String>,
-    doorbell: OnceLock<Arc<dyn Doorbell>>,
+    doorbell: LateDoorbell,
 }
 
 impl Pulse {
@@ -28,7 +29,7 @@ impl Pulse {
             origin: Instant::now(),
             last_progress_ms: AtomicU64::new(0),
             status: Mutex::new("starting".to_owned()),
-            doorbell: OnceLock::new(),
+            doorbell: LateDoorbell::default(),
         }
     }
 
@@ -54,17 +55,14 @@ impl Pulse {
         }
     }
 
-    /// Where the loop sleeps. The first one stays.
+    /// Where the loop sleeps. The first one stays: a session has one endpoint for its whole life.
     pub fn set_doorbell(&self, doorbell: Arc<dyn Doorbell>) {
-        // A session has one endpoint for its whole life, so a second doorbell cannot come.
-        let _ = self.doorbell.set(doorbell);
+        self.doorbell.set(doorbell);
     }
 
     /// Wakes the loop, if it can sleep already.
     pub fn ring(&self) {
-        if let Some(doorbell) = self.doorbell.get() {
-            doorbell.ring();
-        }
+        self.doorbell.ring();
     }
 
     fn ms_since_origin(&self, now: Instant) -> u64 {

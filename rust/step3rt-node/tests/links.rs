@@ -34,9 +34,12 @@ fn check_links_and_round_trip(fabric: &str) {
             role_rank,
             fabric: chosen,
             reason,
+            epoch,
+            device_offer,
         } => {
             assert_eq!((peer, role_rank, chosen), (ffn.id(), 10, fabric));
-            assert!(!reason.is_empty());
+            assert!(!reason.is_empty() && epoch.0 > 0);
+            assert_eq!(device_offer, None);
         }
         event => panic!("{event:?}"),
     }

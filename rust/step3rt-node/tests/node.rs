@@ -28,8 +28,8 @@ fn verbs_out_of_order_are_refused_and_change_nothing() {
     assert_eq!(error.kind(), NodeErrorKind::InvalidArgument);
     let text = node.ready(1, false).unwrap_err().to_string();
     assert!(text.contains("it comes once, after bind"), "{text}");
-    node.bind(64, 64).unwrap();
-    let text = node.bind(64, 64).unwrap_err().to_string();
+    node.bind(64, 64, None).unwrap();
+    let text = node.bind(64, 64, None).unwrap_err().to_string();
     assert!(text.contains("it comes once, before ready"), "{text}");
     node.ready(1, false).unwrap();
     assert!(node.ready(1, false).is_err());
@@ -43,10 +43,14 @@ fn verbs_out_of_order_are_refused_and_change_nothing() {
 fn slots_of_no_size_are_refused() {
     let mut coordinator = Coordinator::start();
     let mut instance = Instance::join(&mut coordinator, v1::Role::Ffn, 1, "auto");
-    let error = instance.node.bind(0, 64).unwrap_err();
+    let error = instance.node.bind(0, 64, None).unwrap_err();
     assert_eq!(error.kind(), NodeErrorKind::Config);
     assert!(error.to_string().contains("0 bytes"), "{error}");
-    instance.node.bind(64, 64).unwrap();
+    let long = vec![0; 4097];
+    let error = instance.node.bind(64, 64, Some(&long)).unwrap_err();
+    assert_eq!(error.kind(), NodeErrorKind::InvalidArgument);
+    assert!(error.to_string().contains("4097 bytes"), "{error}");
+    instance.node.bind(64, 64, None).unwrap();
 }
 
 #[test]

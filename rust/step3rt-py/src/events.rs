@@ -2,7 +2,7 @@
 //! is; reading an attribute never converts one again.
 
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyBytes, PyList};
 use step3rt_core::step;
 use step3rt_node::event::NodeEvent;
 
@@ -35,12 +35,17 @@ fn event_to_python(py: Python<'_>, event: NodeEvent) -> PyResult<Bound<'_, PyAny
             role_rank,
             fabric,
             reason,
+            epoch,
+            device_offer,
         } => {
+            let offer = device_offer.as_ref();
             let link_up = LinkUp {
                 peer: peer.0,
                 role_rank,
                 fabric,
                 reason,
+                epoch: epoch.0,
+                device_offer: offer.map(|offer| PyBytes::new(py, offer.as_bytes()).unbind()),
             };
             Bound::new(py, link_up)?.into_any()
         }
@@ -102,6 +107,8 @@ pub(crate) struct LinkUp {
     role_rank: u32,
     fabric: &'static str,
     reason: String,
+    epoch: u32,
+    device_offer: Option<Py<PyBytes>>,
 }
 flat_event!(LinkUp, "link_up");
 

@@ -126,8 +126,17 @@ impl NodeSession {
         Ok(())
     }
 
-    fn bind(&self, py: Python<'_>, a2f_slot_bytes: usize, f2a_slot_bytes: usize) -> PyResult<()> {
-        self.detached(py, |node| node.bind(a2f_slot_bytes, f2a_slot_bytes))
+    #[pyo3(signature = (a2f_slot_bytes, f2a_slot_bytes, device_offer=None))]
+    fn bind(
+        &self,
+        py: Python<'_>,
+        a2f_slot_bytes: usize,
+        f2a_slot_bytes: usize,
+        device_offer: Option<&[u8]>,
+    ) -> PyResult<()> {
+        self.detached(py, |node| {
+            node.bind(a2f_slot_bytes, f2a_slot_bytes, device_offer)
+        })
     }
 
     fn ready(&self, py: Python<'_>, num_kv_blocks: u32) -> PyResult<()> {
@@ -185,6 +194,10 @@ impl NodeSession {
             payload_bytes,
         };
         self.detached(py, |node| node.push(InstanceId(peer), LaneId(lane), frame))
+    }
+
+    fn reset_link(&self, py: Python<'_>, peer: u32, reason: &str) -> PyResult<()> {
+        self.detached(py, |node| node.reset_link(InstanceId(peer), reason))
     }
 
     fn complete_step(

@@ -102,6 +102,9 @@ pub struct CoordinatorConfig {
     /// to the instance before it is known here, so the next step need not wait for its way.
     #[serde(default = "default_max_steps_in_flight")]
     pub max_steps_in_flight: u8,
+    /// For measurements: see [`SchedulerConfig::assumes_computed_prompts`].
+    #[serde(default)]
+    pub assume_computed_prompts: bool,
     /// How log lines look.
     #[serde(default)]
     pub log_format: LogFormat,
@@ -284,8 +287,8 @@ impl CoordinatorConfig {
             (
                 "fabric",
                 &self.fabric,
-                &["auto", "shm", "rdma", "tcp"],
-                "auto, shm, rdma or tcp",
+                &["auto", "cuda_ipc", "shm", "rdma", "tcp"],
+                "auto, cuda_ipc, shm, rdma or tcp",
             ),
         ] {
             check(allowed.contains(&value.as_str()), key, value.clone(), text)?;
@@ -365,6 +368,7 @@ impl CoordinatorConfig {
                 .min(self.max_tokens_per_micro_batch),
             max_waiting_requests: self.max_waiting_requests,
             recovery_timeout_ms: self.recovery_timeout_ms,
+            assumes_computed_prompts: self.assume_computed_prompts,
         }
     }
 }

@@ -75,6 +75,7 @@ impl History {
                 max_sequences_per_lane: rng.pick(&[1, 2, 8]),
                 max_waiting_requests: 200,
                 recovery_timeout_ms: 1_000,
+                assumes_computed_prompts: false,
             },
             num_attention: rng.within(1, 2),
             num_kv_blocks: rng.within(60, 200),

@@ -50,6 +50,7 @@ impl Profile {
             max_sequences_per_lane,
             max_waiting_requests: rng.within(2, 40),
             recovery_timeout_ms: u64::from(rng.within(20, 800)),
+            assumes_computed_prompts: false,
         };
         // From pools that hold one sequence to pools that are never full.
         let whole = max_model_len.div_ceil(block_size_tokens);

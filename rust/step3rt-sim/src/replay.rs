@@ -104,6 +104,7 @@ pub fn run(options: &ReplayOptions) -> Result<ReplayReport, String> {
         max_sequences_per_lane: 64,
         max_waiting_requests: u32::MAX,
         recovery_timeout_ms: 1_000,
+        assumes_computed_prompts: false,
     };
     let ReplayOptions {
         attention,

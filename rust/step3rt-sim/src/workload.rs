@@ -82,6 +82,7 @@ impl Workload {
             max_sequences_per_lane: per_lane + per_lane.div_ceil(8),
             max_waiting_requests: load.num_sequences,
             recovery_timeout_ms: 1_000,
+            assumes_computed_prompts: false,
         });
         let now = TimeNs(0);
         scheduler.handle(now, Event::ExpertsComplete(true));

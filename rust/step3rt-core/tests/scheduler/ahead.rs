@@ -1,5 +1,7 @@
 //! A lane is planned ahead of its results, and what was planned in vain does no harm.
 
+use std::collections::BTreeSet;
+
 use step3rt_core::config::SchedulerConfig;
 use step3rt_core::ids::RequestId;
 use step3rt_core::scheduler::Event;
@@ -153,6 +155,24 @@ fn cancelling_frees_the_blocks_when_the_last_step_in_flight_ends() {
     assert_ne!(world.kv_blocks().0, 16);
     world.answer(0);
     assert_eq!(world.kv_blocks(), (16, 16));
+    world.run();
+    world.check_done();
+}
+
+#[test]
+fn prompts_that_count_as_computed_begin_with_their_last_token_and_share_nothing() {
+    let config = SchedulerConfig {
+        assumes_computed_prompts: true,
+        ..config()
+    };
+    let mut world = World::new(config, &[16]);
+    world.submit(request(0, 11, 6));
+    world.submit(request(50, 11, 6)); // the same prompt
+    let plans = world.plan();
+    assert_eq!(work(&plans), [[(10, 1)], [(10, 1)]]);
+    let blocks = plans.iter().flat_map(|plan| &plan.chunks[0].new_blocks);
+    let blocks: BTreeSet<_> = blocks.collect();
+    assert_eq!(blocks.len(), 6, "for all 11 tokens of each");
     world.run();
     world.check_done();
 }

@@ -116,6 +116,23 @@ impl Instance {
                 known.table.push(*block);
             }
         }
+        if self.config.assumes_computed_prompts {
+            for join in &plan.joined {
+                self.fill(join.sequence);
+            }
+        }
+    }
+
+    /// Puts the KV in place that a newcomer is assumed to have.
+    fn fill(&mut self, id: SequenceId) {
+        let block_size = self.config.block_size_tokens as usize;
+        let known = &self.known[&id];
+        let mut hash = prefix_hash(&[]);
+        for (index, token) in known.tokens[..known.num_computed].iter().enumerate() {
+            hash = extend_hash(hash, *token);
+            let place = (known.table[index / block_size], index % block_size);
+            self.memory.insert(place, hash);
+        }
     }
 
     fn learn(&mut self, lane: LaneId, join: &SequenceJoin, first: &SequenceChunk) {

@@ -39,6 +39,7 @@ pub(crate) fn config() -> SchedulerConfig {
         max_sequences_per_lane: 4,
         max_waiting_requests: 8,
         recovery_timeout_ms: 1_000,
+        assumes_computed_prompts: false,
     }
 }
 

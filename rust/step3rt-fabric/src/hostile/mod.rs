@@ -12,12 +12,14 @@ use std::time::Duration;
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 
 use crate::address::{ChoiceReason, FabricChoice, FabricKind};
+use crate::choice::{Choice, DeviceNote};
 use crate::config::{EndpointConfig, LinkSettings};
 use crate::contract::{Doorbell, Geometry, LinkIdentity, Side};
 use crate::doorbell::FutexDoorbell;
 use crate::endpoint::{Endpoint, FabricEvent};
 use crate::frame::{Direction, HEADER_BYTES};
-use crate::handshake::{Introduction, Kind, MESSAGE_BYTES, Message};
+use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message};
+use crate::link_epoch::LinkEpoch;
 use crate::region::Region;
 use crate::shm;
 
@@ -94,20 +96,30 @@ fn introduction() -> Introduction {
 }
 
 fn hello() -> [u8; MESSAGE_BYTES] {
-    hello_for(false)
+    hello_by(By::Carrier, 0)
 }
 
-fn hello_for(is_for_rdma: bool) -> [u8; MESSAGE_BYTES] {
+fn hello_by(by: By, reason_bytes: u8) -> [u8; MESSAGE_BYTES] {
     let kind = Kind::Hello {
         wanted: VICTIM,
-        choice: ChoiceReason::Setting,
-        is_for_rdma,
+        choice: Choice {
+            reason: ChoiceReason::Setting,
+            device: DeviceNote::Nothing,
+        },
+        epoch: LinkEpoch(1),
+        by,
+        reason_bytes,
     };
     Message {
         from: introduction(),
         kind,
     }
     .encode()
+}
+
+fn expect_welcome(answer: &[u8]) {
+    let kind = Message::decode(answer).unwrap().kind;
+    assert!(matches!(kind, Kind::Welcome { .. }), "{kind:?}");
 }
 
 impl Forger {
@@ -119,7 +131,7 @@ impl Forger {
             let (_own_bell, bell_fd) = FutexDoorbell::create(0).unwrap();
             shm::send(&socket, &hello(), &[slots_fd.as_fd(), bell_fd.as_fd()]).unwrap();
             let answer = shm::receive(&socket).unwrap();
-            assert_eq!(Message::decode(&answer.bytes).unwrap().kind, Kind::Welcome);
+            expect_welcome(&answer.bytes);
             Self::Shm {
                 socket,
                 slots,
@@ -130,7 +142,7 @@ impl Forger {
             stream.write_all(&hello()).unwrap();
             let mut answer = [0; MESSAGE_BYTES];
             stream.read_exact(&mut answer).unwrap();
-            assert_eq!(Message::decode(&answer).unwrap().kind, Kind::Welcome);
+            expect_welcome(&answer);
             Self::Tcp(stream)
         };
         let events = next(victim);

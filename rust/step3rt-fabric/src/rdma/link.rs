@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::event::EventfdFlags;
+use rustix::net::SendFlags;
 use step3rt_core::ids::LaneId;
 
 use crate::config::LinkSettings;
@@ -18,6 +19,7 @@ use crate::lane::Lanes;
 use crate::rdma::progress::Progress;
 use crate::rdma::request::immediate;
 use crate::rdma::wire::Wire;
+use crate::reset_ask;
 use crate::state::LinkState;
 
 /// The thread only polls and makes system calls.
@@ -123,6 +125,15 @@ impl Link for RdmaLink {
                 state.fail(reason.clone());
                 PushError::Down(state.down().cloned().unwrap_or(reason))
             })
+    }
+
+    fn ask_reset(&mut self, reason: &str) -> io::Result<()> {
+        let notes = reset_ask::encode(reason).concat();
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match rustix::net::send(&self.shared.control, &notes, flags)? {
+            sent if sent == notes.len() => Ok(()),
+            _ => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     fn poll(&mut self, out: &mut Vec<LinkEvent>) {

@@ -27,6 +27,7 @@ use crate::rdma::request::{Request, SEQUENCE_MASK, failed, immediate, reason_of}
 use crate::rdma::timing::{CLOSING_GRACE, DRAIN_TIMEOUT, PROBE_INTERVAL, SLOWEST_BYTES_PER_S};
 use crate::rdma::wire::RECEIVES_PER_LANE;
 use crate::region::Region;
+use crate::reset_ask::NOTE_BYTES;
 use crate::watcher::timespec;
 
 /// Completions taken by one call; a link has few lanes with news at one time.
@@ -255,10 +256,19 @@ impl Progress {
     /// What the control socket says of the peer, if it says anything. What the peer sent before it
     /// ended is shown first.
     fn control_end(&mut self) -> Option<DownReason> {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let reason = match rustix::net::recv(&self.shared.control, &mut [0; 1], flags) {
+        let mut note = [0; NOTE_BYTES];
+        let reason = match rustix::net::recv(&self.shared.control, &mut note, RecvFlags::DONTWAIT) {
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return None,
             Ok((0, _)) | Err(_) => DownReason::PeerClosed,
+            // Notes are sent by one call, and so are not torn.
+            Ok((NOTE_BYTES, _)) => {
+                return self
+                    .shared
+                    .state
+                    .hear(&note)
+                    .err()
+                    .map(DownReason::Protocol);
+            }
             Ok(_) => return Some(DownReason::Protocol(ProtocolError::Chatter)),
         };
         let mut completions = [Completion::default(); COMPLETIONS_PER_POLL];

@@ -3,14 +3,13 @@
 //! It registers nothing; it names what `wire` registers, and keeps it mapped.
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use crate::memory::Mapping;
+use crate::memory::SharedMapping;
 use crate::region::Region;
 
 /// A range of a mapping that lives at least as long as this.
 pub(crate) struct Registered {
-    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) mapping: SharedMapping,
     pub(crate) range: Range<usize>,
 }
 

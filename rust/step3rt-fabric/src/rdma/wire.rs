@@ -393,7 +393,7 @@ impl Drop for Wire {
         if !is_freed {
             // The device may still write: what it knows of stays mapped for the process's life.
             for memory in [&self.config.outgoing, &self.config.incoming] {
-                std::mem::forget(Arc::clone(&memory.mapping));
+                std::mem::forget(memory.mapping.clone());
             }
         }
     }

@@ -1,15 +1,16 @@
 //! Links over TCP that are encrypted (TLS 1.3), and whose ends know each other by certificates.
 //!
 //! A connection's cryptographic state is one and cannot be split into a sending and a receiving
-//! half. So there are three locks, and no thread waits for its peer while it holds the one that the
-//! other thread needs:
+//! half, while whoever waits receives and the owner sends. So there are three locks, and the one that
+//! both directions need is never held across a system call:
 //!
 //! ```text
-//!   sender:    outbound ─┬─ session: encrypt ─┬─ send()   may block
-//!   receiver:  inbound  ─┴─ session: decrypt ─┴─ recv()   may block
+//!   sending:    outbound ─┬─ session: encrypt ─┬─ send()
+//!   receiving:  inbound  ─┴─ session: decrypt ─┴─ recv()
 //! ```
 //! `session` is held for the arithmetic alone, of a few records at a time. So two ends that both
-//! write more than the sockets hold do not stop each other: each one's receiver goes on.
+//! write more than the sockets hold do not stop each other, whether their sockets block (while they
+//! shake hands) or not (afterwards).
 
 mod accepting;
 mod connecting;
@@ -157,6 +158,11 @@ impl TlsStream {
 
     pub(crate) fn description(&self) -> &str {
         &self.description
+    }
+
+    pub(crate) fn has_taken_bytes(&self) -> bool {
+        let inbound = lock(&self.inbound);
+        inbound.taken < inbound.plaintext.len() || !inbound.unread.is_empty()
     }
 
     pub(crate) fn send(

@@ -13,7 +13,8 @@ use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use step3rt_fabric::Tls;
 use step3rt_fabric::address::{FabricChoice, PeerAddress, boot_id};
 use step3rt_fabric::contract::{DownReason, Geometry, LinkIdentity, Side};
-use step3rt_fabric::endpoint::{Endpoint, EndpointConfig, FabricEvent, LinkSettings};
+use step3rt_fabric::device_offer::DeviceOffer;
+use step3rt_fabric::endpoint::{Endpoint, EndpointConfig, FabricEvent, LinkSettings, LinkSummary};
 use step3rt_fabric::frame::{Frame, FrameHeader};
 use step3rt_fabric::sim::{self, SimConfig, SimEnd, SimFaults};
 
@@ -128,7 +129,7 @@ impl Node {
             advertise_host: None,
             settings: LinkSettings::default(),
         };
-        Self::new(Endpoint::bind_with(config, fabric.tls()).unwrap())
+        Self::new(Endpoint::bind_with(config, None, fabric.tls()).unwrap())
     }
 
     pub(crate) fn new(endpoint: Endpoint) -> Self {
@@ -212,9 +213,12 @@ impl Node {
         }
     }
 
-    pub(crate) fn expect_up(&mut self, peer: LinkIdentity) {
+    pub(crate) fn expect_up(&mut self, peer: LinkIdentity) -> LinkSummary {
         match self.next() {
-            FabricEvent::LinkUp(summary) => assert_eq!(summary.peer, peer),
+            FabricEvent::LinkUp(summary) => {
+                assert_eq!(summary.peer, peer);
+                summary
+            }
             other => panic!("{other:?} instead of a link"),
         }
     }
@@ -268,4 +272,28 @@ pub(crate) fn linked(fabric: Fabric, geometry: Geometry) -> (Node, Node) {
     let mut ffn = Node::ffn(fabric, 2, geometry);
     attention.link(fabric, &mut ffn);
     (attention, ffn)
+}
+
+/// A node of one carrier that offers `offer` of its device's memory.
+pub(crate) fn bind_with_device(
+    (carrier, setting): (Fabric, &str),
+    instance: u32,
+    side: Side,
+    offer: Option<&[u8]>,
+) -> Node {
+    let mut config = EndpointConfig {
+        identity: identity(instance, 1),
+        side,
+        geometry: geometry(2, 1 << 16),
+        fabric: setting.parse().unwrap(),
+        listen_shm: side == Side::Responder && carrier == Fabric::Shm,
+        listen_tcp: None,
+        advertise_host: None,
+        settings: LinkSettings::default(),
+    };
+    if side == Side::Responder && carrier == Fabric::Tcp {
+        config.listen_tcp = Some("127.0.0.1:0".parse().unwrap());
+    }
+    let offer = offer.map(|bytes| DeviceOffer::new(bytes).unwrap());
+    Node::new(Endpoint::bind_with_device(config, offer).unwrap())
 }

@@ -32,9 +32,20 @@ impl Instance {
         id: u32,
         fabric: &str,
     ) -> Self {
+        Self::start_with_device(coordinator, (role, id), fabric, None)
+    }
+
+    /// The same, of an instance that offers device memory.
+    pub(crate) fn start_with_device(
+        coordinator: &mut Coordinator,
+        (role, id): (v1::Role, u32),
+        fabric: &str,
+        device_offer: Option<&[u8]>,
+    ) -> Self {
         let mut instance = Self::join(coordinator, role, id, fabric);
         let node = &mut instance.node;
-        node.bind(A2F_SLOT_BYTES, F2A_SLOT_BYTES).unwrap();
+        node.bind(A2F_SLOT_BYTES, F2A_SLOT_BYTES, device_offer)
+            .unwrap();
         node.ready(5, false).unwrap();
         let Some(Event::Ready(ready)) = instance.scripted.next_report() else {
             panic!("no Ready");

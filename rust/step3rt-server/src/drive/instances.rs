@@ -83,9 +83,17 @@ impl Drive {
         output: v1::StepOutput,
     ) -> Vec<Action> {
         if let Some(timing) = &output.timing {
+            let is_sampled = |output: &&v1::SequenceOutput| output.token_id.is_some();
+            let num_tokens = output.outputs.iter().filter(is_sampled).count();
             debug!(
-                %instance, lane = output.lane, step = output.step,
-                compute_ns = timing.compute_ns, wait_ns = timing.wait_ns, total_ns = timing.total_ns,
+                instance = instance.0,
+                lane = output.lane,
+                step = output.step,
+                num_tokens,
+                at_ns = now.0,
+                compute_ns = timing.compute_ns,
+                wait_ns = timing.wait_ns,
+                total_ns = timing.total_ns,
                 "step done"
             );
         }

@@ -1,0 +1,304 @@
+"""Measures decoding by a whole local cluster: coordinator, instances, and gRPC streams.
+
+Owns the load and the arithmetic; the figures come from the coordinator's own log, where a line says
+when each lane's step was done and how many tokens it gave. A client that timed 10,000 streams would
+measure itself.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from step3rt.aio import AsyncClient
+from step3rt.config import ServeConfig, resolve_model
+from step3rt.errors import InvalidArgument, Unavailable
+from step3rt.local_cluster import LocalCluster
+from step3rt.model.config import Step3Config
+from step3rt.timing import percentile
+
+BLOCK_SIZE_TOKENS = 64
+_SLACK_STEPS = 48
+"""Streams start one after the other; so many steps may pass until the last one decodes."""
+
+_STEP_LINE = "step done"
+_LOG_FILTER = "warn,step3rt_server::drive=debug"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLoad:
+    """What decodes, and for how long.
+
+    Attributes:
+        batch: sequences at a time over all lanes and attention instances, a multiple of those.
+        context_tokens: mean length of a sequence over the measured steps.
+        spread: lengths are drawn from `context_tokens` times 1 - spread to 1 + spread.
+        steps: measured steps of each lane, after `warmup_steps`.
+    """
+
+    batch: int
+    context_tokens: int
+    spread: float = 0.0
+    steps: int = 200
+    warmup_steps: int = 20
+    seed: int = 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that every stream generates: before, while and after it is measured."""
+        return self.warmup_steps + self.steps + 2 * _SLACK_STEPS
+
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each sequence at the start: `context_tokens` are reached half way."""
+        draw = random.Random(self.seed)
+        grown = _SLACK_STEPS + self.warmup_steps + self.steps // 2
+        shares = [1 + self.spread * draw.uniform(-1, 1) for _ in range(self.batch)]
+        return [max(1, round(self.context_tokens * share) - grown) for share in shares]
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStep:
+    """One line of the coordinator's log: a lane's step that is done."""
+
+    instance: int
+    lane: int
+    at_ns: int
+    num_tokens: int
+    compute_ns: int
+    wait_ns: int
+    total_ns: int
+
+
+def measure(
+    serve: ServeConfig, load: DecodeLoad, *, threads: int = 1, log_dir: Path | None = None
+) -> dict[str, Any]:
+    """Starts a cluster, decodes, stops it, and returns the result file's object.
+
+    Args:
+        serve: the cluster; its limits are set for the load.
+        load: what decodes.
+        threads: of each instance's computation.
+        log_dir: keeps the processes' logs.
+
+    Raises:
+        InvalidArgument: the load does not fit the cluster or the model.
+        Unavailable: the streams did not all decode at the same time for long enough.
+    """
+    config = Step3Config.from_directory(resolve_model(serve.model))
+    num_lanes = serve.attention * serve.lanes
+    _check(load, num_lanes, config.max_model_len)
+    longest = max(load.prompt_lengths()) + load.max_new_tokens
+    per_lane = load.batch // num_lanes
+    settings = replace(
+        serve,
+        listen="127.0.0.1:0",
+        assume_computed_prompts=True,
+        max_sequences_per_lane=per_lane,
+        max_tokens_per_micro_batch=max(per_lane, 16),
+        max_waiting_requests=max(load.batch, 1024),
+        max_model_len=longest + 1,
+        log_format="json",
+    )
+    blocks_each = -(-(longest + 1) // BLOCK_SIZE_TOKENS)
+    # A sixteenth more: newcomers leave some blocks to those that grow.
+    kv_blocks = per_lane * serve.lanes * blocks_each * 17 // 16 + 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment("STEP3RT_LOG", _LOG_FILTER))
+        if log_dir is None:
+            directory = tempfile.TemporaryDirectory(prefix="step3rt-bench-")
+            log_dir = Path(stack.enter_context(directory))
+        with LocalCluster(
+            settings, threads=threads, kv_blocks=kv_blocks, log_dir=log_dir
+        ) as cluster:
+            asyncio.run(_decode(cluster.address, load, config.vocab_size))
+            fabrics = _fabrics(cluster)
+        lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
+    figures = summarise(read_steps(lines), load, num_lanes, config.num_layers)
+    return {
+        "run": f"{serve.attention}a{serve.ffn}f-{resolve_model(serve.model).name}",
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "command": shlex.join(["step3rt", *sys.argv[1:]]),
+        "gpus": 0,
+        "instances": serve.attention + serve.ffn,
+        "placement": "disaggregated",
+        "fabrics": fabrics,
+        "context": load.context_tokens,
+        "context_spread": load.spread,
+        "contexts_are_random_kv": True,
+        "batch": load.batch,
+        "lanes": serve.lanes,
+        "layers": config.num_layers,
+        "kv_dtype": serve.wire_dtypes()[2],
+        "weight_dtype": serve.dtype,
+        "natural_routing": True,
+        "scheduler_in_loop": True,
+        **figures,
+    }
+
+
+def read_steps(lines: Sequence[str]) -> list[LaneStep]:
+    """The lane steps in a coordinator's log with JSON lines, as they were done."""
+    steps = []
+    for line in lines:
+        if _STEP_LINE not in line:
+            continue
+        values = json.loads(line)["fields"]
+        if values.get("message") == _STEP_LINE:
+            steps.append(LaneStep(*(int(values[name]) for name in LaneStep.__slots__)))
+    return steps
+
+
+def summarise(
+    steps: Sequence[LaneStep], load: DecodeLoad, num_lanes: int, num_layers: int
+) -> dict[str, Any]:
+    """The figures over the window in which every sequence decodes.
+
+    TPOT is the time from one step of a lane to its next, once for each token of it.
+
+    Raises:
+        Unavailable: some lane has fewer such steps than `load.steps`.
+    """
+    lanes = [lane[load.warmup_steps :][: load.steps + 1] for lane in _full_steps(steps, load)]
+    if len(lanes) < num_lanes or any(len(lane) <= load.steps for lane in lanes):
+        lengths = [len(lane) for lane in lanes]
+        raise Unavailable(
+            f"Only {lengths} steps of {num_lanes} lanes had all their sequences. {load.steps} are "
+            "needed after the warm-up. Measure fewer sequences, or more steps"
+        )
+    gaps_ms = [
+        ((after.at_ns - before.at_ns) / 1e6, after.num_tokens)
+        for lane in lanes
+        for before, after in pairwise(lane)
+    ]
+    weighted = [gap for gap, num_tokens in gaps_ms for _ in range(num_tokens)]
+    # Each lane's own rate: lanes do not begin and end together.
+    tokens_per_s = sum(
+        sum(step.num_tokens for step in lane[1:]) * 1e9 / (lane[-1].at_ns - lane[0].at_ns)
+        for lane in lanes
+    )
+    measured = [step for lane in lanes for step in lane[1:]]
+    p50, p99 = percentile(weighted, 0.5), percentile(weighted, 0.99)
+    return {
+        "steps": load.steps,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "tpot_ms": {
+            "p50": round(p50 or 0.0, 3),
+            "p99": round(p99 or 0.0, 3),
+            "max": round(max(weighted), 3),
+        },
+        "stages": {
+            "attention": {"us": _per_layer_us(measured, "compute_ns", num_layers)},
+            "wait": {"us": _per_layer_us(measured, "wait_ns", num_layers)},
+            "lane_step": {"us": _per_layer_us(measured, "total_ns", num_layers)},
+        },
+    }
+
+
+def _full_steps(steps: Sequence[LaneStep], load: DecodeLoad) -> list[list[LaneStep]]:
+    """Per lane, its steps from when all sequences of all lanes decode until the first one ends."""
+    sequences: dict[tuple[int, int], int] = {}
+    for step in steps:
+        key = step.instance, step.lane
+        sequences[key] = max(sequences.get(key, 0), step.num_tokens)
+    if sum(sequences.values()) < load.batch:
+        return []
+    is_full = {key: False for key in sequences}
+    lanes: dict[tuple[int, int], list[LaneStep]] = {key: [] for key in sequences}
+    for step in steps:
+        key = step.instance, step.lane
+        is_full[key] = step.num_tokens == sequences[key]
+        if all(is_full.values()):
+            lanes[key].append(step)
+        elif any(lanes.values()):
+            break
+    return list(lanes.values())
+
+
+def _per_layer_us(steps: Sequence[LaneStep], name: str, num_layers: int) -> float:
+    return round(statistics.fmean(getattr(step, name) for step in steps) / num_layers / 1e3, 2)
+
+
+async def _decode(address: str, load: DecodeLoad, vocab_size: int) -> None:
+    draw = random.Random(load.seed + 1)
+    async with AsyncClient(address) as client:
+
+        async def stream(num_tokens: int) -> None:
+            prompt = draw.choices(range(vocab_size), k=num_tokens)
+            events = client.generate(
+                prompt, max_tokens=load.max_new_tokens, temperature=0.0, ignore_eos=True
+            )
+            async for _ in events:
+                pass
+
+        async with asyncio.TaskGroup() as group:
+            for num_tokens in load.prompt_lengths():
+                group.create_task(stream(num_tokens))
+
+
+def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:
+    if load.batch < 1 or load.batch % num_lanes:
+        raise InvalidArgument(
+            f"batch={load.batch} cannot be spread over {num_lanes} lanes. Every lane gets as many "
+            f"sequences as any other. Use a multiple of {num_lanes}"
+        )
+    if load.steps < 1 or load.warmup_steps < 0 or not 0 <= load.spread < 1:
+        raise InvalidArgument(
+            f"steps={load.steps}, warmup_steps={load.warmup_steps}, spread={load.spread} cannot be "
+            "measured. Use 1 step or more, a warm-up of 0 or more, and a spread from 0 to below 1"
+        )
+    longest = max(load.prompt_lengths()) + load.max_new_tokens
+    if longest > max_context_tokens:
+        raise InvalidArgument(
+            f"The longest sequence would reach {longest} tokens. The model takes "
+            f"{max_context_tokens}. Use a shorter context or fewer steps"
+        )
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets a variable for the processes that are started within."""
+    previous = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous
+
+
+def _fabrics(cluster: LocalCluster) -> list[str]:
+    links = [link for item in cluster.instances() for link in item["links"]]  # type: ignore[attr-defined]
+    return sorted({link["fabric"] for link in links})
+
+
+def _commit() -> str:
+    """What is checked out where the package lies, or its version."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode == 0:
+        return found.stdout.strip()
+    import step3rt
+
+    return f"step3rt {step3rt.__version__}"

@@ -1,0 +1,110 @@
+"""What `step3rt bench decode` makes of a coordinator's log, and of a real cluster."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from step3rt.bench.decode import DecodeLoad, LaneStep, read_steps, summarise
+from step3rt.errors import Unavailable
+
+
+def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
+    return LaneStep(instance, lane, int(at_ms * 1e6), num_tokens, 600_000, 400_000, 1_100_000)
+
+
+def run_bench(*flags: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "step3rt", "bench", "decode", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_only_steps_with_every_sequence_count() -> None:
+    load = DecodeLoad(batch=6, context_tokens=100, steps=3, warmup_steps=1)
+    steps = [
+        step(0, 0, 1, 2),  # one of lane 0's sequences has not begun
+        step(0, 0, 2, 3),
+        step(0, 1, 3, 3),  # from here on all decode
+        *[step(0, lane, 10 * index + 5 * lane, 3) for index in range(1, 6) for lane in (0, 1)],
+        step(0, 0, 500, 2),  # the first one has ended
+        step(0, 1, 900, 3),
+    ]
+    report = summarise(steps, load, num_lanes=2, num_layers=2)
+    assert report["tpot_ms"] == {"p50": 10.0, "p99": 10.0, "max": 10.0}
+    assert report["tokens_per_s"] == 600.0
+    assert report["stages"]["attention"] == {"us": 300.0}
+    assert report["steps"] == 3
+
+
+def test_a_token_counts_as_often_as_it_was_waited_for() -> None:
+    load = DecodeLoad(batch=100, context_tokens=100, steps=2, warmup_steps=0)
+    # 99 of 100 sequences wait 1 ms, and one 30 ms: the median is that of the sequences.
+    steps = [step(0, 0, at, 99) for at in (0, 1, 2, 3)]
+    steps += [step(1, 0, at, 1) for at in (0.5, 30.5, 60.5, 90.5)]
+    steps.sort(key=lambda each: each.at_ns)
+    report = summarise(steps, load, num_lanes=2, num_layers=1)
+    assert report["tpot_ms"] == {"p50": 1.0, "p99": 1.0, "max": 30.0}
+
+
+def test_too_few_common_steps_are_no_measurement() -> None:
+    load = DecodeLoad(batch=4, context_tokens=100, steps=3, warmup_steps=0)
+    steps = [step(0, lane, at, 2) for at in range(3) for lane in (0, 1)]
+    with pytest.raises(Unavailable, match=r"Only \[2, 3\] steps of 2 lanes"):
+        summarise(steps, load, num_lanes=2, num_layers=1)
+    with pytest.raises(Unavailable, match="of 2 lanes"):
+        summarise(steps[::2], load, num_lanes=2, num_layers=1)
+
+
+def test_lines_of_other_events_are_passed_over() -> None:
+    values = {
+        "instance": 3, "lane": 1, "step": 9, "at_ns": 5, "num_tokens": 4,
+        "compute_ns": 1, "wait_ns": 2, "total_ns": 3,
+    }  # fmt: skip
+    lines = [
+        json.dumps({"level": "WARN", "fields": {"message": "step failed", "reason": "step done"}}),
+        json.dumps({"level": "DEBUG", "fields": {"message": "step done", **values}}),
+        "not JSON at all",
+    ]
+    assert read_steps(lines) == [LaneStep(3, 1, 5, 4, 1, 2, 3)]
+
+
+def test_lengths_reach_the_context_half_way_and_spread_around_it() -> None:
+    load = DecodeLoad(batch=400, context_tokens=1000, spread=0.5, steps=100, warmup_steps=10)
+    lengths = load.prompt_lengths()
+    middle = sum(lengths) / len(lengths) + 48 + 10 + 50
+    assert middle == pytest.approx(1000, rel=0.03)
+    assert min(lengths) < 500
+    assert max(lengths) > 1280
+    assert lengths == load.prompt_lengths()
+
+
+def test_a_real_cluster_is_measured() -> None:
+    result = run_bench(
+        "--batch=4", "--context=256", "--steps=20", "--warmup-steps=2",
+        "--attention=2", "--ffn=1", "--lanes=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["run"] == "2a1f-nano"
+    assert report["steps"] == 20
+    assert report["contexts_are_random_kv"] is True
+    assert report["fabrics"] == ["shm"]
+    tpot = report["tpot_ms"]
+    assert 0 < tpot["p50"] <= tpot["p99"] <= tpot["max"]
+    # 4 streams, each with a token per TPOT; the mean is not the median.
+    assert report["tokens_per_s"] == pytest.approx(4e3 / tpot["p50"], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch=5", "--attention=2"), "cannot be spread over 6 lanes"),
+        (("--batch=6", "--context=4096"), "would reach"),
+        (("--batch=6", "--spread=1"), "spread"),
+        (("--batch=6", "--steps=0"), "steps=0"),
+    ],
+)
+def test_loads_that_cannot_be_measured_are_refused(flags: tuple[str, ...], message: str) -> None:
+    result = run_bench(*flags)
+    assert result.returncode != 0
+    assert message in result.stderr
