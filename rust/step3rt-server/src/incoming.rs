@@ -116,10 +116,13 @@ async fn shake_hands(
             let _ = ready.send(Ok(Connection::Tls(Box::new(stream)))).await;
         }
         Ok(Ok(None)) => info!(%peer, "a client was refused: it does not speak TLS"),
-        Ok(Err(error)) => match Fault::among_causes(&error) {
-            Some(fault) => info!(%peer, %fault, "a client was refused"),
-            None => debug!(%peer, %error, "a client went away during its TLS handshake"),
-        },
+        Ok(Err(error)) => {
+            if let Some(fault) = Fault::among_causes(&error) {
+                info!(%peer, %fault, "a client was refused");
+            } else {
+                debug!(%peer, %error, "a client went away during its TLS handshake");
+            }
+        }
         Err(_) => info!(%peer, "a client was hung up on: its TLS handshake took too long"),
     }
 }
