@@ -5,6 +5,8 @@ Every call that may wait releases the GIL. Errors are the classes of `step3rt.er
 
 from typing import Literal, Self, final
 
+from step3rt.config import TlsPaths
+
 __all__ = [
     "Arrival",
     "Chunk",
@@ -30,6 +32,7 @@ __all__ = [
     "replay_traffic",
     "serve",
     "simulate",
+    "tls_findings",
 ]
 
 __version__: str
@@ -49,10 +52,14 @@ def host_capabilities() -> dict[str, tuple[bool, str]]:
 def rdma_findings() -> list[tuple[bool, str, str]]:
     """What decides whether this host can use RDMA: (is as it must be, what it is, what to do)."""
 
-def list_instances(control_address: str, timeout_s: float) -> str:
-    """`ListInstances` of the coordinator at `control_address`, as JSON.
+def tls_findings(tls: TlsPaths) -> list[tuple[Literal["ok", "note", "missing"], str, str]]:
+    """What is right and wrong with certificate, key and CA: (level, what it is, what to do)."""
+
+def list_instances(control_address: str, timeout_s: float, tls: TlsPaths | None = None) -> str:
+    """`ListInstances` of the coordinator at `control_address`, as JSON; by TLS with `tls`.
 
     Raises:
+        ConfigError: certificate, key or CA cannot be used.
         Unavailable: no coordinator answers there within `timeout_s`.
     """
 
@@ -87,20 +94,21 @@ def replay_traffic(options_json: str) -> str:
     """
 
 def measure_link(
-    carrier: str, num_bytes: int, num_rounds: int, address: str
+    carrier: str, num_bytes: int, num_rounds: int, address: str, tls: TlsPaths | None = None
 ) -> tuple[list[float], float]:
     """Measures frames to and fro, without the GIL.
 
     Returns every round's one-way time, and the CPU time of this process per round; microseconds.
     `carrier` is shm, tcp, rdma, or a baseline without a link: socket, or flag (shared memory).
-    `address` is the first line that `echo_link` has written.
+    `address` is the first line that `echo_link` has written. With `tls`, a link over tcp is
+    encrypted.
 
     Raises:
         InvalidArgument: an argument is not usable.
         Unavailable: the ends did not link, or the other one went away.
     """
 
-def echo_link(carrier: str, num_bytes: int, num_rounds: int) -> None:
+def echo_link(carrier: str, num_bytes: int, num_rounds: int, tls: TlsPaths | None = None) -> None:
     """The other process of `measure_link`, with the same arguments: sends back what comes.
 
     Writes two lines to standard output: its address at the start, and at the end its CPU

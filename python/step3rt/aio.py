@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, Unpack, cast
 
@@ -15,7 +16,8 @@ import grpc
 import grpc.aio
 
 from step3rt import codec
-from step3rt.client import CHANNEL_OPTIONS, DEFAULT_ADDRESS, backoff_s
+from step3rt.channel import CHANNEL_OPTIONS, credentials
+from step3rt.client import DEFAULT_ADDRESS, backoff_s
 from step3rt.errors import Internal, Step3Error
 from step3rt.results import GenerationEvent, RequestOutput, ResultBuilder
 from step3rt.sampling import SamplingOverrides, SamplingParams
@@ -159,14 +161,29 @@ class AsyncClient:
         model: refuse to talk to a server that serves another model; empty accepts any.
         tenant: whose requests these are, at most 64 characters of [A-Za-z0-9._-]; empty is the
             default tenant. Tenants get equal shares of the cluster and share no cached prompts.
+        ca: PEM file of the CA that issued the server's certificate, for a server that speaks TLS;
+            default: the environment's STEP3RT_CA. Empty is clear text.
+
+    Raises:
+        ConfigError: `ca` cannot be read.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, model: str = "", tenant: str = ""
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        model: str = "",
+        tenant: str = "",
+        ca: str | Path | None = None,
     ) -> None:
         self._model = model
         self._tenant = tenant
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        trust = credentials(ca)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if trust is None
+            else grpc.aio.secure_channel(address, trust, options=CHANNEL_OPTIONS)
+        )
         self._stub = InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -8,12 +8,14 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, Unpack, cast
 
 import grpc
 
 from step3rt import codec
+from step3rt.channel import CHANNEL_OPTIONS, credentials
 from step3rt.errors import Internal, Step3Error
 from step3rt.results import GenerationEvent, RequestOutput, ResultBuilder
 from step3rt.sampling import SamplingOverrides, SamplingParams
@@ -21,12 +23,6 @@ from step3rt.v1 import inference_service_pb2
 from step3rt.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_send_message_length", 32 << 20),
-)
 
 _MAX_RETRIES = 2
 _FIRST_BACKOFF_S = 0.5
@@ -173,14 +169,29 @@ class Client:
         model: refuse to talk to a server that serves another model; empty accepts any.
         tenant: whose requests these are, at most 64 characters of [A-Za-z0-9._-]; empty is the
             default tenant. Tenants get equal shares of the cluster and share no cached prompts.
+        ca: PEM file of the CA that issued the server's certificate, for a server that speaks TLS;
+            default: the environment's STEP3RT_CA. Empty is clear text.
+
+    Raises:
+        ConfigError: `ca` cannot be read.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, model: str = "", tenant: str = ""
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        model: str = "",
+        tenant: str = "",
+        ca: str | Path | None = None,
     ) -> None:
         self._model = model
         self._tenant = tenant
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        trust = credentials(ca)
+        self._channel = (
+            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if trust is None
+            else grpc.secure_channel(address, trust, options=CHANNEL_OPTIONS)
+        )
         self._stub = InferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:

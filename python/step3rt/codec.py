@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 from step3rt.errors import (
     AlreadyExists,
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     Internal,
     InvalidArgument,
@@ -31,6 +32,7 @@ _ERROR_BY_CODE: dict[grpc.StatusCode, type[Step3Error]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.FAILED_PRECONDITION: ConfigError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -53,7 +55,7 @@ UNKNOWN_EVENT = (
 _TRANSPORT_FAILURE = {
     grpc.StatusCode.UNAVAILABLE: (
         "The connection to the coordinator failed: {}. Nothing answers there, or it has ended. "
-        "Check the address, and that `step3rt serve` runs"
+        "Check the address, that `step3rt serve` runs, and the CA if it speaks TLS"
     ),
     grpc.StatusCode.DEADLINE_EXCEEDED: (
         "The call's deadline passed before it was complete: {}. The request is cancelled. "

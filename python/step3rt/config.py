@@ -25,6 +25,8 @@ LOG_FORMATS = ("text", "json")
 
 C = TypeVar("C")
 
+_TLS_SETTINGS = ("tls_cert", "tls_key", "tls_ca")
+
 
 def setting(
     help_text: str,
@@ -120,6 +122,15 @@ class ServeConfig:
         "time for running streams to finish after SIGTERM", 30.0, minimum=0, maximum=86_400
     )
     reflection: bool = setting("serve gRPC reflection", False)
+    tls_cert: Path | None = setting(
+        "the coordinator's certificate (PEM); with it, clients and instances are spoken to by TLS "
+        "alone",
+        None,
+    )
+    tls_key: Path | None = setting("its key (PEM)", None)
+    tls_ca: Path | None = setting(
+        "the cluster's CA (PEM): only instances with a certificate of it are let in", None
+    )
     insecure_bind: bool = setting("allow plaintext on an address that is not loopback", False)
     log_format: str = setting(
         "log lines for people, or one JSON object per line", "text", choices=LOG_FORMATS
@@ -154,8 +165,9 @@ class ServeConfig:
             "a2f_dtype": a2f_dtype,
             "f2a_dtype": f2a_dtype,
             "kv_dtype": kv_dtype,
-            "ready_file": None if self.ready_file is None else str(self.ready_file),
         }
+        paths = ("ready_file", *_TLS_SETTINGS)
+        values |= {name: _text(getattr(self, name)) for name in paths}
         same = (
             "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
             "max_steps_in_flight target_tpot_ms max_sequences_per_lane max_waiting_requests "
@@ -164,6 +176,11 @@ class ServeConfig:
         )
         values |= {name: getattr(self, name) for name in same.split()}
         return json.dumps({name: value for name, value in values.items() if value is not None})
+
+    @property
+    def tls(self) -> "TlsPaths | None":
+        """Certificate, key and CA, if the coordinator speaks TLS."""
+        return _tls(self.tls_cert, self.tls_key, self.tls_ca)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +219,11 @@ class NodeConfig:
     connect_timeout_s: float = setting(
         "how long to look for the coordinator before giving up", 60.0, minimum=0
     )
+    tls_cert: Path | None = setting(
+        "this instance's certificate (PEM), for the coordinator and for links over tcp", None
+    )
+    tls_key: Path | None = setting("its key (PEM)", None)
+    tls_ca: Path | None = setting("the cluster's CA (PEM)", None)
     threads: int = setting("threads for one instance's computation", 1, minimum=1, maximum=1024)
     spin_us: int = setting(
         "microseconds to poll before sleeping; only worth it with a core per instance",
@@ -209,6 +231,20 @@ class NodeConfig:
         minimum=0,
         maximum=50,
     )
+
+
+TlsPaths = tuple[str, str, str]
+"""Certificate, key and CA."""
+
+
+def _tls(cert: Path | None, key: Path | None, ca: Path | None) -> TlsPaths | None:
+    if cert is None or key is None or ca is None:
+        return None
+    return str(cert), str(key), str(ca)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def shipped_model(name: str) -> Path | None:
@@ -268,6 +304,8 @@ def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
     config = build_part(kind, values, source)
     if isinstance(config, ServeConfig):
         _check_timeouts(config, source)
+    if isinstance(config, ServeConfig | NodeConfig):
+        _check_tls(config, source)
     return config
 
 
@@ -302,6 +340,17 @@ def _check_timeouts(config: ServeConfig, source: str) -> None:
             "and a lease forgives their absence for lease_ms: a step that had less time than that "
             "would end instances that are only slow. Raise step_timeout_ms to at least lease_ms, "
             "or lower lease_ms"
+        )
+
+
+def _check_tls(config: ServeConfig | NodeConfig, source: str) -> None:
+    given = [name for name in _TLS_SETTINGS if getattr(config, name) is not None]
+    missing = [name for name in _TLS_SETTINGS if name not in given]
+    if given and missing:
+        raise ConfigError(
+            f"The setting '{given[0]}' is set and '{missing[0]}' is not ({source}). A member of a "
+            "cluster shows a certificate, and checks those of its peers. Set tls_cert, tls_key and "
+            "tls_ca, or none of them"
         )
 
 

@@ -90,7 +90,8 @@ class LLM:
                 threads=threads,
                 on_status=lambda text: bar.set_description_str(text),
             )
-        self._client = Client(self._cluster.address)
+        # Never by TLS: it speaks to its own children on this host.
+        self._client = Client(self._cluster.address, ca="")
 
     def __enter__(self) -> Self:
         return self

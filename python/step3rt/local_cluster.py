@@ -39,7 +39,8 @@ class LocalCluster:
     """Starts `attention` + `ffn` instances and a coordinator, and stops them on `close()`.
 
     Args:
-        serve: the coordinator's settings; addresses and ready file are chosen here.
+        serve: the coordinator's settings; addresses and ready file are chosen here. Instances
+            share its certificate, which must be for 127.0.0.1.
         threads: threads for one instance's computation.
         kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
         devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
@@ -103,7 +104,7 @@ class LocalCluster:
         """The coordinator's view of its instances: role, rank, pid, state, links."""
         from step3rt import _core
 
-        snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+        snapshot = json.loads(_core.list_instances(self.control_address, 5.0, self._serve.tls))
         return list(snapshot["instances"])
 
     def check(self) -> None:
@@ -164,7 +165,7 @@ class LocalCluster:
         from step3rt import _core
 
         try:
-            snapshot = json.loads(_core.list_instances(self.control_address, 5.0))
+            snapshot = json.loads(_core.list_instances(self.control_address, 5.0, self._serve.tls))
         except Step3Error:
             return False
         self._on_status(str(snapshot["status"]))
@@ -202,6 +203,9 @@ class LocalCluster:
             device=self._devices[place % len(self._devices)],
             random_weights=self._random_weights,
             trace_dir=self._trace_dir,
+            tls_cert=self._serve.tls_cert,
+            tls_key=self._serve.tls_key,
+            tls_ca=self._serve.tls_ca,
             # Who assumes that prompts are computed needs something in their place.
             random_kv=self._serve.assume_computed_prompts and role == "attention",
         )

@@ -1,6 +1,6 @@
 """Measures links between processes of this host, and what they are built on, in the same run.
 
-Run by `step3rt bench link --fabric shm|tcp|rdma`; the rounds are in Rust
+Run by `step3rt bench link --fabric shm|tcp|rdma [--tls]`; the rounds are in Rust
 (rust/step3rt-fabric/src/measure.rs). It measures and reports; it decides nothing.
 """
 
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from step3rt import _core
+from step3rt.config import TlsPaths
 from step3rt.errors import InvalidArgument, Unavailable
 
 NUM_ROUNDS = 2_000
@@ -56,8 +58,10 @@ class _Times:
         }
 
 
-def measure(fabric: str, load: Load) -> dict[str, Any]:
+def measure(fabric: str, load: Load, *, has_tls: bool = False) -> dict[str, Any]:
     """Returns one-way times of frames, the baseline's, and the link's CPU time.
+
+    With `has_tls`, an encrypted link over tcp takes its turn as well.
 
     A one-way time is half of one there and back. Over shm both ends copy the payload into a slot
     and out of it, as the baseline does; over tcp and rdma it lies in its slot. Each process has a
@@ -73,16 +77,28 @@ def measure(fabric: str, load: Load) -> dict[str, Any]:
         )
     if fabric == "rdma":
         _require_rdma()
+    with ExitStack() as stack:
+        tls = stack.enter_context(_certificate()) if has_tls else None
+        return _measure(fabric, load, tls)
+
+
+def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:
     name, carrier = _BASELINES[fabric]
-    baseline, link = _Times([], 0.0), _Times([], 0.0)
+    baseline, link, encrypted = _Times([], 0.0), _Times([], 0.0), _Times([], 0.0)
+    turns: list[tuple[str, TlsPaths | None, _Times]] = [
+        (carrier, None, baseline),
+        (fabric, None, link),
+    ]
+    if tls is not None:
+        turns.append((fabric, tls, encrypted))
     for turn in range(min(NUM_TURNS, max(load.num_rounds, 1))):
         num_in_turn = len(range(turn, load.num_rounds, NUM_TURNS))
-        for what, total in ((carrier, baseline), (fabric, link)):
-            for times in _run(what, load, num_in_turn):
+        for what, certificate, total in turns:
+            for times in _run(what, load, num_in_turn, certificate):
                 total.one_way_us += times.one_way_us
                 total.cpu_us_per_round += times.cpu_us_per_round * len(times.one_way_us)
     one_way_us, baseline_us = link.quantiles(), baseline.quantiles()
-    return {
+    report = {
         "fabric": fabric,
         "bytes": load.num_bytes,
         "peers": load.num_peers,
@@ -99,12 +115,22 @@ def measure(fabric: str, load: Load) -> dict[str, Any]:
         "placement": "a core each" if _cores(load.num_peers)[0] is not None else "shared cores",
         "machine": _machine(),
     }
+    if tls is not None:
+        encrypted_us = encrypted.quantiles()
+        cpu_us = encrypted.cpu_us_per_round / len(encrypted.one_way_us)
+        report["tls"] = {
+            "one_way_us": encrypted_us,
+            "gb_per_s": round(load.num_bytes / encrypted_us["p50"] / 1e3, 2),
+            "cpu": {"us_per_round": round(cpu_us, 2)},
+            "times_plain_p50": round(encrypted_us["p50"] / one_way_us["p50"], 2),
+        }
+    return report
 
 
-def _run(carrier: str, load: Load, num_rounds: int) -> list[_Times]:
+def _run(carrier: str, load: Load, num_rounds: int, tls: TlsPaths | None) -> list[_Times]:
     """Returns what each pair measured while the others did, too."""
     cores = _cores(load.num_peers)
-    arguments = (carrier, str(load.num_bytes), str(num_rounds))
+    arguments = (json.dumps(tls), carrier, str(load.num_bytes), str(num_rounds))
     with ExitStack() as processes:
         pairs = []
         for at in range(0, load.num_peers, 2):
@@ -154,6 +180,31 @@ def _process(core: int | None, *arguments: str) -> Iterator[tuple[Iterator[str],
         output.close()
 
 
+@contextmanager
+def _certificate() -> Iterator[TlsPaths]:
+    """A certificate for loopback that vouches for itself, until the measurement ends."""
+    with tempfile.TemporaryDirectory(prefix="step3rt-") as directory:
+        cert, key = f"{directory}/cert.pem", f"{directory}/key.pem"
+        command = (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 1 "
+            "-subj /CN=bench -addext basicConstraints=critical,CA:FALSE "
+            f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+        )
+        try:
+            subprocess.run(command.split(), check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise Unavailable(
+                "The command openssl is not installed. An encrypted link needs a certificate, and "
+                "this measurement makes its own with it. Install openssl, or leave --tls out"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise Unavailable(
+                f"openssl made no certificate: {error.stderr.strip()}. An encrypted link needs "
+                "one. Use openssl 3, or leave --tls out"
+            ) from error
+        yield cert, key, cert
+
+
 def _cores(num_peers: int) -> list[int | None]:
     """One for each process; none where there are fewer."""
     cores = sorted(os.sched_getaffinity(0))
@@ -177,17 +228,20 @@ def _machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
-def _main(core: str, end: str, carrier: str, num_bytes: int, num_rounds: int) -> None:
+def _main(core: str, end: str, files: str, carrier: str, num_bytes: int, num_rounds: int) -> None:
     if core != "any":
         os.sched_setaffinity(0, {int(core)})
+    paths = json.loads(files)
+    tls = None if paths is None else tuple(paths)
     if end == "echo":
-        _core.echo_link(carrier, num_bytes, num_rounds)
+        _core.echo_link(carrier, num_bytes, num_rounds, tls)
         return
     print("ready", flush=True)  # noqa: T201 read by the process that started this one
     sys.stdin.readline()
-    measured = _core.measure_link(carrier, num_bytes, num_rounds, sys.argv[6])
+    measured = _core.measure_link(carrier, num_bytes, num_rounds, sys.argv[7], tls)
     print(json.dumps(measured))  # noqa: T201
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    core, end, files, carrier, num_bytes, num_rounds = sys.argv[1:7]
+    _main(core, end, files, carrier, int(num_bytes), int(num_rounds))

@@ -107,6 +107,9 @@ def _add_link(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--peers", type=int, default=2, help="processes, two by two (default: 2; cuda_ipc has 2)"
     )
     parser.add_argument(
+        "--tls", action="store_true", help="an encrypted link beside the plain one; tcp only"
+    )
+    parser.add_argument(
         "--rounds", type=int, help="there and back (default: 2000; cuda_ipc has its own)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON only")
@@ -269,6 +272,10 @@ def run_link(arguments: argparse.Namespace) -> int:
             f"{report['fabric']}, {report['bytes']} bytes one way: {quantiles}; "
             f"{baseline['name']} p50 {baseline['one_way_us']['p50']} us"
         )
+        if "tls" in report:
+            tls = report["tls"]
+            quantiles = ", ".join(f"{key} {us} us" for key, us in tls["one_way_us"].items())
+            print(f"encrypted: {quantiles}; {tls['times_plain_p50']} times plain p50")
     print(json.dumps(report))
     return 0
 
@@ -278,12 +285,17 @@ def _measure_link(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise InvalidArgument(f"--{flag} {value} cannot be measured. Use --{flag} 1 or more")
+    if arguments.tls and arguments.fabric != "tcp":
+        raise InvalidArgument(
+            f"--tls was given with --fabric {arguments.fabric}, which is never encrypted. Use "
+            "--fabric tcp"
+        )
     if arguments.fabric != "cuda_ipc":
         from step3rt.bench import link
 
         num_rounds = link.NUM_ROUNDS if arguments.rounds is None else arguments.rounds
         load = link.Load(arguments.bytes, arguments.peers, num_rounds)
-        return link.measure(arguments.fabric, load)
+        return link.measure(arguments.fabric, load, has_tls=arguments.tls)
     if arguments.peers != 2:
         raise InvalidArgument(
             f"--peers {arguments.peers} cannot be measured with --fabric cuda_ipc. Use --peers 2"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from step3rt.cli.flags import add_tenant_flag
+from step3rt.cli.flags import add_ca_flag, add_tenant_flag
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import DEFAULT_ADDRESS, Client
 from step3rt.errors import Step3Error
@@ -25,6 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"(default: {DEFAULT_ADDRESS})")
     parser.add_argument("--system", help="system message that opens the conversation")
     add_tenant_flag(parser)
+    add_ca_flag(parser)
     add_sampling_flags(parser)
     parser.set_defaults(run=run)
 

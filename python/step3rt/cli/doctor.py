@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from step3rt.cli import flags
 from step3rt.cli.cuda_findings import cuda_findings
 from step3rt.cli.finding import Finding
-from step3rt.config import resolve_model
+from step3rt.config import TlsPaths, resolve_model
 from step3rt.errors import ConfigError, Step3Error
 
 _DESCRIPTION = """\
@@ -32,17 +33,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--model", type=Path, help="also check this checkpoint's headers")
     parser.add_argument("--control-address", help="also ask the coordinator at host:port")
+    flags.add_tls_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the findings; returns 0 if nothing needed is missing."""
-    findings = [*_host(), *_packages(), *_fabrics(), *cuda_findings()]
+    tls = flags.tls_from(arguments)
+    findings = [*_host(), *_packages(), *_fabrics(), *_tls(tls), *cuda_findings()]
     if arguments.model is not None:
         findings.append(_checkpoint(arguments.model))
     if arguments.control_address is not None:
-        findings.append(_coordinator(arguments.control_address))
+        findings.append(_coordinator(arguments.control_address, tls))
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -91,6 +94,23 @@ def _fabrics() -> Iterator[Finding]:
         yield Finding("ok" if is_good else "note", "rdma", found, fix)
 
 
+def _tls(tls: TlsPaths | None) -> Iterator[Finding]:
+    from step3rt import _core
+
+    if tls is None:
+        yield Finding(
+            "note",
+            "tls",
+            "no certificate given; without TLS, control channel, clients and links over tcp are in "
+            "clear text, which is for trusted networks",
+            "make certificates as docs/deployment.md says, then give --tls-cert, --tls-key and "
+            "--tls-ca",
+        )
+        return
+    for level, found, fix in _core.tls_findings(tls):
+        yield Finding(level, "tls", found, fix)
+
+
 def _checkpoint(model: Path) -> Finding:
     try:
         from step3rt.model.checkpoint import describe_checkpoint
@@ -104,11 +124,11 @@ def _checkpoint(model: Path) -> Finding:
         return Finding("missing", "checkpoint", str(error))
 
 
-def _coordinator(control_address: str) -> Finding:
+def _coordinator(control_address: str, tls: TlsPaths | None) -> Finding:
     from step3rt import _core
 
     try:
-        snapshot = json.loads(_core.list_instances(control_address, 5.0))
+        snapshot = json.loads(_core.list_instances(control_address, 5.0, tls))
     except Step3Error as error:
         return Finding("missing", "coordinator", str(error), "start it: step3rt serve MODEL")
     level: Literal["ok", "note"] = "ok" if snapshot["is_serving"] else "note"

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from step3rt.config import build, build_part, load_toml
-from step3rt.errors import Unavailable
+from step3rt.config import TlsPaths, build, build_part, load_toml
+from step3rt.errors import InvalidArgument, Unavailable
 
 C = TypeVar("C")
 
@@ -85,6 +85,45 @@ def add_tenant_flag(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="whose requests these are: tenants get equal shares and share no cached prompts",
     )
+
+
+def add_ca_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds `--ca`."""
+    parser.add_argument(
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="CA (PEM) that issued the certificate of a coordinator that speaks TLS; default: "
+        "STEP3RT_CA",
+    )
+
+
+def add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tls-cert`, `--tls-key` and `--tls-ca`, as an instance has them."""
+    for name, text in (
+        ("cert", "certificate (PEM) to look at, and to speak to the coordinator with"),
+        ("key", "its key (PEM)"),
+        ("ca", "the cluster's CA (PEM)"),
+    ):
+        parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=text)
+
+
+def tls_from(arguments: argparse.Namespace) -> TlsPaths | None:
+    """The three files of `add_tls_flags`, if they were given.
+
+    Raises:
+        InvalidArgument: some were given, not all.
+    """
+    paths = (arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
+    if all(path is None for path in paths):
+        return None
+    if any(path is None for path in paths):
+        raise InvalidArgument(
+            "Some of --tls-cert, --tls-key and --tls-ca were given. They belong together. Give all "
+            "of them or none"
+        )
+    cert, key, ca = map(str, paths)
+    return cert, key, ca
 
 
 def add_exit_with_parent_flag(parser: argparse.ArgumentParser) -> None:

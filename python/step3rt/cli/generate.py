@@ -74,6 +74,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="use the coordinator at host:port instead of starting one; its settings are its own",
     )
     flags.add_tenant_flag(parser)
+    flags.add_ca_flag(parser)
     add_sampling_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -187,7 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
             _show_status("")
         start_s = time.perf_counter() - begun_s
         address = arguments.address if cluster is None else cluster.address
-        client = stack.enter_context(Client(address, tenant=arguments.tenant))
+        ca = arguments.ca if cluster is None else serve.tls_ca or ""
+        client = stack.enter_context(Client(address, tenant=arguments.tenant, ca=ca))
         begun_s = time.perf_counter()
         is_streamed = not is_json and len(prompts) == 1 and params.n == 1
         on_event = _print_event if is_streamed else None

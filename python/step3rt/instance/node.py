@@ -138,6 +138,9 @@ def connect(config: NodeConfig, model: Model) -> _core.NodeSession:
         "role": config.role,
         "data_host": config.data_host,
         "connect_timeout_s": config.connect_timeout_s,
+        "tls_cert": _text(config.tls_cert),
+        "tls_key": _text(config.tls_key),
+        "tls_ca": _text(config.tls_ca),
         "spin_us": config.spin_us,
         "model_fingerprint": model.fingerprint(),
         "model": {
@@ -153,3 +156,7 @@ def connect(config: NodeConfig, model: Model) -> _core.NodeSession:
         },
     }
     return _core.NodeSession(json.dumps(options))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

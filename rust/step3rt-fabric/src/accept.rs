@@ -26,8 +26,10 @@ use crate::rdma_status::RdmaError;
 use crate::refusal::HandshakeError;
 use crate::region::Region;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
+use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket::{self, FrameSocket};
+use crate::tls::{self, Accepting, Fault, Handshake};
 
 /// A connection whose hello has not come yet.
 pub(crate) struct Pending {
@@ -38,12 +40,25 @@ pub(crate) struct Pending {
 enum PendingSocket {
     Shm(OwnedFd),
     Tcp {
-        stream: TcpStream,
+        opening: Opening,
         /// The hello; once that was found good, also what it says that follows.
         bytes: Vec<u8>,
         num_bytes: usize,
     },
 }
+
+/// A TCP connection, as far as it has come. Its first byte says whether it is TLS.
+enum Opening {
+    New(TcpStream),
+    ShakingHands(Box<Accepting>, TcpStream),
+    /// The hello comes next.
+    Open(Stream),
+    /// In other hands, or closed.
+    Over,
+}
+
+/// First byte of a TLS connection: a handshake record. A hello starts with another one.
+const TLS_FIRST_BYTE: u8 = 0x16;
 
 /// Whether a connection is still pending.
 pub(crate) enum Progress {
@@ -63,8 +78,29 @@ enum AcceptError {
     Refused(RefusalCode),
     #[error("it cannot be linked by RDMA: {0}")]
     Rdma(#[from] RdmaError),
+    #[error("its TLS handshake failed: {0}")]
+    Tls(Fault),
+    #[error(
+        "it speaks plain tcp, and this end has certificates. Give it `tls_cert`, `tls_key` and \
+         `tls_ca`, too, or give them to neither"
+    )]
+    NotTls,
+    #[error(
+        "it speaks TLS, and this end has no certificate. Give this instance `tls_cert`, `tls_key` \
+         and `tls_ca`, too, or give them to neither"
+    )]
+    UnexpectedTls,
     #[error("{0}")]
-    System(#[from] io::Error),
+    System(io::Error),
+}
+
+impl From<io::Error> for AcceptError {
+    fn from(error: io::Error) -> Self {
+        match tls::fault_of(&error) {
+            Some(fault) => Self::Tls(fault),
+            None => Self::System(error),
+        }
+    }
 }
 
 impl AcceptError {
@@ -75,7 +111,9 @@ impl AcceptError {
             Self::Refused(code) => Some(*code),
             Self::Rdma(_) => Some(RefusalCode::NoRdma),
             Self::System(_) => Some(RefusalCode::Resources),
-            Self::Hello(_) | Self::Memory(_) => None,
+            Self::NotTls => Some(RefusalCode::NeedsTls),
+            Self::UnexpectedTls => Some(RefusalCode::NoTls),
+            Self::Hello(_) | Self::Memory(_) | Self::Tls(_) => None,
         }
     }
 }
@@ -90,7 +128,7 @@ impl Pending {
 
     pub(crate) fn tcp(stream: TcpStream, deadline: Instant) -> Self {
         let socket = PendingSocket::Tcp {
-            stream,
+            opening: Opening::New(stream),
             bytes: vec![0; MESSAGE_BYTES],
             num_bytes: 0,
         };
@@ -100,7 +138,11 @@ impl Pending {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             PendingSocket::Shm(socket) => socket.as_fd(),
-            PendingSocket::Tcp { stream, .. } => stream.as_fd(),
+            PendingSocket::Tcp { opening, .. } => match opening {
+                Opening::New(socket) | Opening::ShakingHands(_, socket) => socket.as_fd(),
+                Opening::Open(stream) => stream.socket().as_fd(),
+                Opening::Over => unreachable!("one that is over is not waited for"),
+            },
         }
     }
 
@@ -109,10 +151,10 @@ impl Pending {
         let outcome = match &mut self.socket {
             PendingSocket::Shm(socket) => advance_shm(hub, socket),
             PendingSocket::Tcp {
-                stream,
+                opening,
                 bytes,
                 num_bytes,
-            } => advance_tcp(hub, stream, bytes, num_bytes),
+            } => advance_tcp(hub, opening, bytes, num_bytes),
         };
         match outcome {
             Ok(Some(accepted)) => hub.deliver(accepted),
@@ -132,7 +174,7 @@ impl Pending {
         let message = hub.message(Kind::Refusal(code));
         let _ = match &self.socket {
             PendingSocket::Shm(socket) => shm::send(socket, &message, &[]),
-            PendingSocket::Tcp { stream, .. } => (&*stream).write_all(&message),
+            PendingSocket::Tcp { opening, .. } => opening.refuse(hub, code, &message),
         };
     }
 }
@@ -297,14 +339,20 @@ fn link_shm(
 
 fn advance_tcp(
     hub: &Hub,
-    stream: &mut TcpStream,
+    opening: &mut Opening,
     bytes: &mut Vec<u8>,
     num_bytes: &mut usize,
 ) -> Result<Option<NewLink>, AcceptError> {
+    let Some(stream) = opening.advance(hub)? else {
+        return Ok(None);
+    };
     if !read_up_to(MESSAGE_BYTES, stream, bytes, num_bytes)? {
         return Ok(None);
     }
     let hello = Message::decode(&bytes[..MESSAGE_BYTES])?;
+    if hub.tls.is_some() && stream.encryption().is_none() {
+        return Err(AcceptError::NotTls);
+    }
     let by = judge(hub, &hello)?;
     bytes.resize(MESSAGE_BYTES + hello.following_bytes(), 0);
     if !read_up_to(bytes.len(), stream, bytes, num_bytes)? {
@@ -315,17 +363,109 @@ fn advance_tcp(
     let link = match by {
         By::Rdma => {
             let offer = &following[following.len() - by.offer_bytes()..];
-            link_rdma(hub, &admitted, stream, offer)
+            link_rdma(hub, &admitted, opening, offer)
         }
-        By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, stream).map_err(Into::into),
+        By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, opening).map_err(Into::into),
     };
     admitted.finish(hub, link)
+}
+
+impl Opening {
+    /// Goes on up to where the hello can be read, and returns the stream if it has come there.
+    fn advance(&mut self, hub: &Hub) -> Result<Option<&Stream>, AcceptError> {
+        if let Self::New(socket) = self {
+            let mut first = [0];
+            match socket.peek(&mut first) {
+                Ok(0) => return Err(HandshakeError::Size(0).into()),
+                Ok(_) => {}
+                Err(error) if is_passing(&error) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+            let is_tls = first[0] == TLS_FIRST_BYTE;
+            let accepting = match &hub.tls {
+                Some(tls) if is_tls => Some(Box::new(Accepting::new(tls)?)),
+                None if is_tls => return Err(AcceptError::UnexpectedTls),
+                // Read up to the hello, to tell a peer from a stranger.
+                _ => None,
+            };
+            if let Self::New(socket) = std::mem::replace(self, Self::Over) {
+                *self = match accepting {
+                    Some(accepting) => Self::ShakingHands(accepting, socket),
+                    None => Self::Open(Stream::Plain(socket)),
+                };
+            }
+        }
+        if let Self::ShakingHands(..) = self
+            && let Self::ShakingHands(accepting, socket) = std::mem::replace(self, Self::Over)
+        {
+            *self = match accepting.advance(socket)? {
+                Handshake::Waiting(accepting, socket) => Self::ShakingHands(accepting, socket),
+                Handshake::Done(stream) => Self::Open(Stream::Tls(stream)),
+            };
+        }
+        match self {
+            Self::Open(stream) => Ok(Some(stream)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Says why there is no link, in clear text where the peer speaks that.
+    fn refuse(&self, hub: &Hub, code: RefusalCode, message: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Open(stream) => {
+                drain(stream.socket());
+                if hub.tls.is_some() && stream.encryption().is_none() {
+                    return stream.write_all(&Message::anonymous_refusal(code));
+                }
+                stream.write_all(message)
+            }
+            Self::New(socket) => {
+                drain(socket);
+                let mut socket = socket;
+                socket.write_all(message)
+            }
+            Self::ShakingHands(..) | Self::Over => Ok(()),
+        }
+    }
+
+    /// The stream, which is open, for a link.
+    fn take(&mut self) -> Stream {
+        match std::mem::replace(self, Self::Over) {
+            Self::Open(stream) => stream,
+            _ => unreachable!("a link is made of a stream that its hello came by"),
+        }
+    }
+
+    /// The stream, while it is here.
+    fn stream(&self) -> &Stream {
+        match self {
+            Self::Open(stream) => stream,
+            _ => unreachable!("a link is made of a stream that its hello came by"),
+        }
+    }
+}
+
+/// Takes what else has come: a socket that is closed over unread bytes may take back what was sent.
+fn drain(mut socket: &TcpStream) {
+    let mut scratch = [0; 1024];
+    for _ in 0..16 {
+        if !matches!(socket.read(&mut scratch), Ok(1..)) {
+            return;
+        }
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }
 
 /// Reads what has come, up to `wanted` bytes from the start; whether all of them are here.
 fn read_up_to(
     wanted: usize,
-    stream: &mut TcpStream,
+    stream: &Stream,
     bytes: &mut [u8],
     num_bytes: &mut usize,
 ) -> Result<bool, AcceptError> {
@@ -344,29 +484,32 @@ fn read_up_to(
 fn link_rdma(
     hub: &Hub,
     admitted: &Admitted,
-    stream: &TcpStream,
+    opening: &mut Opening,
     offer: &[u8],
 ) -> Result<Box<dyn Link>, AcceptError> {
     if !hub.has_rdma {
         return Err(RdmaError::NotOffered.into());
     }
-    let mut stream = stream.try_clone()?;
-    let control = stream.local_addr()?.ip();
+    let stream = opening.stream();
+    let control = stream.socket().local_addr()?.ip();
     let terms = admitted.terms(hub);
     let end = rdma::Prepared::answer(&hub.rdma_devices, terms, control, offer)?;
-    tcp_socket::prepare(&stream, hub.settings.peer_timeout)?;
+    tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // As for TCP, no refusal may follow. From here on the peer may write.
     stream.write_all(&[&admitted.welcome(hub)[..], &end.offer()].concat())?;
-    Ok(end.into_link(stream.into(), hub.new_state(), &hub.settings)?)
+    let control = opening.take().into_socket().into();
+    Ok(end.into_link(control, hub.new_state(), &hub.settings)?)
 }
 
-fn link_tcp(hub: &Hub, admitted: &Admitted, mut stream: &TcpStream) -> io::Result<Box<dyn Link>> {
+fn link_tcp(hub: &Hub, admitted: &Admitted, opening: &mut Opening) -> io::Result<Box<dyn Link>> {
     let terms = admitted.terms(hub);
     let slots = TcpSlots::new(&terms)?;
-    let socket = FrameSocket::new(stream.try_clone()?, hub.settings.peer_timeout)?;
+    let stream = opening.stream();
+    tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // A refusal may not follow this, short of a thread that cannot be started: the peer then sees
     // its link end. Does not block: 4160 bytes fit a fresh socket.
     stream.write_all(&admitted.welcome(hub))?;
+    let socket = FrameSocket::new(opening.take(), hub.settings.peer_timeout)?;
     let ends = (hub.new_state(), hub.bell.sockets());
     Ok(Box::new(TcpLink::new(terms, slots, socket, ends)?))
 }

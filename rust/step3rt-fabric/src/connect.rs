@@ -1,7 +1,6 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
-use std::io::{self, Write};
-use std::net::TcpStream;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,8 +23,10 @@ use crate::refusal::{HandshakeError, Refusal};
 use crate::region::Region;
 use crate::reset_ask;
 use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
+use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket::{self, FrameSocket};
+use crate::tls;
 
 /// One attempt to link one peer over one fabric.
 pub(crate) struct Attempt<'a> {
@@ -117,10 +118,9 @@ impl Attempt<'_> {
 
     fn link_tcp(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
         let terms = self.terms();
-        let mut stream = tcp_socket::connect(address, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        let stream = self.open(address)?;
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
-        let (welcome, offer) = self.greet(&mut stream, proposed, &[])?;
+        let (welcome, offer) = self.greet(&stream, proposed, &[])?;
         let ends = (self.hub.new_state(), self.hub.bell.sockets());
         FrameSocket::new(stream, self.hub.settings.peer_timeout)
             .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
@@ -129,18 +129,19 @@ impl Attempt<'_> {
     }
 
     fn link_rdma(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
-        let mut stream = tcp_socket::connect(address, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        let stream = self.open(address)?;
         let control = stream
+            .socket()
             .local_addr()
             .map_err(|error| self.interrupted(error))?;
         let devices = &self.hub.rdma_devices;
         let mut end = rdma::Prepared::new(devices, self.terms(), control.ip())
             .map_err(|error| self.rdma(error))?;
-        let (welcome, offer) = self.greet(&mut stream, proposed, &end.offer())?;
+        let (welcome, offer) = self.greet(&stream, proposed, &end.offer())?;
         end.connect(&offer).map_err(|error| self.rdma(error))?;
-        tcp_socket::prepare(&stream, self.hub.settings.peer_timeout)
-            .and_then(|()| end.into_link(stream.into(), self.hub.new_state(), &self.hub.settings))
+        let socket = stream.into_socket();
+        tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
+            .and_then(|()| end.into_link(socket.into(), self.hub.new_state(), &self.hub.settings))
             .map(|link| (link, welcome, offer))
             .map_err(|error| self.resources(error))
     }
@@ -149,22 +150,40 @@ impl Attempt<'_> {
     /// offer behind it.
     fn greet(
         &self,
-        stream: &mut TcpStream,
+        stream: &Stream,
         proposed: LinkEpoch,
         queue_pairs: &[u8],
     ) -> Result<(Welcome, Vec<u8>), ConnectError> {
-        let timeout = self.hub.settings.handshake_timeout;
-        let deadline = Instant::now() + timeout;
+        let deadline = self.deadline();
         stream
             .write_all(&[&self.hello(proposed), queue_pairs].concat())
             .map_err(|error| self.interrupted(error))?;
-        let bytes =
-            tcp_socket::read_message(stream, timeout).map_err(|error| self.interrupted(error))?;
+        let bytes = stream.read_message(deadline);
+        let bytes = bytes.map_err(|error| self.interrupted(error))?;
         let welcome = self.check_answer(&bytes, proposed)?;
         let mut offer = vec![0; welcome.offer_bytes.unwrap_or(queue_pairs.len())];
-        tcp_socket::read_until(stream, &mut offer, deadline)
+        stream
+            .read_exact(&mut offer, deadline)
             .map_err(|error| self.interrupted(error))?;
         Ok((welcome, offer))
+    }
+
+    /// Connects, and shakes hands where this end has certificates.
+    fn open(&self, address: &str) -> Result<Stream, ConnectError> {
+        let timeout = self.hub.settings.handshake_timeout;
+        let socket = tcp_socket::connect(address, timeout)
+            .map_err(|error| self.unreachable(address, error))?;
+        let Some(tls) = &self.hub.tls else {
+            return Ok(Stream::Plain(socket));
+        };
+        tls::connect(socket, tls, address, self.deadline())
+            .map(|stream| Stream::Tls(Box::new(stream)))
+            .map_err(|error| self.interrupted(error))
+    }
+
+    /// Of a part of the handshake that begins now.
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.hub.settings.handshake_timeout
     }
 
     fn terms(&self) -> LinkTerms {
@@ -250,6 +269,13 @@ impl Attempt<'_> {
     }
 
     fn interrupted(&self, error: io::Error) -> ConnectError {
+        if let Some(fault) = tls::fault_of(&error) {
+            return ConnectError::Tls {
+                instance: self.instance(),
+                fabric: self.candidate.carrier,
+                fault,
+            };
+        }
         // A socket's own timeout reads as "try again".
         let error = match error.kind() {
             io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),

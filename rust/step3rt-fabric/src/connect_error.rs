@@ -11,6 +11,7 @@ use crate::contract::LinkIdentity;
 use crate::memory::MapError;
 use crate::rdma_status::RdmaError;
 use crate::refusal::{HandshakeError, Refusal};
+use crate::tls::Fault;
 
 /// Why a peer could not be linked. Nothing of the attempt is left.
 #[derive(Debug, Error)]
@@ -92,6 +93,16 @@ pub enum ConnectError {
         instance: InstanceId,
         /// Why.
         refusal: Refusal,
+    },
+    /// The ends do not trust each other, or only one of them speaks TLS.
+    #[error("instance {instance} is not linked over {fabric}: {fault}")]
+    Tls {
+        /// Whom it was to link.
+        instance: InstanceId,
+        /// Tried last.
+        fabric: FabricKind,
+        /// What is wrong, and what to do.
+        fault: Fault,
     },
     /// The peer's memory is not what was agreed.
     #[error(

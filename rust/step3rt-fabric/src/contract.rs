@@ -161,7 +161,7 @@ pub trait Link: Send {
     /// one of these that carries no payloads.)
     fn fabric(&self) -> &'static str;
 
-    /// By which of several devices and addresses it goes, for people.
+    /// By which of several devices and addresses it goes, and whether it is encrypted, for people.
     fn path(&self) -> Option<&str> {
         None
     }
@@ -220,6 +220,9 @@ pub enum DownReason {
         /// The `errno`.
         os_error: i32,
     },
+    /// What came was not encrypted by the peer, or the keys are used up.
+    #[error("the link's encryption failed: {0}")]
+    Encryption(String),
     /// The peer came back, and its new link took the place of this one.
     #[error("replaced by a new link of epoch {0}")]
     Replaced(Epoch),

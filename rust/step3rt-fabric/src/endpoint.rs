@@ -25,6 +25,7 @@ use crate::new_link::NewLink;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
 use crate::reset_ask;
+use crate::tls::Tls;
 use crate::watcher::Watcher;
 use dialling::Dialled;
 
@@ -108,13 +109,24 @@ struct Entry {
 impl Endpoint {
     /// Binds the listeners and starts the watcher thread, for an instance without device memory.
     pub fn bind(config: EndpointConfig) -> Result<Self, BindError> {
-        Self::bind_with_device(config, None)
+        Self::bind_with(config, None, None)
     }
 
     /// Binds the listeners and starts the watcher thread. The offer is the same for all peers.
     pub fn bind_with_device(
         config: EndpointConfig,
         device_offer: Option<DeviceOffer>,
+    ) -> Result<Self, BindError> {
+        Self::bind_with(config, device_offer, None)
+    }
+
+    /// Binds as the others do. With `tls`, links over TCP are encrypted, only peers with a certificate
+    /// of the same CA are linked, and the control connections of links over RDMA are held to the
+    /// same; what an RDMA device, shared memory or device memory moves is never encrypted.
+    pub fn bind_with(
+        config: EndpointConfig,
+        device_offer: Option<DeviceOffer>,
+        tls: Option<Tls>,
     ) -> Result<Self, BindError> {
         config.geometry.validate()?;
         let introduction = Introduction {
@@ -132,7 +144,7 @@ impl Endpoint {
                 address: String::new(),
             });
         }
-        let mut hub = Hub::new(introduction, config.settings, has_rdma)?;
+        let mut hub = Hub::new(introduction, config.settings, has_rdma, tls)?;
         hub.device_offer = device_offer;
         let hub = Arc::new(hub);
         let watcher = Watcher::new(Arc::clone(&hub), listeners);
@@ -270,7 +282,11 @@ impl Endpoint {
 
     /// Adds a link, in place of an earlier one to the same instance.
     fn insert(&mut self, link: NewLink) -> LinkSummary {
-        let summary = link.summary();
+        let mut summary = link.summary();
+        if self.hub.tls.is_some() && summary.fabric == FabricKind::Rdma.as_str() {
+            // Who sets TLS up expects the opposite.
+            summary.reason += "; not encrypted, as rdma never is";
+        }
         let NewLink { link, reset, .. } = link;
         let peer = link.peer();
         self.hub.confirm(peer);

@@ -127,6 +127,8 @@ pub(crate) enum RefusalCode {
     Full,
     Resources,
     NoRdma,
+    NeedsTls,
+    NoTls,
     NoDeviceOffer,
 }
 
@@ -138,6 +140,28 @@ pub(crate) struct Message {
 }
 
 impl Message {
+    /// A refusal that says nothing of the end that refuses: it goes in clear text to anybody.
+    pub(crate) fn anonymous_refusal(code: RefusalCode) -> [u8; MESSAGE_BYTES] {
+        let identity = LinkIdentity {
+            instance: InstanceId(0),
+            epoch: Epoch(0),
+        };
+        let geometry = Geometry {
+            num_lanes: 0,
+            a2f_slot_bytes: 0,
+            f2a_slot_bytes: 0,
+        };
+        Self {
+            from: Introduction {
+                identity,
+                side: Side::Responder,
+                geometry,
+            },
+            kind: Kind::Refusal(code),
+        }
+        .encode()
+    }
+
     pub(crate) fn encode(&self) -> [u8; MESSAGE_BYTES] {
         let nobody = LinkIdentity {
             instance: InstanceId(0),
@@ -154,6 +178,8 @@ impl Message {
             Kind::Refusal(RefusalCode::Full) => (2, 5, nobody),
             Kind::Refusal(RefusalCode::Resources) => (2, 6, nobody),
             Kind::Refusal(RefusalCode::NoRdma) => (2, 7, nobody),
+            Kind::Refusal(RefusalCode::NeedsTls) => (2, 8, nobody),
+            Kind::Refusal(RefusalCode::NoTls) => (2, 9, nobody),
             Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 10, nobody),
         };
         let side: u8 = match self.from.side {
@@ -275,6 +301,8 @@ fn kind(bytes: &[u8; MESSAGE_BYTES], other: LinkIdentity) -> Result<Kind, Handsh
         (2, 5) => Ok(Kind::Refusal(RefusalCode::Full)),
         (2, 6) => Ok(Kind::Refusal(RefusalCode::Resources)),
         (2, 7) => Ok(Kind::Refusal(RefusalCode::NoRdma)),
+        (2, 8) => Ok(Kind::Refusal(RefusalCode::NeedsTls)),
+        (2, 9) => Ok(Kind::Refusal(RefusalCode::NoTls)),
         (2, 10) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),

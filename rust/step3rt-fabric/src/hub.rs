@@ -19,6 +19,7 @@ use crate::new_link::NewLink;
 use crate::rdma;
 use crate::state::LinkState;
 use crate::sync::{AtomicBool, AtomicUsize, Event, Mutex, MutexGuard, Ordering};
+use crate::tls::Tls;
 
 /// Epochs remembered of instances that are not linked now. A cluster has far fewer instances, so
 /// what is forgotten is long gone.
@@ -49,6 +50,8 @@ pub(crate) struct Hub {
     /// Whether this end offers RDMA, and tries it.
     pub(crate) has_rdma: bool,
     pub(crate) rdma_devices: rdma::Devices,
+    /// With it, every connection over TCP begins with a TLS handshake.
+    pub(crate) tls: Option<Tls>,
     /// What this end offers of its device's memory, where the setting allows that.
     pub(crate) device_offer: Option<DeviceOffer>,
     bell_fd: OwnedFd,
@@ -65,6 +68,7 @@ impl Hub {
         introduction: Introduction,
         settings: LinkSettings,
         has_rdma: bool,
+        tls: Option<Tls>,
     ) -> io::Result<Self> {
         let (bell, bell_fd) = EndpointBell::create(settings.spin_us)?;
         Ok(Self {
@@ -73,6 +77,7 @@ impl Hub {
             bell: Arc::new(bell),
             has_rdma,
             rdma_devices: rdma::Devices::default(),
+            tls,
             device_offer: None,
             bell_fd,
             registry: Mutex::default(),
@@ -292,6 +297,7 @@ mod tests {
                 ..LinkSettings::default()
             },
             false,
+            None,
         )
         .unwrap()
     }

@@ -76,9 +76,10 @@
 //! Reading order: [`contract`], [`frame`], [`endpoint`], then one fabric (`shm`, `tcp`, `rdma`,
 //! [`sim`]).
 //! What the fabrics share: `pages`, `memory` and `region` (where slots lie), `lane` (whose turn it is),
-//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits), `sync` (what
-//! models replace). How links come about: `handshake`, `choice`, `dialer`, `connect`, `accept`,
-//! `watcher`, `hub`; and how one takes the place of another: `reset_ask`.
+//! `state` (whether the link is up), `doorbell`, `bell` and `sockets` (where one waits), `stream` and
+//! `tls` (a socket's bytes, encrypted or not), `sync` (what models replace). How links come about:
+//! `handshake`, `choice`, `dialer`, `connect`, `accept`, `watcher`, `hub`; and how one takes the place
+//! of another: `reset_ask`.
 //!
 //! Slots in device memory are not this crate's: of a `cuda_ipc` link it exchanges what each end offers
 //! ([`device_offer`]), numbers the link ([`link_epoch`]), and says when the peer ends.
@@ -127,10 +128,16 @@ mod reset_ask;
 mod shm;
 mod sockets;
 mod state;
+mod stream;
 mod sync;
 mod tcp;
 mod tcp_receiver;
 mod tcp_socket;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls_absent.rs"]
+mod tls;
 mod watcher;
 
 #[cfg(test)]
@@ -142,3 +149,4 @@ pub use choice::DeviceError;
 pub use memory::MapError;
 pub use rdma_status::{RdmaError, RdmaFinding, rdma_findings};
 pub use refusal::{HandshakeError, Refusal};
+pub use tls::{Fault, Tls};

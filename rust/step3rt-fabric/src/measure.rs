@@ -19,6 +19,7 @@ use crate::endpoint::{
 };
 use crate::frame::Frame;
 use crate::measure_flag::{echo_flag, measure_flag};
+use crate::tls::Tls;
 
 /// Rounds before those that count, on both sides.
 pub const WARM_UP_ROUNDS: usize = 50;
@@ -116,24 +117,24 @@ pub enum MeasureError {
     System(#[from] io::Error),
 }
 
-/// Measures rounds with the process that wrote `address`.
-pub fn measure(plan: Plan, address: &str) -> Result<Times, MeasureError> {
+/// Measures rounds with the process that wrote `address`. With `tls`, a link over TCP is encrypted.
+pub fn measure(plan: Plan, tls: Option<Tls>, address: &str) -> Result<Times, MeasureError> {
     plan.check()?;
     match plan.carrier {
         Carrier::Flag => measure_flag(plan, address),
         Carrier::Socket => measure_socket(plan, address),
-        Carrier::Shm | Carrier::Tcp | Carrier::Rdma => measure_link(plan, address),
+        Carrier::Shm | Carrier::Tcp | Carrier::Rdma => measure_link(plan, tls, address),
     }
 }
 
 /// Sends back what comes, until all rounds are done. Writes two lines: the address at the start, and
 /// at the end the microseconds of CPU per round that counts.
-pub fn echo(plan: Plan, out: &mut dyn Write) -> Result<(), MeasureError> {
+pub fn echo(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<(), MeasureError> {
     plan.check()?;
     let cpu_us_per_round = match plan.carrier {
         Carrier::Flag => echo_flag(plan, out)?,
         Carrier::Socket => echo_socket(plan, out)?,
-        Carrier::Shm | Carrier::Tcp | Carrier::Rdma => echo_link(plan, out)?,
+        Carrier::Shm | Carrier::Tcp | Carrier::Rdma => echo_link(plan, tls, out)?,
     };
     say(out, &cpu_us_per_round.to_string())
 }
@@ -222,10 +223,10 @@ fn identity(side: Side) -> LinkIdentity {
     }
 }
 
-fn bind(plan: Plan, side: Side) -> Result<Endpoint, MeasureError> {
+fn bind(plan: Plan, tls: Option<Tls>, side: Side) -> Result<Endpoint, MeasureError> {
     let fabric = plan.carrier.fabric();
     let listens = side == Side::Responder;
-    Ok(Endpoint::bind(EndpointConfig {
+    let config = EndpointConfig {
         identity: identity(side),
         side,
         geometry: Geometry {
@@ -239,7 +240,8 @@ fn bind(plan: Plan, side: Side) -> Result<Endpoint, MeasureError> {
             .then(|| ANY_PORT.parse().expect("an address")),
         advertise_host: None,
         settings: LinkSettings::default(),
-    })?)
+    };
+    Ok(Endpoint::bind_with(config, None, tls)?)
 }
 
 fn await_frame(endpoint: &mut Endpoint, events: &mut Vec<FabricEvent>) -> Result<(), MeasureError> {
@@ -285,8 +287,8 @@ pub(crate) fn copy_out(slot: &dyn SlotMemory, bytes: &mut [u8]) {
     }
 }
 
-fn measure_link(plan: Plan, address: &str) -> Result<Times, MeasureError> {
-    let mut endpoint = bind(plan, Side::Initiator)?;
+fn measure_link(plan: Plan, tls: Option<Tls>, address: &str) -> Result<Times, MeasureError> {
+    let mut endpoint = bind(plan, tls, Side::Initiator)?;
     let peer = identity(Side::Responder);
     endpoint.connect(&PeerAddress {
         identity: peer,
@@ -317,8 +319,8 @@ fn measure_link(plan: Plan, address: &str) -> Result<Times, MeasureError> {
     Ok(Times::new(rounds))
 }
 
-fn echo_link(plan: Plan, out: &mut dyn Write) -> Result<f64, MeasureError> {
-    let mut endpoint = bind(plan, Side::Responder)?;
+fn echo_link(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<f64, MeasureError> {
+    let mut endpoint = bind(plan, tls, Side::Responder)?;
     say(out, &endpoint.addresses()[0].address)?;
     let peer = identity(Side::Initiator).instance;
     let mut payload = vec![1; plan.num_bytes];

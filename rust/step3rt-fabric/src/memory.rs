@@ -168,6 +168,26 @@ impl Mapping {
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Copies bytes of the mapping out, as sending them would.
+    #[cfg(feature = "tls")]
+    pub(crate) fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
+        let pointer = self.at(offset, bytes.len(), 1);
+        // SAFETY: in bounds (checked by `at`) and mapped until `self` drops; `bytes` is Rust's own
+        // memory and so no part of it. As for `send`, whoever writes meanwhile answers for it.
+        unsafe { pointer.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// Copies bytes into the mapping, as receiving them would.
+    #[cfg(feature = "tls")]
+    pub(crate) fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        assert!(self.is_writable, "receiving needs writable memory");
+        let pointer = self.at(offset, bytes.len(), 1);
+        // SAFETY: in bounds (checked by `at`), writable and mapped until `self` drops; `bytes` is
+        // Rust's own memory and so no part of it. As for `receive`, the lane's credit says that
+        // nobody reads it meanwhile.
+        unsafe { pointer.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
     /// The byte at `offset`. Panics when `len` bytes from there are not all in the mapping.
     pub(crate) fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
         let end = offset.checked_add(len);

@@ -54,6 +54,18 @@ pub enum Refusal {
     /// It cannot link by RDMA.
     #[error("it cannot be linked by RDMA. See its log, and `step3rt doctor` on its host")]
     NoRdma,
+    /// It was given certificates, and this end was not.
+    #[error(
+        "it accepts only TLS, and this end has no certificate. Give this instance `tls_cert`, \
+         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
+    )]
+    NeedsTls,
+    /// This end was given certificates, and it was not.
+    #[error(
+        "it does not speak TLS, and this end was given certificates. Give the peer `tls_cert`, \
+         `tls_key` and `tls_ca` of the cluster, too, or give them to neither"
+    )]
+    NoTls,
     /// It offers no device memory, or the fabric it is set to keeps it from that.
     #[error(
         "it offers no device memory. Give it a device with `--device`, or set `fabric` to \"auto\""
@@ -116,6 +128,8 @@ impl Introduction {
             RefusalCode::Full => Refusal::Full,
             RefusalCode::Resources => Refusal::Resources,
             RefusalCode::NoRdma => Refusal::NoRdma,
+            RefusalCode::NeedsTls => Refusal::NeedsTls,
+            RefusalCode::NoTls => Refusal::NoTls,
             RefusalCode::NoDeviceOffer => Refusal::NoDeviceOffer,
         }
     }

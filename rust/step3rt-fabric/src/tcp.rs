@@ -5,8 +5,8 @@
 //! contiguous in the slot. What the socket does not take at once follows when it has room, so that a
 //! push never waits for the peer. Who reads and who sends the rest: see `sockets`.
 //!
-//! Frames are neither encrypted nor authenticated: as for RDMA, the network between instances is
-//! trusted.
+//! What lies between the frames and the socket, if anything, is the `stream`'s business. Without TLS
+//! frames are neither encrypted nor authenticated: as for RDMA, the network is trusted.
 
 use std::collections::VecDeque;
 use std::io;
@@ -104,6 +104,10 @@ impl TcpLink {
         });
         let place = sockets.add(&wire.socket, Arc::clone(&wire) as Arc<dyn Transfer>)?;
         wire.place.set(place).expect("set here and nowhere else");
+        if wire.socket.has_taken_bytes() {
+            // Came behind the handshake, and taken off the socket with it.
+            wire.advance();
+        }
         Ok(Self {
             lanes: Lanes::new(terms, outgoing, incoming),
             wire,
@@ -119,6 +123,10 @@ impl Link for TcpLink {
 
     fn fabric(&self) -> &'static str {
         "tcp"
+    }
+
+    fn path(&self) -> Option<&str> {
+        self.wire.socket.encryption()
     }
 
     fn send_slot(&self, lane: LaneId) -> Option<Arc<dyn SlotMemory>> {
@@ -236,15 +244,22 @@ impl Wire {
         let Some(mut receiver) = try_lock(&self.receiver) else {
             return Ok(());
         };
-        for _ in 0..MAX_CALLS_PER_TURN {
+        let mut num_calls = 0;
+        loop {
+            let mut is_frame = false;
             match receiver.receive(&self.socket)? {
                 Received::Nothing => break,
                 Received::Part => {}
                 Received::Frame => {
                     self.state.ring();
-                    break;
+                    is_frame = true;
                 }
                 Received::Note(note) => self.state.hear(&note).map_err(DownReason::Protocol)?,
+            }
+            num_calls += 1;
+            // What was taken off an encrypted socket does not make it readable again.
+            if (is_frame || num_calls >= MAX_CALLS_PER_TURN) && !self.socket.has_taken_bytes() {
+                break;
             }
         }
         Ok(())

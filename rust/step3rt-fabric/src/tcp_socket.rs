@@ -1,8 +1,8 @@
-//! TCP sockets: connecting, accepting, the handshake's bytes, options, and the bytes of frames.
+//! TCP sockets: connecting, accepting, options, and the bytes of frames.
 //!
 //! It never looks into a frame.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt;
 
 use crate::contract::DownReason;
-use crate::handshake::MESSAGE_BYTES;
 use crate::memory::Mapping;
+use crate::stream::Stream;
+use crate::tls;
 
 /// Probes of a silent peer's host start after this long and come this often, the least that TCP
 /// allows.
@@ -37,39 +38,6 @@ pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream>
         }
     }
     Err(last_error)
-}
-
-/// Reads a handshake message within `timeout`, however slowly its bytes come.
-pub(crate) fn read_message(
-    stream: &TcpStream,
-    timeout: Duration,
-) -> io::Result<[u8; MESSAGE_BYTES]> {
-    let mut bytes = [0; MESSAGE_BYTES];
-    read_until(stream, &mut bytes, Instant::now() + timeout)?;
-    Ok(bytes)
-}
-
-/// Fills `bytes` before `deadline`, however slowly they come.
-pub(crate) fn read_until(
-    mut stream: &TcpStream,
-    bytes: &mut [u8],
-    deadline: Instant,
-) -> io::Result<()> {
-    let mut num_bytes = 0;
-    while num_bytes < bytes.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut bytes[num_bytes..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(more) => num_bytes += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Takes the next connection of a listener, not blocking.
@@ -101,42 +69,54 @@ pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<
 /// A socket that carries frames: all of their bytes pass here. No call blocks; one that would is an
 /// error of that kind.
 pub(crate) struct FrameSocket {
-    stream: TcpStream,
+    stream: Stream,
 }
 
 impl FrameSocket {
     /// Of a socket whose handshake is over, once it is set up for frames.
-    pub(crate) fn new(stream: TcpStream, peer_timeout: Duration) -> io::Result<Self> {
-        prepare(&stream, peer_timeout)?;
-        stream.set_nonblocking(true)?;
+    pub(crate) fn new(stream: Stream, peer_timeout: Duration) -> io::Result<Self> {
+        prepare(stream.socket(), peer_timeout)?;
+        stream.socket().set_nonblocking(true)?;
         Ok(Self { stream })
     }
 
-    /// Sends bytes of a mapping; may send fewer than asked.
+    /// How it is encrypted, for people; `None` when it is not.
+    pub(crate) fn encryption(&self) -> Option<&str> {
+        self.stream.encryption()
+    }
+
+    /// Whether bytes were taken off the socket that no call has given yet: they do not make the
+    /// socket readable.
+    pub(crate) fn has_taken_bytes(&self) -> bool {
+        self.stream.has_taken_bytes()
+    }
+
+    /// Sends bytes of a mapping; may send fewer than asked. A call that would block is made again with
+    /// the same first byte.
     pub(crate) fn send(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
-        retry_on_signal(|| memory.send(&self.stream, range.clone(), 0))
+        retry_on_signal(|| self.stream.send(memory, range.clone(), 0))
     }
 
     /// Receives into a mapping; may receive fewer than asked, and 0 when the peer has closed.
     pub(crate) fn receive(&self, memory: &Mapping, range: Range<usize>) -> io::Result<usize> {
-        retry_on_signal(|| memory.receive(&self.stream, range.clone()))
+        retry_on_signal(|| self.stream.receive(memory, range.clone()))
     }
 
     /// The same for bytes that lie in no slot yet.
     pub(crate) fn receive_header(&self, bytes: &mut [u8]) -> io::Result<usize> {
-        retry_on_signal(|| (&self.stream).read(bytes))
+        retry_on_signal(|| self.stream.read(bytes))
     }
 
     /// Ends the connection for both ends.
     pub(crate) fn shut_down(&self) {
         // Fails only when the peer was first.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.stream.socket().shutdown(Shutdown::Both);
     }
 }
 
 impl AsFd for FrameSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.stream.socket().as_fd()
     }
 }
 
@@ -151,6 +131,9 @@ fn retry_on_signal(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<us
 
 /// The end of a link that an error of its socket means.
 pub(crate) fn down_reason(during: &'static str, error: &io::Error) -> DownReason {
+    if let Some(fault) = tls::fault_of(error) {
+        return DownReason::Encryption(fault.to_string());
+    }
     match error.kind() {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionAborted
@@ -165,8 +148,6 @@ pub(crate) fn down_reason(during: &'static str, error: &io::Error) -> DownReason
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     fn connected() -> (TcpStream, TcpStream) {
@@ -193,26 +174,6 @@ mod tests {
         );
         assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 2);
         assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 2500);
-    }
-
-    #[test]
-    fn a_message_that_drips_in_is_read_up_to_the_deadline() {
-        let (client, mut socket) = connected();
-        let drip = std::thread::spawn(move || {
-            for byte in 0..64 {
-                socket.write_all(&[byte]).unwrap();
-            }
-            socket
-        });
-        let message = read_message(&client, Duration::from_secs(30)).unwrap();
-        assert_eq!((message[0], message[63]), (0, 63));
-        let mut socket = drip.join().unwrap();
-        socket.write_all(&[0; MESSAGE_BYTES - 1]).unwrap();
-        let error = read_message(&client, Duration::from_millis(20)).unwrap_err();
-        assert!(matches!(
-            error.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-        ));
     }
 
     #[test]

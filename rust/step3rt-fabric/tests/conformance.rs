@@ -18,6 +18,8 @@ macro_rules! on_every_fabric {
         $(fn $name($fabric: Fabric) $body)*
         mod shm { $(#[test] fn $name() { super::$name(super::Fabric::Shm) })* }
         mod tcp { $(#[test] fn $name() { super::$name(super::Fabric::Tcp) })* }
+        #[cfg(feature = "tls")]
+        mod tls { $(#[test] fn $name() { super::$name(super::Fabric::Tls) })* }
         #[cfg(feature = "rdma")]
         mod rdma { $(
             #[test]

@@ -11,7 +11,8 @@ use step3rt_fabric::contract::{LinkIdentity, MAX_LANES};
 use step3rt_proto::v1::node_service_client::NodeServiceClient;
 use step3rt_proto::v1::session_request::Event;
 use step3rt_proto::v1::session_response;
-use step3rt_proto::{PROTOCOL_VERSION, v1};
+use step3rt_proto::{PROTOCOL_VERSION, channel, v1};
+use step3rt_tls::{Fault, Identity};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -75,6 +76,7 @@ impl Welcome {
 pub(crate) struct Dialer {
     coordinator: String,
     uri: String,
+    tls: Option<Identity>,
     connect_timeout: Duration,
     hello: v1::Hello,
 }
@@ -100,6 +102,7 @@ impl Dialer {
         Self {
             coordinator: options.coordinator.as_str().to_owned(),
             uri: options.coordinator.uri().to_owned(),
+            tls: options.tls.clone(),
             connect_timeout: options.connect_timeout,
             hello: v1::Hello {
                 protocol_version: PROTOCOL_VERSION,
@@ -142,16 +145,18 @@ impl Dialer {
     }
 
     async fn attempt(&self) -> Result<Connection, Failure> {
-        let channel = Endpoint::from_shared(self.uri.clone())
+        let endpoint = Endpoint::from_shared(self.uri.clone())
             .map_err(|_| Failure::Final(NodeError::CoordinatorAddress(self.coordinator.clone())))?
             .connect_timeout(ATTEMPT_TIMEOUT)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .connect()
-            .await
-            .map_err(|error| Failure::Passing(with_causes(&error)))?;
+            .keep_alive_while_idle(true);
+        let channel = channel::connect(&endpoint, self.tls.as_ref()).await;
+        let channel = channel.map_err(|error| match channel::fault_of(&error) {
+            Some(fault) => self.untrusted(fault),
+            None => Failure::Passing(with_causes(&error)),
+        })?;
         let mut client =
             NodeServiceClient::new(channel).max_decoding_message_size(MAX_COMMAND_BYTES);
         let (reports, queue) = mpsc::channel(MAX_QUEUED_REPORTS);
@@ -192,9 +197,23 @@ impl Dialer {
         })
     }
 
+    /// What the coordinator's side can put right is waited for.
+    fn untrusted(&self, fault: Fault) -> Failure {
+        if !fault.is_for_this_end() {
+            return Failure::Passing(fault.to_string());
+        }
+        Failure::Final(NodeError::Untrusted {
+            coordinator: self.coordinator.clone(),
+            fault,
+        })
+    }
+
     /// A coordinator that says why it does not want this instance is not asked again; one that
     /// cannot take it now, or that died while answering, is.
     fn classify(&self, status: &Status) -> Failure {
+        if let Some(fault) = channel::fault_of(status) {
+            return self.untrusted(fault);
+        }
         match status.code() {
             Code::InvalidArgument
             | Code::FailedPrecondition

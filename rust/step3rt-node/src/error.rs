@@ -7,6 +7,7 @@ use step3rt_core::ids::{InstanceId, LaneId};
 use step3rt_fabric::contract::PushError;
 use step3rt_fabric::device_offer::DeviceOfferTooLong;
 use step3rt_fabric::endpoint::BindError;
+use step3rt_tls::{Fault, SetupError};
 use thiserror::Error;
 
 /// The closed list of reasons; each is one exception class in Python.
@@ -61,6 +62,17 @@ pub enum NodeError {
         value: f64,
         /// The limit.
         max_s: f64,
+    },
+    /// Certificate, key or CA cannot be used.
+    #[error(transparent)]
+    Tls(#[from] SetupError),
+    /// This instance and the coordinator do not trust each other, or only one of them speaks TLS.
+    #[error("the coordinator at {coordinator} and this instance cannot talk: {fault}")]
+    Untrusted {
+        /// Its address.
+        coordinator: String,
+        /// What is wrong, seen from here, and what to do.
+        fault: Fault,
     },
     /// The coordinator does not want this instance.
     #[error("the coordinator at {coordinator} refused this instance: {message}")]
@@ -159,6 +171,8 @@ impl NodeError {
             | Self::CoordinatorAddress(_)
             | Self::DataHost { .. }
             | Self::DurationOutOfRange { .. }
+            | Self::Tls(_)
+            | Self::Untrusted { .. }
             | Self::Refused { .. }
             | Self::Protocol { .. }
             | Self::Bind(_) => NodeErrorKind::Config,
@@ -205,6 +219,11 @@ mod tests {
                 field: "connect_timeout_s",
                 value: -1.0,
                 max_s: 86_400.0,
+            },
+            NodeError::Tls(SetupError::Incomplete { missing: "tls_ca" }),
+            NodeError::Untrusted {
+                coordinator: "10.0.0.1:50052".to_owned(),
+                fault: Fault::PeerOfAnotherCa,
             },
             NodeError::Refused {
                 coordinator: "10.0.0.1:50052".to_owned(),

@@ -146,8 +146,9 @@ impl Node {
                 ..LinkSettings::default()
             },
         };
+        let tls = self.options.tls.clone();
         let endpoint =
-            Endpoint::bind_with_device(config, device_offer).map_err(|error| match error {
+            Endpoint::bind_with(config, device_offer, tls).map_err(|error| match error {
                 BindError::Tcp { error, .. } => NodeError::DataHost {
                     data_host: data_host.to_string(),
                     why: error.to_string(),

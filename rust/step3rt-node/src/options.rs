@@ -1,11 +1,14 @@
 //! What an instance must know before it can reach its coordinator. Everything else comes from the
-//! coordinator, so that a cluster has one configuration. This module never opens anything.
+//! coordinator, so that a cluster has one configuration. This module opens no connection; of files, it
+//! reads those that TLS needs.
 
 use std::net::{AddrParseError, IpAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
 use step3rt_proto::v1;
+use step3rt_tls::{Identity, TlsFiles};
 
 use crate::error::NodeError;
 
@@ -23,6 +26,8 @@ pub struct NodeOptions {
     pub data_host: IpAddr,
     /// How long to try to reach the coordinator.
     pub connect_timeout: Duration,
+    /// Who this instance is to its cluster; without it, session and links are in clear text.
+    pub tls: Option<Identity>,
     /// How long a waiting loop spins before it sleeps; 0 where ranks outnumber cores.
     pub spin_us: u32,
     /// Names the checkpoint; instances of one cluster must agree.
@@ -101,6 +106,9 @@ struct RawOptions {
     role: Role,
     data_host: String,
     connect_timeout_s: f64,
+    tls_cert: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
+    tls_ca: Option<PathBuf>,
     spin_us: u32,
     model_fingerprint: String,
     model: RawModel,
@@ -126,11 +134,14 @@ impl NodeOptions {
     pub fn from_json(json: &str) -> Result<Self, NodeError> {
         let raw: RawOptions = serde_json::from_str(json)?;
         let model = raw.model;
+        let tls = TlsFiles::from_settings(raw.tls_cert, raw.tls_key, raw.tls_ca)?;
+        let tls = tls.map(Identity::load_checked).transpose()?;
         Ok(Self {
             coordinator: CoordinatorAddress::parse(&raw.coordinator)?,
             role: raw.role,
             data_host: parse_data_host(&raw.data_host)?,
             connect_timeout: duration_from_s("connect_timeout_s", raw.connect_timeout_s)?,
+            tls,
             spin_us: raw.spin_us,
             model_fingerprint: raw.model_fingerprint,
             model: v1::ModelSummary {

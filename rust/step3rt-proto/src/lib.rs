@@ -1,12 +1,13 @@
 //! Owns the wire: generated messages and services, their conversion to and from core types, and
 //! the one place where an error becomes a gRPC status.
 //!
-//! This crate never opens a socket and never decides anything about a request beyond whether its
-//! numbers are acceptable.
+//! This crate opens no sockets but those of [`channel`], and never decides anything about a request
+//! beyond whether its numbers are acceptable.
 //!
-//! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`].
+//! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`], [`channel`].
 
 pub mod adjustments;
+pub mod channel;
 pub mod generate;
 pub mod refusal;
 pub mod sampling;

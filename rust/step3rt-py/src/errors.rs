@@ -10,6 +10,7 @@ use step3rt_fabric::measure::MeasureError;
 use step3rt_node::error::{NodeError, NodeErrorKind};
 use step3rt_server::ListError;
 use step3rt_server::coordinator::StartError;
+use step3rt_tls::SetupError;
 
 /// A class of `step3rt.errors`, looked up at its first use so that importing this module stays
 /// fast.
@@ -62,7 +63,8 @@ pub(crate) fn start_error(py: Python<'_>, error: &StartError) -> PyErr {
         | StartError::Tokenizer(_)
         | StartError::ForeignTokenizer { .. }
         | StartError::ChatTemplate(_)
-        | StartError::Listen(_) => &CONFIG_ERROR,
+        | StartError::Listen(_)
+        | StartError::Tls(_) => &CONFIG_ERROR,
     };
     class.raise(py, error.to_string())
 }
@@ -71,6 +73,7 @@ pub(crate) fn start_error(py: Python<'_>, error: &StartError) -> PyErr {
 pub(crate) fn list_error(py: Python<'_>, error: &ListError) -> PyErr {
     let class = match error {
         ListError::Unreachable { .. } => &UNAVAILABLE,
+        ListError::Tls(_) => &CONFIG_ERROR,
         ListError::System(_) => &INTERNAL,
     };
     class.raise(py, error.to_string())
@@ -89,6 +92,11 @@ pub(crate) fn measure_error(py: Python<'_>, error: &MeasureError) -> PyErr {
         | MeasureError::System(_) => &UNAVAILABLE,
     };
     class.raise(py, error.to_string())
+}
+
+/// The exception for certificate, key or CA that cannot be used.
+pub(crate) fn setup_error(py: Python<'_>, error: &SetupError) -> PyErr {
+    CONFIG_ERROR.raise(py, error.to_string())
 }
 
 /// The exception for an argument that the contract does not allow.

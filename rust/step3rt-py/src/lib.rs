@@ -19,6 +19,7 @@ mod session;
 mod signals;
 mod sim;
 mod slots;
+mod tls;
 
 /// The module; see the stub for what its members mean.
 #[pyo3::pymodule]
@@ -31,7 +32,7 @@ mod _core {
         StepPlan,
     };
     #[pymodule_export]
-    use crate::host::{host_capabilities, rdma_findings};
+    use crate::host::{host_capabilities, rdma_findings, tls_findings};
     #[pymodule_export]
     use crate::measure::{echo_link, measure_link};
     #[pymodule_export]

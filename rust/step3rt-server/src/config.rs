@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use step3rt_core::config::SchedulerConfig;
 use step3rt_proto::v1::ClusterSettings;
+use step3rt_tls::{SetupError, TlsFiles};
 use thiserror::Error;
 
 /// The longest drain; a service manager kills long before.
@@ -29,6 +30,12 @@ pub struct CoordinatorConfig {
     /// `host:port` of `NodeService`, apart from the public port so that no client reaches it.
     #[serde(default = "default_control_listen")]
     pub control_listen: String,
+    /// The coordinator's certificate; with it both listeners speak TLS.
+    pub tls_cert: Option<PathBuf>,
+    /// Its key.
+    pub tls_key: Option<PathBuf>,
+    /// The CA that issued it, and every instance's.
+    pub tls_ca: Option<PathBuf>,
     /// Allows addresses beyond this host without TLS.
     #[serde(default)]
     pub insecure_bind: bool,
@@ -66,7 +73,7 @@ pub struct CoordinatorConfig {
     /// KV blocks.
     #[serde(default = "default_dtype")]
     pub kv_dtype: String,
-    /// `auto`, `shm` or `tcp`.
+    /// `auto`, `shm`, `rdma` or `tcp`.
     #[serde(default = "default_fabric")]
     pub fabric: String,
     /// Silence after which an instance is lost; instances beat each third of it.
@@ -193,9 +200,9 @@ pub enum ConfigError {
     },
     /// A listener that others could reach in clear text.
     #[error(
-        "{key} = {address} is reachable from other hosts, and this build has no TLS: prompts and \
-         control messages would travel in clear text. Listen on 127.0.0.1, or set \
-         `insecure_bind` if the network is trusted"
+        "{key} = {address} is reachable from other hosts, and TLS is not set up: prompts and control \
+         messages would travel in clear text. Set `tls_cert`, `tls_key` and `tls_ca`, listen on \
+         127.0.0.1, or set `insecure_bind` if the network is trusted"
     )]
     InsecureBind {
         /// The key.
@@ -299,9 +306,15 @@ impl CoordinatorConfig {
         self.resolve("control_listen", &self.control_listen)
     }
 
-    /// Refuses an address that other hosts can reach, unless `insecure_bind`.
+    /// The files of the coordinator's identity, if it has one.
+    pub fn tls_files(&self) -> Result<Option<TlsFiles>, SetupError> {
+        let [cert, key, ca] = [&self.tls_cert, &self.tls_key, &self.tls_ca].map(Clone::clone);
+        TlsFiles::from_settings(cert, key, ca)
+    }
+
+    /// Refuses an address that other hosts can reach, without TLS and unless `insecure_bind`.
     pub fn check_bind(&self, key: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
-        if address.ip().is_loopback() || self.insecure_bind {
+        if address.ip().is_loopback() || self.tls_cert.is_some() || self.insecure_bind {
             Ok(())
         } else {
             Err(ConfigError::InsecureBind { key, address })

@@ -18,12 +18,13 @@ use step3rt_proto::{
     FILE_DESCRIPTOR_SET, INFERENCE_SERVICE_NAME, MAX_CONTROL_MESSAGE_BYTES,
     MAX_RECEIVED_MESSAGE_BYTES, MAX_SENT_MESSAGE_BYTES,
 };
+use step3rt_tls::{Identity, SetupError};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::rustls::ServerConfig;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tracing::{error, info, warn};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -32,6 +33,7 @@ use crate::config::{ConfigError, CoordinatorConfig};
 use crate::drive::{Drive, DriveParts};
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message};
 use crate::health;
+use crate::incoming::{Security, incoming};
 use crate::inference_service::{InferenceServer, Model};
 use crate::listeners::{ListenError, Listeners, write_ready_file};
 use crate::node_service::NodeServer;
@@ -53,6 +55,12 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long instances may take to leave, and connections to close, once there is no work left.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What those are told who speak plain HTTP/2 to a listener that speaks TLS.
+const PUBLIC_ADVICE: &str = "This server speaks TLS only, and this client has no CA. Give the CA of \
+     the server's certificate: Client(ca=...), --ca, or STEP3RT_CA in the environment";
+const CONTROL_ADVICE: &str = "it speaks TLS only, and the caller has no certificate. Give the caller \
+     tls_cert, tls_key and tls_ca of the cluster, too, or give them to neither";
 
 /// Why the coordinator does not start.
 #[derive(Debug, Error)]
@@ -86,6 +94,9 @@ pub enum StartError {
     /// A listener cannot be had.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Certificate, key or CA cannot be used.
+    #[error(transparent)]
+    Tls(#[from] SetupError),
     /// The operating system refuses something basic.
     #[error("the coordinator cannot start: {0}. Check the process's limits")]
     System(#[from] io::Error),
@@ -96,6 +107,7 @@ pub struct Coordinator {
     config: CoordinatorConfig,
     model: Arc<Model>,
     listeners: Listeners,
+    tls: Option<Identity>,
 }
 
 impl Coordinator {
@@ -122,6 +134,10 @@ impl Coordinator {
             .map_or_else(Vec::new, |tokenizer| tokenizer.special_tokens());
         let chat_template =
             ChatTemplate::new(&checkpoint, special_tokens).map_err(StartError::ChatTemplate)?;
+        let tls = config
+            .tls_files()?
+            .map(Identity::load_checked)
+            .transpose()?;
         let listeners = Listeners::bind(&config)?;
         Ok(Self {
             config,
@@ -131,6 +147,7 @@ impl Coordinator {
                 chat_template,
             }),
             listeners,
+            tls,
         })
     }
 
@@ -149,12 +166,13 @@ impl Coordinator {
         let (address, control_address) = (self.address()?, self.control_address()?);
         let drain_timeout = Duration::from_secs_f64(self.config.drain_timeout_s);
         let ready_file = self.config.ready_file.clone();
+        let is_tls = self.tls.is_some();
         let mut running = self.start()?;
         if let Some(path) = &ready_file {
             write_ready_file(path, address, control_address)?;
         }
         notify::ready();
-        info!(%address, %control_address, "the coordinator listens");
+        info!(%address, %control_address, is_tls, "the coordinator listens");
 
         let code = tokio::select! {
             stop = stops.recv() => match stop {
@@ -178,7 +196,15 @@ impl Coordinator {
             config,
             model,
             listeners,
+            tls,
         } = self;
+        let security = |config: &Arc<ServerConfig>, advice| Security {
+            config: Arc::clone(config),
+            advice,
+        };
+        let tls = tls.as_ref();
+        let public_security = tls.map(|tls| security(&tls.public_server, PUBLIC_ADVICE));
+        let control_security = tls.map(|tls| security(&tls.control_server, CONTROL_ADVICE));
         let clock = Clock::start();
         let (drive_handle, messages) = DriveHandle::new();
         let (status_sender, status) = watch::channel(ClusterStatus::default());
@@ -223,10 +249,16 @@ impl Coordinator {
             .add_service(inference_service)
             .add_optional_service(reflection_v1)
             .add_optional_service(reflection_v1alpha)
-            .serve_with_incoming_shutdown(incoming(listeners.public)?, closed(close.clone()));
+            .serve_with_incoming_shutdown(
+                incoming(listeners.public, public_security)?,
+                closed(close.clone()),
+            );
         let control = server_builder()
             .add_service(node_service)
-            .serve_with_incoming_shutdown(incoming(listeners.control)?, closed(close));
+            .serve_with_incoming_shutdown(
+                incoming(listeners.control, control_security)?,
+                closed(close),
+            );
         tokio::spawn(health::report(reporter, status));
         Ok(Running {
             drive: drive_handle,
@@ -300,12 +332,6 @@ fn server_builder() -> Server {
         .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-}
-
-fn incoming(listener: std::net::TcpListener) -> io::Result<TcpIncoming> {
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    // Tokens are small packets that must not wait for each other.
-    Ok(TcpIncoming::from(listener).with_nodelay(Some(true)))
 }
 
 async fn closed(mut close: watch::Receiver<bool>) {

@@ -14,6 +14,7 @@ pub mod deadline;
 pub mod drive;
 pub mod drive_handle;
 pub mod health;
+mod incoming;
 pub mod inference_service;
 pub mod instance_list;
 pub mod internal_error;

@@ -2,10 +2,15 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+#[cfg(feature = "tls")]
+#[path = "../../../step3rt-tls/tests/certs/mod.rs"]
+pub(crate) mod certs;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
+use step3rt_fabric::Tls;
 use step3rt_fabric::address::{FabricChoice, PeerAddress, boot_id};
 use step3rt_fabric::contract::{DownReason, Geometry, LinkIdentity, Side};
 use step3rt_fabric::device_offer::DeviceOffer;
@@ -21,6 +26,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) enum Fabric {
     Shm,
     Tcp,
+    /// TCP that is encrypted.
+    #[cfg(feature = "tls")]
+    Tls,
     /// Needs a device, so that the tests of it are ignored unless asked for: `make test-rdma`.
     Rdma,
     Sim,
@@ -29,13 +37,28 @@ pub(crate) enum Fabric {
 impl Fabric {
     /// Whether its listeners are TCP sockets.
     pub(crate) fn listens_on_tcp(self) -> bool {
-        matches!(self, Self::Tcp | Self::Rdma)
+        !matches!(self, Self::Shm | Self::Sim)
+    }
+
+    /// What an endpoint of it is bound with; all that a test makes trust each other.
+    pub(crate) fn tls(self) -> Option<Tls> {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls => {
+                static MEMBER: std::sync::OnceLock<Tls> = std::sync::OnceLock::new();
+                let member = || certs::Authority::new().member(certs::GOOD);
+                Some(MEMBER.get_or_init(member).clone())
+            }
+            _ => None,
+        }
     }
 
     pub(crate) fn choice(self) -> FabricChoice {
         match self {
             Self::Shm => FabricChoice::Shm,
             Self::Tcp => FabricChoice::Tcp,
+            #[cfg(feature = "tls")]
+            Self::Tls => FabricChoice::Tcp,
             Self::Rdma => FabricChoice::Rdma,
             Self::Sim => FabricChoice::Auto,
         }
@@ -95,20 +118,18 @@ impl Node {
         geometry: Geometry,
     ) -> Self {
         let is_responder = side == Side::Responder;
-        Self::new(
-            Endpoint::bind(EndpointConfig {
-                identity,
-                side,
-                geometry,
-                fabric: fabric.choice(),
-                listen_shm: is_responder && fabric == Fabric::Shm,
-                listen_tcp: (is_responder && fabric.listens_on_tcp())
-                    .then(|| "127.0.0.1:0".parse().unwrap()),
-                advertise_host: None,
-                settings: LinkSettings::default(),
-            })
-            .unwrap(),
-        )
+        let config = EndpointConfig {
+            identity,
+            side,
+            geometry,
+            fabric: fabric.choice(),
+            listen_shm: is_responder && fabric == Fabric::Shm,
+            listen_tcp: (is_responder && fabric.listens_on_tcp())
+                .then(|| "127.0.0.1:0".parse().unwrap()),
+            advertise_host: None,
+            settings: LinkSettings::default(),
+        };
+        Self::new(Endpoint::bind_with(config, None, fabric.tls()).unwrap())
     }
 
     pub(crate) fn new(endpoint: Endpoint) -> Self {

@@ -354,7 +354,7 @@ async fn list_instances_tells_states_links_and_free_blocks() {
     eventually("JSON", async || {
         let address = cluster.control_address.to_string();
         let asked = tokio::task::spawn_blocking(move || {
-            step3rt_server::list_instances(&address, Duration::from_secs(5))
+            step3rt_server::list_instances(&address, None, Duration::from_secs(5))
         });
         let text = asked.await.expect("no panic").expect("answers");
         let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");

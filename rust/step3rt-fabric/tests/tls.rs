@@ -1,0 +1,497 @@
+//! Encrypted links: who is let in, who is told what, and that nobody else notices.
+
+#![cfg(feature = "tls")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::certs::{Authority, EXPIRED, GOOD, Wish};
+use common::{Fabric, Node, PATIENCE, geometry, identity, linked, pattern};
+use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
+use rustls::{CipherSuiteCommon, Tls13CipherSuite};
+use step3rt_core::ids::{InstanceId, LaneId};
+use step3rt_fabric::address::PeerAddress;
+use step3rt_fabric::contract::{DownReason, Side};
+use step3rt_fabric::endpoint::{ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings};
+use step3rt_fabric::{Fault, Refusal, Tls};
+use step3rt_tls::Identity;
+use step3rt_tls::fault::Objection;
+
+const ATTENTION: InstanceId = InstanceId(1);
+const FFN: InstanceId = InstanceId(2);
+const LANE: LaneId = LaneId(0);
+
+/// How long a handshake may take in these tests; what waits for it must be over soon after.
+const HANDSHAKE: Duration = Duration::from_millis(500);
+
+fn bind(side: Side, tls: Option<Tls>) -> Node {
+    let instance = if side == Side::Initiator { 1 } else { 2 };
+    let config = EndpointConfig {
+        identity: identity(instance, 1),
+        side,
+        geometry: geometry(2, 1 << 16),
+        fabric: "tcp".parse().unwrap(),
+        listen_shm: false,
+        listen_tcp: (side == Side::Responder).then(|| "127.0.0.1:0".parse().unwrap()),
+        advertise_host: None,
+        settings: LinkSettings {
+            handshake_timeout: HANDSHAKE,
+            ..LinkSettings::default()
+        },
+    };
+    Node::new(Endpoint::bind_with(config, None, tls).unwrap())
+}
+
+/// Has an attention instance connect to an FFN instance that refuses it, or is refused; then sees
+/// that a member with a good certificate (or none, if the FFN instance has none) is still linked.
+fn refused(attention: Option<Tls>, ffn: Option<Tls>, good: Option<Tls>) -> ConnectError {
+    let mut ffn = bind(Side::Responder, ffn);
+    let mut attention = bind(Side::Initiator, attention);
+    let started = Instant::now();
+    let error = attention.endpoint.connect(&ffn.address()).unwrap_err();
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
+    ffn.expect_nothing();
+    let mut good = bind(Side::Initiator, good);
+    good.link(Fabric::Tls, &mut ffn);
+    good.push((FFN, LANE), 0, b"still here");
+    assert_eq!(ffn.expect_arrival().0, ATTENTION);
+    error
+}
+
+fn fault(error: ConnectError) -> Fault {
+    match error {
+        ConnectError::Tls { fault, .. } => fault,
+        error => panic!("{error}"),
+    }
+}
+
+#[test]
+fn both_ends_say_that_a_link_is_encrypted_and_how() {
+    let mut ffn = Node::ffn(Fabric::Tls, 2, geometry(1, 64));
+    let mut attention = Node::attention(Fabric::Tls, 1, geometry(1, 64));
+    let linked = attention.endpoint.connect(&ffn.address()).unwrap();
+    let FabricEvent::LinkUp(accepted) = ffn.next() else {
+        panic!("no link");
+    };
+    for summary in [linked, accepted] {
+        assert_eq!(summary.fabric, "tcp");
+        let how = "; encrypted by TLS 1.3, AES_128_GCM_SHA256";
+        assert!(summary.reason.ends_with(how), "{}", summary.reason);
+    }
+}
+
+#[test]
+fn a_member_of_another_cluster_is_not_let_in_and_lets_nobody_in() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let member = |authority: &Authority| Some(authority.member(GOOD));
+    let error = refused(member(&ours), member(&theirs), member(&theirs));
+    assert_eq!(fault(error), Fault::PeerOfAnotherCa);
+
+    // Trusts the other CA, and was given a certificate by its own.
+    let mut files = ours.issue(GOOD);
+    files.ca = theirs.issue(GOOD).ca;
+    let stranger = Identity::load(files).unwrap();
+    let error = refused(Some(stranger), member(&theirs), member(&theirs));
+    let text = error.to_string();
+    assert_eq!(fault(error), Fault::Rejected(Objection::UnknownCa));
+    assert!(
+        text.starts_with(
+            "instance 2 is not linked over tcp: it does not accept this end's certificate (issued by \
+             a CA that it does not know). "
+        ),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_expired_certificate_is_refused_at_either_end_with_its_date() {
+    let authority = Authority::new();
+    let [good, expired] = [GOOD, EXPIRED].map(|wish| Some(authority.member(wish)));
+    let error = refused(expired.clone(), good.clone(), good.clone());
+    assert_eq!(fault(error), Fault::Rejected(Objection::Expired));
+
+    let ffn = bind(Side::Responder, expired);
+    let mut attention = bind(Side::Initiator, good);
+    let error = attention.endpoint.connect(&ffn.address()).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("its certificate expired on 2024-01-01 00:00:00 UTC. Issue it a new one"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_certificate_for_another_host_or_another_use_is_refused() {
+    let authority = Authority::new();
+    let refused_ffn = |wish| {
+        let ffn = bind(Side::Responder, Some(authority.member(wish)));
+        let mut attention = bind(Side::Initiator, Some(authority.member(GOOD)));
+        fault(attention.endpoint.connect(&ffn.address()).unwrap_err())
+    };
+    let elsewhere = Wish {
+        name: "elsewhere",
+        host: "ffn7.cluster.internal",
+        ..GOOD
+    };
+    let Fault::PeerOfAnotherName {
+        expected,
+        presented,
+    } = refused_ffn(elsewhere)
+    else {
+        panic!("another fault");
+    };
+    assert_eq!(expected, "127.0.0.1");
+    assert!(presented.contains("ffn7.cluster.internal"), "{presented}");
+    let client_only = Wish {
+        name: "client",
+        purposes: (true, false),
+        ..GOOD
+    };
+    assert_eq!(refused_ffn(client_only), Fault::PeerOfAnotherPurpose);
+}
+
+#[test]
+fn an_end_without_certificates_is_told_that_the_other_has_them() {
+    let authority = Authority::new();
+    let good = || Some(authority.member(GOOD));
+    let error = refused(None, good(), good());
+    assert!(
+        matches!(
+            error,
+            ConnectError::Refused {
+                refusal: Refusal::NeedsTls,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let text = error.to_string();
+    assert!(
+        text.contains("it accepts only TLS, and this end has no certificate. Give"),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_end_with_certificates_is_told_that_the_other_has_none() {
+    let authority = Authority::new();
+    let error = refused(Some(authority.member(GOOD)), None, None);
+    let text = error.to_string();
+    assert_eq!(fault(error), Fault::PeerSpeaksPlain);
+    assert!(
+        text.contains("it does not speak TLS, and this end was given certificates"),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_is_told_in_clear_text_says_nothing_of_the_cluster() {
+    let ffn = bind(Side::Responder, Some(Authority::new().member(GOOD)));
+    let mut proxy = Wiretap::start(&ffn);
+    let mut attention = bind(Side::Initiator, None);
+    attention
+        .endpoint
+        .connect(&proxy.address(&ffn))
+        .unwrap_err();
+    let [_, answer] = proxy.heard();
+    // Of a refusal, all but what it is and its checksum.
+    assert_eq!(answer.len(), 64);
+    assert!(answer[8..44].iter().all(|byte| *byte == 0), "{answer:?}");
+}
+
+#[test]
+fn garbage_and_dawdlers_are_hung_up_on_in_time_and_keep_no_member_out() {
+    let authority = Authority::new();
+    let mut ffn = bind(Side::Responder, Some(authority.member(GOOD)));
+    let address = ffn.address().addresses[0].address.clone();
+    let connect = || {
+        let stream = TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    };
+    let mut handshake_like = vec![0x16, 3, 1, 2, 0];
+    handshake_like.extend(pattern(3, 512));
+    let garbage: [&[u8]; 4] = [
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\n and so on, up to the size of a hello",
+        &[0x16; 200],
+        &handshake_like,
+        &[0x16, 3, 1, 0xff, 0xff, 0, 0, 0, 0],
+    ];
+    for bytes in garbage {
+        let mut stream = connect();
+        stream.write_all(bytes).unwrap();
+        let started = Instant::now();
+        let mut answer = Vec::new();
+        // An alert, or nothing; hung up on or reset.
+        let _ = stream.read_to_end(&mut answer);
+        assert!(answer.len() < 64, "{answer:?}");
+        assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
+    }
+
+    // One byte at a time, and more of them than are served at once; silence; half a handshake.
+    let dawdlers: Vec<_> = (0..100).map(|_| connect()).collect();
+    let mut hello = vec![0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+    hello.resize(517, 7);
+    let dripping = thread::spawn(move || {
+        let started = Instant::now();
+        for byte in hello {
+            for mut stream in &dawdlers {
+                // Refused once the deadline has come.
+                if stream.write_all(&[byte]).is_err() && started.elapsed() > 3 * HANDSHAKE {
+                    return;
+                }
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    for _ in 0..3 {
+        let started = Instant::now();
+        let mut member = bind(Side::Initiator, Some(authority.member(GOOD)));
+        // A member that found no place meanwhile is refused by its own deadline, and tries again.
+        while let Err(error) = member.endpoint.connect(&ffn.address()) {
+            assert!(started.elapsed() < PATIENCE, "{error}");
+        }
+        ffn.expect_up(identity(1, 1));
+        member.push((FFN, LANE), 0, b"a member");
+        assert_eq!(ffn.expect_arrival().0, ATTENTION);
+        drop(member);
+        ffn.expect_down();
+    }
+    dripping.join().unwrap();
+}
+
+#[test]
+fn a_listener_that_never_answers_is_given_up_on_in_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ffn = bind(Side::Responder, None);
+    let mut address = ffn.address();
+    address.addresses[0].address = listener.local_addr().unwrap().to_string();
+    let mut attention = bind(Side::Initiator, Some(Authority::new().member(GOOD)));
+    let started = Instant::now();
+    let error = attention.endpoint.connect(&address).unwrap_err();
+    assert!(started.elapsed() < 4 * HANDSHAKE, "{:?}", started.elapsed());
+    assert!(matches!(error, ConnectError::Interrupted { .. }), "{error}");
+
+    // One that hangs up says less than one that refuses, but what to look at.
+    let hangs_up = thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 1024]);
+        }
+    });
+    while let Err(error) = attention.endpoint.connect(&address) {
+        if matches!(
+            error,
+            ConnectError::Tls {
+                fault: Fault::PeerLeft,
+                ..
+            }
+        ) {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{error}");
+    }
+    drop(TcpStream::connect(&address.addresses[0].address));
+    hangs_up.join().unwrap();
+}
+
+#[test]
+fn two_ends_that_both_write_28_mib_at_once_do_not_stop_each_other() {
+    const BYTES: usize = 28 << 20;
+    let (mut attention, mut ffn) = linked(Fabric::Tls, geometry(2, BYTES));
+    let (small, large) = (LaneId(0), LaneId(1));
+    let (there, back) = (pattern(1, BYTES), pattern(2, BYTES));
+    attention.push((FFN, small), 0, b"go");
+    ffn.expect_arrival();
+    for step in 0..3 {
+        // Nobody polls until both are on their way.
+        attention.push((FFN, large), step, &there);
+        ffn.push((ATTENTION, small), step, &back);
+        let (_, header) = ffn.expect_arrival();
+        assert!(ffn.payload(&header) == there, "A2F differs");
+        let (_, header) = attention.expect_arrival();
+        assert!(attention.payload(&header) == back, "F2A differs");
+        ffn.push((ATTENTION, large), step, b"done");
+        attention.expect_arrival();
+        attention.push((FFN, small), step + 1, b"go");
+        ffn.expect_arrival();
+    }
+}
+
+#[test]
+fn keys_are_renewed_under_way_in_both_directions() {
+    let suite = TLS13_AES_128_GCM_SHA256.tls13().unwrap();
+    let short_lived = Tls13CipherSuite {
+        common: CipherSuiteCommon {
+            confidentiality_limit: 100,
+            ..suite.common
+        },
+        ..*suite
+    };
+    let mut provider = step3rt_tls::identity::provider();
+    let short_lived: &'static Tls13CipherSuite = Box::leak(Box::new(short_lived));
+    provider.cipher_suites = vec![short_lived.into()];
+    let files = Authority::new();
+    let files = files.issue(GOOD);
+    let member = Identity::with_provider(files, &Arc::new(provider)).unwrap();
+
+    let mut ffn = bind(Side::Responder, Some(member.clone()));
+    let mut proxy = Wiretap::start(&ffn);
+    let mut attention = bind(Side::Initiator, Some(member));
+    attention.endpoint.connect(&proxy.address(&ffn)).unwrap();
+    ffn.expect_up(identity(1, 1));
+    // Of 1000 records each way; 100 may have the same key.
+    for step in 0..200 {
+        let payload = pattern(step, 1 << 16);
+        attention.push((FFN, LANE), step, &payload);
+        let (_, header) = ffn.expect_arrival();
+        assert!(ffn.payload(&header) == payload);
+        ffn.push((ATTENTION, LANE), step, &payload);
+        let (_, header) = attention.expect_arrival();
+        assert!(attention.payload(&header) == payload);
+    }
+    drop((attention, ffn));
+    for heard in proxy.heard() {
+        let num_renewals = records(&heard)
+            .filter(|len| *len == KEY_UPDATE_BYTES)
+            .count();
+        assert!((9..20).contains(&num_renewals), "{num_renewals}");
+    }
+}
+
+/// An encrypted message that announces a new key; no frame is as short. RFC 8446, 4.6.3 and 5.2.
+const KEY_UPDATE_BYTES: usize = 5 + 1 + 16;
+
+/// The lengths of the records on a wire.
+fn records(mut heard: &[u8]) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16::from_be_bytes([*heard.get(3)?, *heard.get(4)?]));
+        heard = heard.get(5 + len..)?;
+        Some(len)
+    })
+}
+
+#[test]
+fn nothing_of_a_frame_can_be_read_on_the_way() {
+    let member = Authority::new().member(GOOD);
+    for (tls, is_readable) in [(None, true), (Some(member), false)] {
+        let mut ffn = bind(Side::Responder, tls.clone());
+        let mut proxy = Wiretap::start(&ffn);
+        let mut attention = bind(Side::Initiator, tls);
+        attention.endpoint.connect(&proxy.address(&ffn)).unwrap();
+        ffn.expect_up(identity(1, 1));
+        let secret = pattern(5, 5000);
+        attention.push((FFN, LANE), 0, &secret);
+        ffn.expect_arrival();
+        drop((attention, ffn));
+        let [heard, _] = proxy.heard();
+        let found = heard.windows(32).any(|window| window == &secret[..32]);
+        assert_eq!(found, is_readable);
+        let frame_magic = heard
+            .windows(32)
+            .any(|window| window == &secret[4000..4032]);
+        assert_eq!(frame_magic, is_readable);
+    }
+}
+
+#[test]
+fn a_byte_that_was_changed_on_the_way_ends_the_link_and_is_not_used() {
+    let member = Authority::new().member(GOOD);
+    let mut ffn = bind(Side::Responder, Some(member.clone()));
+    let proxy = Wiretap::start(&ffn);
+    let mut attention = bind(Side::Initiator, Some(member));
+    attention.endpoint.connect(&proxy.address(&ffn)).unwrap();
+    ffn.expect_up(identity(1, 1));
+    attention.push((FFN, LANE), 0, b"whole");
+    ffn.expect_arrival();
+    ffn.push((ATTENTION, LANE), 0, b"whole");
+    attention.expect_arrival();
+    proxy.spoil();
+    attention.push((FFN, LANE), 1, &pattern(1, 3000));
+    let (_, reason) = ffn.expect_down();
+    assert!(matches!(reason, DownReason::Encryption(_)), "{reason}");
+    // The poll after the one that reports an end forgets the link, and closes it.
+    ffn.expect_nothing();
+    let (_, reason) = attention.expect_down();
+    assert!(
+        matches!(reason, DownReason::PeerClosed | DownReason::Encryption(_)),
+        "{reason}"
+    );
+}
+
+/// Stands between an attention instance and an FFN instance, and hears or spoils what passes.
+struct Wiretap {
+    address: String,
+    is_spoiling: Arc<AtomicBool>,
+    directions: Option<thread::JoinHandle<[Vec<u8>; 2]>>,
+}
+
+impl Wiretap {
+    fn start(ffn: &Node) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let target = ffn.address().addresses[0].address.clone();
+        let is_spoiling = Arc::new(AtomicBool::new(false));
+        let spoils = Arc::clone(&is_spoiling);
+        let directions = thread::spawn(move || {
+            let (attention, _) = listener.accept().unwrap();
+            let ffn = TcpStream::connect(target).unwrap();
+            let ways = [
+                (attention.try_clone().unwrap(), ffn.try_clone().unwrap()),
+                (ffn, attention),
+            ];
+            let passing = ways.map(|(from, to)| {
+                let spoils = Arc::clone(&spoils);
+                thread::spawn(move || pass(from, to, &spoils))
+            });
+            passing.map(|way| way.join().unwrap())
+        });
+        Self {
+            address,
+            is_spoiling,
+            directions: Some(directions),
+        }
+    }
+
+    /// The FFN instance's address, by way of this.
+    fn address(&self, ffn: &Node) -> PeerAddress {
+        let mut address = ffn.address();
+        address.addresses[0].address.clone_from(&self.address);
+        address
+    }
+
+    fn spoil(&self) {
+        self.is_spoiling.store(true, Ordering::Relaxed);
+    }
+
+    /// What passed from the attention instance, and from the FFN instance, once both have hung up.
+    fn heard(&mut self) -> [Vec<u8>; 2] {
+        self.directions.take().unwrap().join().unwrap()
+    }
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, spoils: &AtomicBool) -> Vec<u8> {
+    let mut heard = Vec::new();
+    let mut buffer = [0; 8192];
+    while let Ok(num_bytes @ 1..) = from.read(&mut buffer) {
+        let passed = &mut buffer[..num_bytes];
+        if spoils.load(Ordering::Relaxed) {
+            // Past the record's header, which is checked otherwise.
+            passed[num_bytes / 2] ^= 1;
+        }
+        heard.extend_from_slice(passed);
+        if to.write_all(passed).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+    let _ = from.shutdown(Shutdown::Read);
+    heard
+}
