@@ -91,8 +91,8 @@ def test_a_real_cluster_is_measured() -> None:
     assert report["fabrics"] == ["shm"]
     tpot = report["tpot_ms"]
     assert 0 < tpot["p50"] <= tpot["p99"] <= tpot["max"]
-    # 4 streams, each with a token per TPOT; the mean is not the median.
-    assert report["tokens_per_s"] == pytest.approx(4e3 / tpot["p50"], rel=0.5)
+    # 4 streams, whose mean TPOT is not known here, but is no longer than the longest.
+    assert report["tokens_per_s"] > 0.99 * 4e3 / tpot["max"]
 
 
 @pytest.mark.parametrize(
