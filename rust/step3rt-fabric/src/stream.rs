@@ -43,11 +43,12 @@ impl Stream {
         }
     }
 
-    /// Whether bytes were taken off the socket that no call has given yet.
-    pub(crate) fn has_taken_bytes(&self) -> bool {
+    /// Whether something has come that the socket does not tell of any more, because it was taken from
+    /// there: who awaits bytes must receive before.
+    pub(crate) fn holds_more(&self) -> bool {
         match self {
             Self::Plain(_) => false,
-            Self::Tls(stream) => stream.has_taken_bytes(),
+            Self::Tls(stream) => stream.holds_more(),
         }
     }
 

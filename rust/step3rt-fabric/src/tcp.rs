@@ -104,7 +104,7 @@ impl TcpLink {
         });
         let place = sockets.add(&wire.socket, Arc::clone(&wire) as Arc<dyn Transfer>)?;
         wire.place.set(place).expect("set here and nowhere else");
-        if wire.socket.has_taken_bytes() {
+        if wire.socket.holds_more() {
             // Came behind the handshake, and taken off the socket with it.
             wire.advance();
         }
@@ -244,21 +244,21 @@ impl Wire {
         let Some(mut receiver) = try_lock(&self.receiver) else {
             return Ok(());
         };
-        let mut num_calls = 0;
-        loop {
-            let mut is_frame = false;
+        // Whatever is here that the socket does not tell of is taken as well: nobody will be called for
+        // it. That is less than one call takes from the socket.
+        let mut is_turn_over = false;
+        for call in 1.. {
             match receiver.receive(&self.socket)? {
                 Received::Nothing => break,
                 Received::Part => {}
                 Received::Frame => {
                     self.state.ring();
-                    is_frame = true;
+                    is_turn_over = true;
                 }
                 Received::Note(note) => self.state.hear(&note).map_err(DownReason::Protocol)?,
             }
-            num_calls += 1;
-            // What was taken off an encrypted socket does not make it readable again.
-            if (is_frame || num_calls >= MAX_CALLS_PER_TURN) && !self.socket.has_taken_bytes() {
+            is_turn_over |= call >= MAX_CALLS_PER_TURN;
+            if is_turn_over && !self.socket.holds_more() {
                 break;
             }
         }

@@ -85,10 +85,9 @@ impl FrameSocket {
         self.stream.encryption()
     }
 
-    /// Whether bytes were taken off the socket that no call has given yet: they do not make the
-    /// socket readable.
-    pub(crate) fn has_taken_bytes(&self) -> bool {
-        self.stream.has_taken_bytes()
+    /// Whether there is something to receive that polling the socket does not tell of.
+    pub(crate) fn holds_more(&self) -> bool {
+        self.stream.holds_more()
     }
 
     /// Sends bytes of a mapping; may send fewer than asked. A call that would block is made again with

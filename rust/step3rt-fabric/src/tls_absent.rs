@@ -65,7 +65,7 @@ impl TlsStream {
         match self.0 {}
     }
 
-    pub(crate) fn has_taken_bytes(&self) -> bool {
+    pub(crate) fn holds_more(&self) -> bool {
         match self.0 {}
     }
 

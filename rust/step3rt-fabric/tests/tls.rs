@@ -426,6 +426,25 @@ fn a_byte_that_was_changed_on_the_way_ends_the_link_and_is_not_used() {
     );
 }
 
+#[test]
+fn what_comes_with_the_welcome_is_heard_although_no_socket_tells_of_it() {
+    let member = Authority::new().member(GOOD);
+    let mut ffn = bind(Side::Responder, Some(member.clone()));
+    let mut attention = bind(Side::Initiator, Some(member));
+    let wiretap = Wiretap::lingering(&ffn, Duration::from_millis(50));
+    let address = wiretap.address(&ffn);
+    let connecting = thread::spawn(move || {
+        attention.endpoint.connect(&address).unwrap();
+        attention
+    });
+    let event = ffn.next();
+    assert!(matches!(event, FabricEvent::LinkUp(_)), "{event:?}");
+    ffn.endpoint.ask_reset(ATTENTION, "another try").unwrap();
+    let mut attention = connecting.join().unwrap();
+    let event = attention.next();
+    assert!(matches!(event, FabricEvent::ResetAsked { .. }), "{event:?}");
+}
+
 /// Stands between an attention instance and an FFN instance, and hears or spoils what passes.
 struct Wiretap {
     address: String,
@@ -435,6 +454,11 @@ struct Wiretap {
 
 impl Wiretap {
     fn start(ffn: &Node) -> Self {
+        Self::lingering(ffn, Duration::ZERO)
+    }
+
+    /// One that passes on together what comes within `nap`.
+    fn lingering(ffn: &Node, nap: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let target = ffn.address().addresses[0].address.clone();
@@ -449,7 +473,7 @@ impl Wiretap {
             ];
             let passing = ways.map(|(from, to)| {
                 let spoils = Arc::clone(&spoils);
-                thread::spawn(move || pass(from, to, &spoils))
+                thread::spawn(move || pass(from, to, &spoils, nap))
             });
             passing.map(|way| way.join().unwrap())
         });
@@ -477,10 +501,14 @@ impl Wiretap {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, spoils: &AtomicBool) -> Vec<u8> {
+fn pass(mut from: TcpStream, mut to: TcpStream, spoils: &AtomicBool, nap: Duration) -> Vec<u8> {
     let mut heard = Vec::new();
     let mut buffer = [0; 8192];
-    while let Ok(num_bytes @ 1..) = from.read(&mut buffer) {
+    while from.peek(&mut [0]).is_ok() {
+        thread::sleep(nap);
+        let Ok(num_bytes @ 1..) = from.read(&mut buffer) else {
+            break;
+        };
         let passed = &mut buffer[..num_bytes];
         if spoils.load(Ordering::Relaxed) {
             // Past the record's header, which is checked otherwise.

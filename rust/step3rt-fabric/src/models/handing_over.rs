@@ -32,7 +32,7 @@ fn hub() -> Arc<Hub> {
         spin_us: 0,
         ..LinkSettings::default()
     };
-    Arc::new(Hub::new(introduction, settings, false).unwrap())
+    Arc::new(Hub::new(introduction, settings, false, None).unwrap())
 }
 
 fn incarnation(epoch: u64) -> LinkIdentity {

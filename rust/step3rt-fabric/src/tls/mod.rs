@@ -160,9 +160,13 @@ impl TlsStream {
         &self.description
     }
 
-    pub(crate) fn has_taken_bytes(&self) -> bool {
-        let inbound = lock(&self.inbound);
-        inbound.taken < inbound.plaintext.len() || !inbound.unread.is_empty()
+    /// Whether a call to receive brings something without a system call: plaintext, whole records, or
+    /// why nothing more comes.
+    pub(crate) fn holds_more(&self) -> bool {
+        let inbound = &*lock(&self.inbound);
+        inbound.taken < inbound.plaintext.len()
+            || inbound.end.is_some()
+            || session::holds_a_record(&inbound.ciphertext[inbound.unread.clone()])
     }
 
     pub(crate) fn send(

@@ -269,7 +269,7 @@ fn out_of_order() -> Error {
 }
 
 /// Whether `bytes` begin with a whole record.
-fn holds_a_record(bytes: &[u8]) -> bool {
+pub(super) fn holds_a_record(bytes: &[u8]) -> bool {
     bytes.len() >= RECORD_HEADER_BYTES && {
         let len = usize::from(u16::from_be_bytes([bytes[3], bytes[4]]));
         bytes.len() >= RECORD_HEADER_BYTES + len
