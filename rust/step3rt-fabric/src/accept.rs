@@ -3,7 +3,7 @@
 //! It trusts nothing that a stranger says: sizes are this end's own, and a stranger holds one
 //! socket until a deadline and nothing else.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use crate::lane::LinkTerms;
 use crate::link_epoch::{self, LinkEpoch};
 use crate::memory::MapError;
 use crate::new_link::NewLink;
+use crate::opening::{Opening, Unopened};
 use crate::rdma;
 use crate::rdma_status::RdmaError;
 use crate::refusal::HandshakeError;
@@ -29,7 +30,7 @@ use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket::{self, FrameSocket};
-use crate::tls::{self, Accepting, Fault, Handshake};
+use crate::tls::{self, Fault};
 
 /// A connection whose hello has not come yet.
 pub(crate) struct Pending {
@@ -46,19 +47,6 @@ enum PendingSocket {
         num_bytes: usize,
     },
 }
-
-/// A TCP connection, as far as it has come. Its first byte says whether it is TLS.
-enum Opening {
-    New(TcpStream),
-    ShakingHands(Box<Accepting>, TcpStream),
-    /// The hello comes next.
-    Open(Stream),
-    /// In other hands, or closed.
-    Over,
-}
-
-/// First byte of a TLS connection: a handshake record. A hello starts with another one.
-const TLS_FIRST_BYTE: u8 = 0x16;
 
 /// Whether a connection is still pending.
 pub(crate) enum Progress {
@@ -103,6 +91,16 @@ impl From<io::Error> for AcceptError {
     }
 }
 
+impl From<Unopened> for AcceptError {
+    fn from(unopened: Unopened) -> Self {
+        match unopened {
+            Unopened::Closed => HandshakeError::Size(0).into(),
+            Unopened::UnexpectedTls => Self::UnexpectedTls,
+            Unopened::System(error) => error.into(),
+        }
+    }
+}
+
 impl AcceptError {
     /// What the connecting end is told, if there is something to tell.
     fn refusal(&self) -> Option<RefusalCode> {
@@ -128,7 +126,7 @@ impl Pending {
 
     pub(crate) fn tcp(stream: TcpStream, deadline: Instant) -> Self {
         let socket = PendingSocket::Tcp {
-            opening: Opening::New(stream),
+            opening: Opening::new(stream),
             bytes: vec![0; MESSAGE_BYTES],
             num_bytes: 0,
         };
@@ -138,11 +136,7 @@ impl Pending {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             PendingSocket::Shm(socket) => socket.as_fd(),
-            PendingSocket::Tcp { opening, .. } => match opening {
-                Opening::New(socket) | Opening::ShakingHands(_, socket) => socket.as_fd(),
-                Opening::Open(stream) => stream.socket().as_fd(),
-                Opening::Over => unreachable!("one that is over is not waited for"),
-            },
+            PendingSocket::Tcp { opening, .. } => opening.fd(),
         }
     }
 
@@ -368,98 +362,6 @@ fn advance_tcp(
         By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, opening).map_err(Into::into),
     };
     admitted.finish(hub, link)
-}
-
-impl Opening {
-    /// Goes on up to where the hello can be read, and returns the stream if it has come there.
-    fn advance(&mut self, hub: &Hub) -> Result<Option<&Stream>, AcceptError> {
-        if let Self::New(socket) = self {
-            let mut first = [0];
-            match socket.peek(&mut first) {
-                Ok(0) => return Err(HandshakeError::Size(0).into()),
-                Ok(_) => {}
-                Err(error) if is_passing(&error) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
-            let is_tls = first[0] == TLS_FIRST_BYTE;
-            let accepting = match &hub.tls {
-                Some(tls) if is_tls => Some(Box::new(Accepting::new(tls)?)),
-                None if is_tls => return Err(AcceptError::UnexpectedTls),
-                // Read up to the hello, to tell a peer from a stranger.
-                _ => None,
-            };
-            if let Self::New(socket) = std::mem::replace(self, Self::Over) {
-                *self = match accepting {
-                    Some(accepting) => Self::ShakingHands(accepting, socket),
-                    None => Self::Open(Stream::Plain(socket)),
-                };
-            }
-        }
-        if let Self::ShakingHands(..) = self
-            && let Self::ShakingHands(accepting, socket) = std::mem::replace(self, Self::Over)
-        {
-            *self = match accepting.advance(socket)? {
-                Handshake::Waiting(accepting, socket) => Self::ShakingHands(accepting, socket),
-                Handshake::Done(stream) => Self::Open(Stream::Tls(stream)),
-            };
-        }
-        match self {
-            Self::Open(stream) => Ok(Some(stream)),
-            _ => Ok(None),
-        }
-    }
-
-    /// Says why there is no link, in clear text where the peer speaks that.
-    fn refuse(&self, hub: &Hub, code: RefusalCode, message: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Open(stream) => {
-                drain(stream.socket());
-                if hub.tls.is_some() && stream.encryption().is_none() {
-                    return stream.write_all(&Message::anonymous_refusal(code));
-                }
-                stream.write_all(message)
-            }
-            Self::New(socket) => {
-                drain(socket);
-                let mut socket = socket;
-                socket.write_all(message)
-            }
-            Self::ShakingHands(..) | Self::Over => Ok(()),
-        }
-    }
-
-    /// The stream, which is open, for a link.
-    fn take(&mut self) -> Stream {
-        match std::mem::replace(self, Self::Over) {
-            Self::Open(stream) => stream,
-            _ => unreachable!("a link is made of a stream that its hello came by"),
-        }
-    }
-
-    /// The stream, while it is here.
-    fn stream(&self) -> &Stream {
-        match self {
-            Self::Open(stream) => stream,
-            _ => unreachable!("a link is made of a stream that its hello came by"),
-        }
-    }
-}
-
-/// Takes what else has come: a socket that is closed over unread bytes may take back what was sent.
-fn drain(mut socket: &TcpStream) {
-    let mut scratch = [0; 1024];
-    for _ in 0..16 {
-        if !matches!(socket.read(&mut scratch), Ok(1..)) {
-            return;
-        }
-    }
-}
-
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
 }
 
 /// Reads what has come, up to `wanted` bytes from the start; whether all of them are here.

@@ -111,6 +111,7 @@ mod memory;
 #[cfg(loom)]
 mod models;
 mod new_link;
+mod opening;
 #[cfg(not(any(loom, miri)))]
 mod pages;
 #[cfg(any(loom, miri))]
