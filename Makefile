@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python test-sim test-rdma lint format build proto clean
+.PHONY: help demo test test-rust test-python test-sim test-rdma fuzz lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -30,6 +30,9 @@ test-sim: build  ## 20,000 seeds of the scheduler's simulator
 
 test-rdma: build  ## the fabric and nano over real verbs, in a virtual machine with a software RDMA device
 	tests/rdma/run_in_vm.sh
+
+fuzz:            ## fuzz every parser of bytes from a peer for a minute each (docs/testing.md)
+	fuzz/run 60
 
 lint: build      ## formatting, lints, types, import rules
 	cargo fmt --check
@@ -56,7 +59,7 @@ proto: $(VENV)/.installed  ## regenerate the Python messages from proto/
 	rm python/step3rt/v1/common_pb2_grpc.py
 
 clean:           ## remove everything that is built
-	rm -rf $(VENV) target dist python/step3rt/_core*.so
+	rm -rf $(VENV) target fuzz/target dist python/step3rt/_core*.so
 
 $(VENV)/.installed: pyproject.toml
 	@echo "Setting up $(VENV): tools, then torch (about 3 GB with what it brings), then the Rust extension."

@@ -308,7 +308,7 @@ impl Attempt<'_> {
         })
     }
 
-    fn check_answer(&self, bytes: &[u8; MESSAGE_BYTES]) -> Result<(), ConnectError> {
+    pub(crate) fn check_answer(&self, bytes: &[u8; MESSAGE_BYTES]) -> Result<(), ConnectError> {
         let ours = &self.hub.introduction;
         let wanted = self.peer.identity;
         let refused = |refusal| ConnectError::Refused {

@@ -109,6 +109,8 @@ mod tcp;
 mod tcp_socket;
 mod watcher;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod hostile;
 

@@ -186,14 +186,14 @@ impl Drop for TcpLink {
 }
 
 /// Reads frames into slots until the link ends.
-struct FrameReceiver {
-    terms: LinkTerms,
-    incoming: Region,
+pub(crate) struct FrameReceiver {
+    pub(crate) terms: LinkTerms,
+    pub(crate) incoming: Region,
     /// Per lane, the sequence of the last frame.
-    received: Vec<u64>,
-    pushed: Arc<[AtomicU64]>,
-    socket: Arc<TcpStream>,
-    state: Arc<LinkState>,
+    pub(crate) received: Vec<u64>,
+    pub(crate) pushed: Arc<[AtomicU64]>,
+    pub(crate) socket: Arc<TcpStream>,
+    pub(crate) state: Arc<LinkState>,
 }
 
 impl FrameReceiver {
@@ -206,7 +206,7 @@ impl FrameReceiver {
         }
     }
 
-    fn receive_frame(&mut self) -> Result<(), DownReason> {
+    pub(crate) fn receive_frame(&mut self) -> Result<(), DownReason> {
         let bytes = self.receive_header()?;
         let header = self.check(&bytes).map_err(DownReason::Protocol)?;
         let lane = header.lane;
