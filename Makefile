@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python test-sim test-rdma loom miri lint format build proto clean
+.PHONY: help demo test test-rust test-python test-sim test-rdma loom miri fuzz lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -38,6 +38,9 @@ loom:            ## models of what is shared without locks, in every interleavin
 miri:            ## the fabric's memory, slots and doorbell under Miri; installs a nightly compiler with it
 	tests/miri/run.sh
 
+fuzz:            ## fuzz every parser of bytes from a peer for a minute each (docs/testing.md)
+	fuzz/run 60
+
 lint: build      ## formatting, lints, types, import rules
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
@@ -63,7 +66,7 @@ proto: $(VENV)/.installed  ## regenerate the Python messages from proto/
 	rm python/step3rt/v1/common_pb2_grpc.py
 
 clean:           ## remove everything that is built
-	rm -rf $(VENV) target dist python/step3rt/_core*.so
+	rm -rf $(VENV) target fuzz/target dist python/step3rt/_core*.so
 
 $(VENV)/.installed: pyproject.toml
 	@echo "Setting up $(VENV): tools, then torch (about 3 GB with what it brings), then the Rust extension."

@@ -236,7 +236,10 @@ impl Sequence {
         }
         let stay = self.stay.as_mut().expect("a sequence in a step stays");
         let follows = stay.num_computed_tokens == asked.num_computed_tokens;
-        if !follows || output.token.is_some() != asked.samples {
+        // The first token of a prompt follows nothing.
+        let num_logprobs = stay.holding.num_prompt_logprobs as usize + output.prompt_logprobs.len();
+        let has_too_many_logprobs = num_logprobs >= self.prompt.len();
+        if !follows || output.token.is_some() != asked.samples || has_too_many_logprobs {
             return Err(Failure::MismatchedOutput { index, position });
         }
         stay.num_computed_tokens += asked.num_new_tokens;

@@ -38,10 +38,10 @@ pub(crate) struct Attempt<'a> {
 }
 
 /// What the peer's welcome says.
-struct Welcome {
-    epoch: LinkEpoch,
+pub(crate) struct Welcome {
+    pub(crate) epoch: LinkEpoch,
     /// How many bytes of its device offer follow, of a link through device memory.
-    offer_bytes: Option<usize>,
+    pub(crate) offer_bytes: Option<usize>,
 }
 
 /// A link, with the bytes of the peer's device offer.
@@ -211,7 +211,7 @@ impl Attempt<'_> {
         [&message, reason.as_bytes(), self.hub.offer_by(by)].concat()
     }
 
-    fn check_answer(
+    pub(crate) fn check_answer(
         &self,
         bytes: &[u8; MESSAGE_BYTES],
         proposed: LinkEpoch,

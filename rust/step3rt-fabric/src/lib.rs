@@ -141,6 +141,8 @@ mod tls;
 mod tls;
 mod watcher;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]

@@ -39,6 +39,12 @@ pub(crate) fn note(agreed: LinkEpoch) {
     LAST.fetch_max(agreed.0, Ordering::Relaxed);
 }
 
+/// Forgets all numbers: a fuzzer makes more links than there are numbers.
+#[cfg(fuzzing)]
+pub(crate) fn forget() {
+    LAST.store(0, Ordering::Relaxed);
+}
+
 /// Takes the lowest unused number that is not below `least`.
 fn above(last: &AtomicU32, least: u32) -> Option<LinkEpoch> {
     let next = |last: u32| Some((last + 1).max(least)).filter(|next| *next <= MAX_LINK_EPOCH);

@@ -3,8 +3,10 @@
 //!
 //! It never blocks, and knows nothing of links.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::TcpStream;
+
+use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::handshake::{Message, RefusalCode};
@@ -138,10 +140,12 @@ impl Opening {
 }
 
 /// Takes what else has come: a socket that is closed over unread bytes may take back what was sent.
-fn drain(mut socket: &TcpStream) {
+/// Does not block, also on a socket that was prepared for frames already and does.
+fn drain(socket: &TcpStream) {
     let mut scratch = [0; 1024];
     for _ in 0..MAX_DRAINED_BYTES / scratch.len() {
-        if !matches!(socket.read(&mut scratch), Ok(1..)) {
+        let received = rustix::net::recv(socket, &mut scratch, RecvFlags::DONTWAIT);
+        if !matches!(received, Ok((_, 1..))) {
             return;
         }
     }

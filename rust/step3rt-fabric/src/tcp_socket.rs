@@ -80,6 +80,13 @@ impl FrameSocket {
         Ok(Self { stream })
     }
 
+    /// Of a socket that is no TCP socket, and has none of its options.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn without_options(stream: Stream) -> io::Result<Self> {
+        stream.socket().set_nonblocking(true)?;
+        Ok(Self { stream })
+    }
+
     /// How it is encrypted, for people; `None` when it is not.
     pub(crate) fn encryption(&self) -> Option<&str> {
         self.stream.encryption()

@@ -231,7 +231,8 @@ impl Dialer {
     }
 }
 
-fn check_welcome(welcome: v1::Welcome) -> Result<Welcome, String> {
+/// Checks what the coordinator says first; the error says what is wrong with it.
+pub(crate) fn check_welcome(welcome: v1::Welcome) -> Result<Welcome, String> {
     let settings = welcome.settings.ok_or("Welcome carries no settings")?;
     let num_lanes = u8::try_from(settings.num_lanes)
         .ok()

@@ -10,6 +10,8 @@
 pub mod dialer;
 pub mod error;
 pub mod event;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod host;
 pub mod links;
 pub mod node;

@@ -9,9 +9,8 @@ use std::sync::mpsc as std_mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use step3rt_core::ids::{Epoch, InstanceId};
 use step3rt_core::step::StepPlan;
-use step3rt_fabric::contract::Doorbell;
+use step3rt_fabric::contract::{Doorbell, LinkIdentity};
 use step3rt_proto::v1::session_request::Event;
 use step3rt_proto::v1::session_response;
 use step3rt_proto::{step, v1};
@@ -262,8 +261,7 @@ async fn serve(reader: Reader<'_>, heartbeat: Heartbeat, stopped: oneshot::Recei
 
 /// Turns responses into commands.
 struct Reader<'a> {
-    instance: InstanceId,
-    epoch: Epoch,
+    identity: LinkIdentity,
     inbound: Streaming<v1::SessionResponse>,
     commands: mpsc::Sender<Command>,
     pulse: &'a Pulse,
@@ -277,8 +275,7 @@ impl<'a> Reader<'a> {
         pulse: &'a Pulse,
     ) -> Self {
         Self {
-            instance: welcome.instance,
-            epoch: welcome.epoch,
+            identity: welcome.identity(),
             inbound,
             commands,
             pulse,
@@ -289,7 +286,7 @@ impl<'a> Reader<'a> {
     async fn read(mut self) {
         loop {
             let command = match self.inbound.message().await {
-                Ok(Some(response)) => match self.command(response) {
+                Ok(Some(response)) => match command(self.identity, response) {
                     Ok(Some(command)) => command,
                     Ok(None) => continue,
                     Err(found) => Command::Lost(format!("the coordinator sent nonsense: {found}")),
@@ -306,27 +303,31 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
 
-    fn command(&self, response: v1::SessionResponse) -> Result<Option<Command>, String> {
-        match response.command {
-            Some(session_response::Command::Topology(topology)) => {
-                Topology::from_wire(topology).map(|topology| Some(Command::Topology(topology)))
-            }
-            Some(session_response::Command::StepPlan(plan)) => {
-                let plan = step::plan_from_wire(self.instance, plan).map_err(|e| e.to_string())?;
-                if plan.key.epoch == self.epoch {
-                    return Ok(Some(Command::StepPlan(plan)));
-                }
-                tracing::warn!(
-                    epoch = plan.key.epoch.0,
-                    "a plan of another epoch is ignored"
-                );
-                Ok(None)
-            }
-            Some(session_response::Command::Drain(_)) => Ok(Some(Command::Drain)),
-            Some(session_response::Command::Welcome(_)) => Err("a second Welcome".to_owned()),
-            None => Err("an empty response".to_owned()),
+/// What a response means to the incarnation that it came to: nothing if it is for another one.
+pub(crate) fn command(
+    identity: LinkIdentity,
+    response: v1::SessionResponse,
+) -> Result<Option<Command>, String> {
+    match response.command {
+        Some(session_response::Command::Topology(topology)) => {
+            Topology::from_wire(topology).map(|topology| Some(Command::Topology(topology)))
         }
+        Some(session_response::Command::StepPlan(plan)) => {
+            let plan = step::plan_from_wire(identity.instance, plan).map_err(|e| e.to_string())?;
+            if plan.key.epoch == identity.epoch {
+                return Ok(Some(Command::StepPlan(plan)));
+            }
+            tracing::warn!(
+                epoch = plan.key.epoch.0,
+                "a plan of another epoch is ignored"
+            );
+            Ok(None)
+        }
+        Some(session_response::Command::Drain(_)) => Ok(Some(Command::Drain)),
+        Some(session_response::Command::Welcome(_)) => Err("a second Welcome".to_owned()),
+        None => Err("an empty response".to_owned()),
     }
 }
 

@@ -28,6 +28,9 @@ pub mod v1 {
     tonic::include_proto!("step3rt.v1");
 }
 
+/// Encodes and decodes any message of [`v1`].
+pub use prost::Message;
+
 /// The encoded `FileDescriptorSet` of `proto/` and its imports, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/step3rt.bin"));
 

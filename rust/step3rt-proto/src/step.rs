@@ -38,6 +38,16 @@ pub enum WireError {
         /// As sent.
         num_tokens: usize,
     },
+    /// A sampled token that the model does not have.
+    #[error("sequence {sequence} sampled token {token}, and the vocabulary has {vocab_size}")]
+    TokenOutOfVocabulary {
+        /// The sequence.
+        sequence: u64,
+        /// As sent.
+        token: u32,
+        /// Ids are below it.
+        vocab_size: u32,
+    },
     /// A sampling number that is not finite, or that no arithmetic can bear.
     #[error("sequence {sequence} joins with a sampling parameter that is not usable: {field}")]
     UnusableSampling {
@@ -157,11 +167,22 @@ impl From<StepOutput> for v1::StepOutput {
     }
 }
 
-/// The output that `instance` sent.
+/// The output that `instance` sent. Sampled tokens are ids of a vocabulary of `vocab_size`: they go to
+/// clients, and to other instances when a sequence moves.
 pub fn output_from_wire(
     instance: InstanceId,
     output: v1::StepOutput,
+    vocab_size: u32,
 ) -> Result<StepOutput, WireError> {
+    for output in &output.outputs {
+        if let Some(token) = output.token_id.filter(|token| *token >= vocab_size) {
+            return Err(WireError::TokenOutOfVocabulary {
+                sequence: output.sequence_id,
+                token,
+                vocab_size,
+            });
+        }
+    }
     Ok(StepOutput {
         key: key_from_wire(instance, output.epoch, output.lane, output.step)?,
         outputs: output
@@ -304,8 +325,29 @@ mod tests {
                 is_corrupt: false,
             }],
         };
-        let back = output_from_wire(InstanceId(4), output.clone().into()).expect("valid");
+        let back = output_from_wire(InstanceId(4), output.clone().into(), 4).expect("valid");
         assert_eq!(back, output);
+    }
+
+    #[test]
+    fn a_token_beyond_the_vocabulary_is_refused() {
+        let output = |token_id| v1::StepOutput {
+            outputs: vec![v1::SequenceOutput {
+                sequence_id: 2,
+                token_id: Some(token_id),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        assert!(output_from_wire(InstanceId(4), output(3), 4).is_ok());
+        assert_eq!(
+            output_from_wire(InstanceId(4), output(4), 4),
+            Err(WireError::TokenOutOfVocabulary {
+                sequence: 2,
+                token: 4,
+                vocab_size: 4
+            })
+        );
     }
 
     #[test]

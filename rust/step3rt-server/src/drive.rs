@@ -37,7 +37,7 @@ const MAX_SLEEP: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Drive {
     clock: Clock,
-    scheduler: Scheduler,
+    pub(crate) scheduler: Scheduler,
     registry: Registry,
     sessions: Sessions,
     requests: LiveRequests,
@@ -125,7 +125,8 @@ impl Drive {
             .fold(latest, std::cmp::Ord::min)
     }
 
-    fn take(&mut self, message: Message) {
+    /// Takes one message into account.
+    pub(crate) fn take(&mut self, message: Message) {
         let now = self.clock.now();
         match message {
             Message::Submit(submission) => self.submit(now, submission),
@@ -217,7 +218,7 @@ impl Drive {
     }
 
     /// Timers, then plans and events until there are none.
-    fn advance(&mut self) {
+    pub(crate) fn advance(&mut self) {
         let now = self.clock.now();
         let mut actions = self.registry.expire(now);
         for instance in self.sessions.overdue(now) {

@@ -13,6 +13,8 @@ pub mod coordinator;
 pub mod deadline;
 pub mod drive;
 pub mod drive_handle;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod health;
 mod incoming;
 pub mod inference_service;

@@ -137,6 +137,11 @@ impl Registry {
         }
     }
 
+    /// Token ids of the model that is served are below it.
+    pub fn vocab_size(&self) -> u32 {
+        self.config.vocab_size
+    }
+
     /// Any message of the instance renews its lease.
     pub fn renew(&mut self, now: TimeNs, instance: InstanceId) {
         if let Some(entry) = self.instances.get_mut(&instance) {

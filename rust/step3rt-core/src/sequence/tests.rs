@@ -152,6 +152,24 @@ fn prompt_logprobs_that_come_again_are_sent_once() {
 }
 
 #[test]
+fn more_logprobs_than_the_prompt_has_are_no_answer() {
+    let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
+    let mut events = Vec::new();
+    let taken = (asked(2, false), Some(output(None, &[2, 3])));
+    assert_eq!(sequence.accept(TimeNs(1), taken, &mut events), Ok(None));
+    let mut last = asked(1, true);
+    last.num_computed_tokens = 2;
+    let error = Err(Failure::MismatchedOutput {
+        index: 0,
+        position: 0,
+    });
+    let taken = (last, Some(output(Some(9), &[4])));
+    assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), error);
+    let taken = (last, Some(output(Some(9), &[])));
+    assert_eq!(sequence.accept(TimeNs(2), taken, &mut events), Ok(None));
+}
+
+#[test]
 fn prompt_logprobs_that_nobody_asked_for_are_not_sent() {
     let mut sequence = Sequence::for_tests(&[1, 2, 3], &[]).moved_in();
     sequence.details.sampling.prompt_logprobs = None;

@@ -16,16 +16,16 @@
 //!
 //! Like TCP, frames are neither encrypted nor authenticated: the network is trusted.
 
-mod gid;
-mod layout;
+pub(crate) mod gid;
+pub(crate) mod layout;
 mod library;
 mod link;
-mod offer;
+pub(crate) mod offer;
 mod progress;
 mod registered;
 mod report;
-mod request;
-mod route;
+pub(crate) mod request;
+pub(crate) mod route;
 mod setup;
 #[cfg(test)]
 mod tests;

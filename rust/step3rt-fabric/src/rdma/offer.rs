@@ -90,7 +90,12 @@ impl Offer {
         }
         let queue_pairs = std::array::from_fn(|lane| u32_at(QUEUE_PAIRS_AT + 4 * lane));
         for (lane, number) in (0..MAX_LANES).zip(queue_pairs) {
-            if (lane < num_lanes) != (1..=NUMBER_MASK).contains(&number) {
+            let allowed = if lane < num_lanes {
+                1..=NUMBER_MASK
+            } else {
+                0..=0
+            };
+            if !allowed.contains(&number) {
                 return Err(field("queue_pair", number));
             }
         }
@@ -161,6 +166,19 @@ mod tests {
                 ),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_lane_that_does_not_exist_has_no_queue_pair_of_whatever_number() {
+        for number in [1, NUMBER_MASK, NUMBER_MASK + 1, u32::MAX] {
+            let mut offer = offer();
+            offer.queue_pairs[3] = number;
+            let error = HandshakeError::Field {
+                field: "queue_pair",
+                value: number.into(),
+            };
+            assert_eq!(Offer::decode(&offer.encode(), 3), Err(error));
         }
     }
 

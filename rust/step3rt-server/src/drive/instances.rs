@@ -97,7 +97,7 @@ impl Drive {
                 "step done"
             );
         }
-        match output_from_wire(instance, output) {
+        match output_from_wire(instance, output, self.registry.vocab_size()) {
             Ok(output) => {
                 self.sessions.step_answered(now, output.key);
                 self.scheduler.handle(now, Event::StepDone(output));
@@ -173,7 +173,7 @@ impl Drive {
         self.carry_out(now, actions);
     }
 
-    pub(super) fn list_instances(&self) -> v1::ListInstancesResponse {
+    pub(crate) fn list_instances(&self) -> v1::ListInstancesResponse {
         let stats = self.scheduler.stats();
         let mut instances = self.registry.instances();
         for info in &mut instances {

@@ -21,6 +21,9 @@ const MAX_JSON_BYTES: usize = 4 * 1024 * 1024;
 /// Most bytes of a rendered chat: messages and tools once each, and as much again of the template's
 /// own. A template that repeats a long message would fill the memory long before its fuel is out.
 const MAX_RENDERED_BYTES: usize = 4 * MAX_JSON_BYTES;
+/// Most bytes of a template's own words in an error. They may quote a message, and gRPC's libraries
+/// drop the whole error where it has more than 8 KiB.
+const MAX_REASON_BYTES: usize = 512;
 const TEMPLATE_NAME: &str = "chat_template";
 
 /// A checkpoint's chat template.
@@ -117,6 +120,7 @@ impl ChatTemplate {
             ));
         }
         outcome.map_err(|error| {
+            let error = shortened(error.to_string());
             format!(
                 "the model's chat template refuses these messages: {error}. Give every message \
                  the fields that the template reads, such as role and content"
@@ -146,6 +150,14 @@ impl io::Write for Rendered {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn shortened(mut text: String) -> String {
+    if text.len() > MAX_REASON_BYTES {
+        text.truncate(text.floor_char_boundary(MAX_REASON_BYTES));
+        text.push_str(" ...");
+    }
+    text
 }
 
 /// `serde_json` stops at a depth of 128 by itself.
@@ -235,6 +247,31 @@ mod tests {
         );
         let deep = "[".repeat(100_000);
         assert!(render("x", &deep).is_err());
+    }
+
+    #[test]
+    fn a_template_that_quotes_a_long_message_gives_a_short_error() {
+        let messages = format!(r#"[{{"content": "a{}"}}]"#, "ä".repeat(100_000));
+        let source = "{{ raise_exception(messages[0].content) }}";
+        let error = render(source, &messages).expect_err("refused");
+        assert!(error.len() < 2 * MAX_REASON_BYTES, "{} bytes", error.len());
+        assert!(
+            error.contains("aää") && error.ends_with("role and content"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn indentation_of_nested_lists_is_cut_before_it_fills_the_memory() {
+        let depth = 100;
+        let (open, close) = ("[".repeat(depth), "]".repeat(depth));
+        let messages = format!("[{open}{}1{close}]", "1,".repeat(50_000));
+        let error = render("{{ messages[0] | tojson(indent=4) }}", &messages);
+        let error = error.expect_err("too long");
+        assert!(
+            error.contains("more bytes than a prompt may have"),
+            "{error}"
+        );
     }
 
     #[test]

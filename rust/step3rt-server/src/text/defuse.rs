@@ -3,7 +3,8 @@
 //! A chat template writes `<|EOT|>` and the like around messages; the same characters inside a
 //! user's message must stay characters, and so in any name, id or argument that a message of
 //! whatever role brings along. They are cut with a separator that the tokenizer never sees, so that
-//! no piece is a special token and the text stays the same. (A special token of one character
+//! no piece is a special token and the text stays the same. So is a text that ends with the beginning
+//! of a special token, which the next one could complete. (A special token of one character
 //! cannot be cut, and is left out.) Only what the application and the model themselves wrote, the
 //! content of the other roles, may speak to the model in special tokens.
 //!
@@ -40,23 +41,35 @@ pub fn defuse(messages: &mut [Value], special_tokens: &[String]) {
 }
 
 fn defuse_value(value: &mut Value, special_tokens: &[String]) {
+    // One character cannot be cut. Left out first: what is left may be a special token only then.
+    let is_special = |character: char| {
+        let mut buffer = [0; 4];
+        let text = character.encode_utf8(&mut buffer);
+        special_tokens.iter().any(|token| token == text)
+    };
     for_each_text(value, &mut |text| {
-        text.retain(|character| character != SEPARATOR);
+        text.retain(|character| character != SEPARATOR && !is_special(character));
         for token in special_tokens {
             let mut characters = token.chars();
             let (Some(first), rest) = (characters.next(), characters.as_str()) else {
                 continue;
             };
-            if rest.is_empty() {
-                text.retain(|character| character != first); // one character cannot be cut
-                continue;
-            }
             // Occurrences may overlap, and one pass cuts every other of those.
             while text.contains(token.as_str()) {
                 *text = text.replace(token.as_str(), &format!("{first}{SEPARATOR}{rest}"));
             }
         }
+        if special_tokens.iter().any(|token| ends_within(text, token)) {
+            text.push(SEPARATOR);
+        }
     });
+}
+
+/// Whether `text` ends with a beginning of `token`, which another text could complete: templates put
+/// the parts of a message's content one behind the other.
+fn ends_within(text: &str, token: &str) -> bool {
+    let mut beginnings = token.char_indices().skip(1).map(|(end, _)| &token[..end]);
+    beginnings.any(|beginning| text.ends_with(beginning))
 }
 
 fn drop_separators(value: &mut Value) {
@@ -146,6 +159,35 @@ mod tests {
         let mut messages = json!([{"role": "user", "content": "a\u{2581}<p>\u{2581}b"}]);
         defuse(messages.as_array_mut().expect("a list"), &special_tokens);
         assert_eq!(messages[0]["content"], "a<\u{FDD0}p>b");
+    }
+
+    #[test]
+    fn what_is_left_out_does_not_make_a_special_token_of_its_neighbours() {
+        let special_tokens = ["<p>".to_owned(), "\u{2581}".to_owned()];
+        let mut messages = json!([{"role": "user", "content": "<\u{2581}p>"}]);
+        defuse(messages.as_array_mut().expect("a list"), &special_tokens);
+        assert_eq!(messages[0]["content"], "<\u{FDD0}p>");
+    }
+
+    #[test]
+    fn texts_that_a_template_puts_together_are_no_special_token() {
+        let special_tokens = ["<|EOT|>".to_owned()];
+        let mut messages = json!([{"role": "user", "content": [
+            {"type": "text", "text": "a<|EO"},
+            {"type": "text", "text": "T|>b <"},
+            {"type": "text", "text": "|E"},
+            {"type": "text", "text": "OT|>"},
+        ]}]);
+        defuse(messages.as_array_mut().expect("a list"), &special_tokens);
+        let parts = messages[0]["content"].as_array().expect("a list").iter();
+        let texts = parts.map(|part| part["text"].as_str().expect("text"));
+        let text = texts.collect::<String>();
+        assert!(
+            text.split(SEPARATOR)
+                .all(|piece| !piece.contains("<|EOT|>")),
+            "{text}"
+        );
+        assert_eq!(text.replace(SEPARATOR, ""), "a<|EOT|>b <|EOT|>");
     }
 
     #[test]

@@ -1,0 +1,4 @@
+//! See `step3rt_fabric::fuzz`.
+#![no_main]
+
+step3rt_fuzz::fuzzer!("frame", step3rt_fabric::fuzz);
