@@ -28,11 +28,11 @@ if ! has_miri; then
     if rustc +nightly --version >/dev/null 2>&1; then
         rustup component add --toolchain nightly miri rust-src ||
             fail "rustup cannot add miri and rust-src to the nightly toolchain. See that this host reaches" \
-                "static.rust-lang.org, or install them another way."
+                "the release server of Rust, or install them another way."
     else
         rustup toolchain install nightly --profile minimal --component miri --component rust-src ||
             fail "rustup cannot install a nightly toolchain with miri and rust-src. See that this host reaches" \
-                "static.rust-lang.org, or install them another way."
+                "the release server of Rust, or install them another way."
     fi
     has_miri || fail "the nightly toolchain still has no Miri."
 fi
