@@ -205,8 +205,10 @@ impl GenerateParams {
         let num_prompt = u32::try_from(num_prompt).unwrap_or(u32::MAX);
         let most = limits.max_model_len.saturating_sub(num_prompt);
         let in_pool = longest.map_or(most, |longest| longest.saturating_sub(num_prompt));
-        // A pool without room for what must be generated refuses the request itself.
-        let wanted = in_pool.max(self.sampling.min_tokens).clamp(1, most.max(1));
+        // A pool without room for what must be generated, or was already, refuses the request itself.
+        let num_resumed = u32::try_from(self.resumed.len()).unwrap_or(u32::MAX);
+        let wanted = in_pool.max(self.sampling.min_tokens).max(num_resumed);
+        let wanted = wanted.clamp(1, most.max(1));
         self.max_tokens.get_or_insert(wanted);
     }
 

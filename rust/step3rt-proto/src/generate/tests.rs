@@ -292,6 +292,11 @@ fn without_max_tokens_what_the_kv_pool_holds_is_generated() {
     asked.max_tokens = Some(12);
     asked.fill_max_tokens(3, Some(9), &limits());
     assert_eq!(asked.max_tokens, Some(12), "what is asked stays");
+
+    let mut resumed = check(request(&[1]), &limits(), 7).expect("valid");
+    resumed.resumed = vec![TokenId(4); 8];
+    resumed.fill_max_tokens(3, Some(9), &limits());
+    assert_eq!(resumed.max_tokens, Some(8), "which the scheduler refuses");
 }
 
 #[test]
