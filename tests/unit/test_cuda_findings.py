@@ -38,7 +38,7 @@ class Host:
     def add_device(self) -> None:
         (self.dev / "nvidia0").touch()
 
-    def library(self, num_devices: int = 1, island: int = 8, init_status: int = 0) -> str:
+    def driver(self, num_devices: int = 1, island: int = 8, init_status: int = 0) -> str:
         source, library = self._directory / "cuda.c", self._directory / "libcuda.so"
         source.write_text(_LIBRARY, encoding="utf-8")
         macros = [f"-DNUM_DEVICES={num_devices}", f"-DISLAND={island}"]
@@ -82,20 +82,20 @@ def test_a_driver_that_does_not_start_is_quoted(
 ) -> None:
     host.add_device()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    [finding] = host.findings(host.library(init_status=803)).values()
+    [finding] = host.findings(host.driver(init_status=803)).values()
     assert "cuInit: made by a test (803), CUDA_VISIBLE_DEVICES is '7'" in finding.found
     assert "nvidia-smi" in finding.fix
 
 
 def test_no_visible_device_is_no_device(host: Host) -> None:
     host.add_device()
-    [finding] = host.findings(host.library(num_devices=0)).values()
+    [finding] = host.findings(host.driver(num_devices=0)).values()
     assert "no device is visible" in finding.found
 
 
 def test_devices_that_reach_each_other_can_be_linked_by_cuda_ipc(host: Host) -> None:
     host.add_device()
-    findings = host.findings(host.library(num_devices=4))
+    findings = host.findings(host.driver(num_devices=4))
     gpu, peers = findings["gpu"], findings["cuda_ipc"]
     assert (gpu.level, peers.level) == ("ok", "ok")
     assert gpu.found.startswith("0 Test GPU 0, 1 Test GPU 1, ")
@@ -105,7 +105,7 @@ def test_devices_that_reach_each_other_can_be_linked_by_cuda_ipc(host: Host) -> 
 
 def test_devices_that_do_not_are_named_with_where_to_look(host: Host) -> None:
     host.add_device()
-    peers = host.findings(host.library(num_devices=4, island=3))["cuda_ipc"]
+    peers = host.findings(host.driver(num_devices=4, island=3))["cuda_ipc"]
     assert peers.level == "note"
     assert "0 and 3, 1 and 3, 2 and 3;" in peers.found
     assert "nvidia-smi topo -p2p" in peers.fix
@@ -113,4 +113,4 @@ def test_devices_that_do_not_are_named_with_where_to_look(host: Host) -> None:
 
 def test_one_device_is_shared(host: Host) -> None:
     host.add_device()
-    assert host.findings(host.library())["cuda_ipc"].level == "ok"
+    assert host.findings(host.driver())["cuda_ipc"].level == "ok"
