@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,8 @@ def test_only_steps_with_every_sequence_count() -> None:
     assert report["tokens_per_s"] == 600.0
     assert report["stages"]["attention"] == {"us": 300.0}
     assert report["steps"] == 3
+    assert report["step_ms"] == report["tpot_ms"]
+    assert report["jitter_ms"] == 0.0
 
 
 def test_a_token_counts_as_often_as_it_was_waited_for() -> None:
@@ -93,6 +96,38 @@ def test_a_real_cluster_is_measured() -> None:
     assert 0 < tpot["p50"] <= tpot["p99"] <= tpot["max"]
     # 4 streams, whose mean TPOT is not known here, but is no longer than the longest.
     assert report["tokens_per_s"] > 0.99 * 4e3 / tpot["max"]
+
+
+def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
+    result = run_bench(
+        "--batch=4", "--context=256", "--steps=4", "--warmup-steps=1", "--devices=cpu",
+        "--attention=1", "--ffn=2", "--lanes=2", "--dtype=bfloat16", "--precision=production",
+        f"--log-dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "bench decode: " in result.stderr
+    report = json.loads(result.stdout)
+    assert "stages_missing" not in report
+    stages = report["stages"]
+    for name in ("attention", "head", "a2f", "ffn", "f2a"):
+        assert 0 <= stages[name]["us"] <= stages[name]["elapsed_us"] + 0.01, name
+    shares = [stages[name]["share"] for name in ("attention", "head", "a2f", "ffn", "f2a", "wait")]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert stages["transfer"]["us"] > 0
+    assert stages["wait"]["us"] > 0
+    assert list(report["bubble_share"]["by_gpu"]) == ["attention 0", "ffn 0", "ffn 1"]
+    assert report["bubble_share"]["mean"] == stages["wait"]["share"]
+    assert 1 <= report["stages_over"]["steps"] <= 4.5
+    load, config = report["expert_load"], report["model"]
+    rows = 2 * config["moe_top_k"]  # of a micro-batch
+    assert load["rows_per_expert"]["mean"] * report["experts"] == pytest.approx(rows, rel=0.01)
+    assert load["max_over_mean"] >= 1
+    assert report["bytes_per_step"]["f2a"] > 0
+    assert "roofline" not in report  # no card is known
+    assert report["jitter_ms"] == pytest.approx(
+        report["step_ms"]["p99"] - report["step_ms"]["p50"], abs=1e-3
+    )
+    assert (tmp_path / "trace" / "ffn-1.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Pipeline:
     way: float = 5.0
     num_lanes: int = 2
     num_steps: int = 6
+    num_rows: int = 8
     seed: int = 3
     clocks_ns: dict[str, int] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ class Pipeline:
             ring = np.zeros(len(lane), dtype=ROW)
             for place, (frame, *times, participants) in enumerate(lane):
                 numbers = [round(time * US) + clock for time in times]
-                ring[place] = (frame, *numbers, participants, (0, 0))
+                ring[place] = (frame, *numbers, participants, self.num_rows, 0)
             found.append(ring)
         return Recording.of_rings(shape, found)
 

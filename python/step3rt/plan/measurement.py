@@ -14,7 +14,7 @@ from typing import Any
 from step3rt.errors import ConfigError
 from step3rt.plan.cost import DTYPE_BYTES, Precision
 from step3rt.plan.deployment import Deployment
-from step3rt.plan.hardware import Hardware
+from step3rt.plan.hardware import Hardware, card_of_machine
 
 STAGES = ("attention", "a2f", "ffn", "f2a", "transfer")
 _MAX_FILE_BYTES = 64 << 20
@@ -68,8 +68,7 @@ def load_measurement(
     values = _Values(path)
     run = values.text("run").lower()
     if card is None:
-        machine = re.findall(r"[a-z]*\d+[a-z]*", values.text("machine").lower())
-        card = next((cards[word] for word in machine if word in cards), None)
+        card = card_of_machine(values.text("machine"), cards)
         if card is None:
             raise values.error("machine", "names no card that the planner knows. Give --hardware")
     gpus = int(values.number("gpus"))

@@ -127,4 +127,4 @@ def _moved(recording: Recording, offset_ns: int) -> Recording:
         for name, times in _times(rows).items():
             moved[name] = times - offset_ns
         lanes.append(moved)
-    return Recording(recording.shape, lanes)
+    return Recording(recording.shape, lanes, recording.group_rows)
