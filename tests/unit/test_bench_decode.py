@@ -4,11 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from step3rt.bench.decode import DecodeLoad, LaneStep, read_steps, summarise
+from step3rt.bench.decode_stages import stage_report
+from step3rt.bench.decode_work import Shape
+from step3rt.config import resolve_model
 from step3rt.errors import Unavailable
+from step3rt.model.config import Step3Config
+from step3rt.plan.compare import compare
+from step3rt.plan.decode_table import load_points
+from step3rt.plan.hardware import load_hardware
+from step3rt.plan.hf_config import load_model
+from step3rt.plan.measurement import load_measurement
+from step3rt.plan.profile import load_profile
+from step3rt.trace.recording import load_all
 
 
 def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
@@ -128,6 +140,36 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
         report["step_ms"]["p99"] - report["step_ms"]["p50"], abs=1e-3
     )
     assert (tmp_path / "trace" / "ffn-1.npz").exists()
+    the_planner_takes(report, tmp_path / "decode-nano.json")
+
+
+def the_planner_takes(report: dict[str, Any], path: Path) -> None:
+    """What is written here is what is read there; only GPUs are missing."""
+    on_gpus = {
+        "gpus": 3, "machine": "3 x NVIDIA H200", "tokens_per_s_per_gpu": report["tokens_per_s"] / 3
+    }  # fmt: skip
+    path.write_text(json.dumps(report | on_gpus))
+    measurement = load_measurement(path, load_hardware())
+    assert measurement.deployment.label == "1A+2F h200 ep x2"
+    profile = load_profile("peers-h200")
+    rows = compare(load_model("step3"), [measurement], profile)
+    quantities = {row.quantity for row in rows}
+    assert quantities >= {"tpot_ms", "attention", "a2f", "ffn", "f2a", "transfer"}
+    (point,) = load_points([path])
+    assert point.jitter_ms == report["jitter_ms"]
+    assert point.idle == report["bubble_share"]["mean"]
+    assert point.stages[0][0] == report["stages"]["attention"]["us"]
+    card = load_hardware()["h200"]
+    recordings = load_all(path.parent / "trace")
+    sizes = Shape(
+        config=Step3Config.from_directory(resolve_model(Path("nano"))),
+        num_attention=1, num_ffn=2, num_lanes=2, batch=4, context_tokens=256, kv_dtype="fp8",
+    )  # fmt: skip
+    again = stage_report(recordings, sizes, card, 4)
+    assert again["roofline"]["card"] == "h200"
+    assert again["stages"]["ffn"]["us"] == report["stages"]["ffn"]["us"]
+    assert again["stages"]["ffn"]["roofline_us"] > 0
+    assert again["stages"]["a2f"]["roofline_us"] > 0
 
 
 @pytest.mark.parametrize(
