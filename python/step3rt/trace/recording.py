@@ -31,7 +31,10 @@ ROW = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Who recorded, in what deployment, and on what device: instances of one GPU share it."""
+    """Who recorded, in what deployment, and on what device.
+
+    `device`: the same for instances that share a GPU, or the CPU, and its clock; "" if unknown.
+    """
 
     role: str
     rank: int
