@@ -208,11 +208,9 @@ def _within(rows: Rows, begin: float, end: float) -> npt.NDArray[np.bool_]:
 
 
 def _less(step: StageTime, layer: StageTime) -> StageTime:
-    """A head without the attention of the first layer."""
-    return StageTime(
-        max(0.0, round(step.own_us - layer.own_us, 2)),
-        max(0.0, round(step.elapsed_us - layer.elapsed_us, 2)),
-    )
+    """A head without the attention of the first layer, taken to be as long as others are."""
+    own_us = max(0.0, round(step.own_us - layer.own_us, 2))
+    return StageTime(own_us, max(own_us, round(step.elapsed_us - layer.elapsed_us, 2)))
 
 
 def _mean_us(parts: Sequence[Times]) -> float:
