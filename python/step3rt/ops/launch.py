@@ -57,7 +57,14 @@ class Kernel:
 
     def load(self, device: torch.device) -> None:
         """Loads it now; a first launch might wait for the device, and so for what spins on it."""
-        _load_function(self, torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        function = _load_function(self, index)
+        # The driver puts off the code itself until it is needed; drivers before CUDA 12.4 cannot be
+        # asked for it. A failure is reported by the first launch.
+        finish = getattr(driver(), "cuFuncLoad", None)
+        if finish is not None:
+            with torch.cuda.device(index):
+                finish(ctypes.c_void_p(function.kernel.ptr))
 
     def launch(self, device: torch.device, num_ctas: int, arguments: Sequence[Any]) -> None:
         """Launches on torch's current stream of `device`; capturable after the first launch.
