@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 QUEUED_STEPS = 2
 """Replays of a lane that are queued: the next step's first layer finds its graph on the device."""
 
-LOOK_S = 0.004
-"""Between looks at the ends of steps; less than the shortest step, two of which are queued."""
+LOOK_S = 0.001
+"""Between looks at the ends of steps; less than two steps of a model of eight layers."""
 
 
 @dataclass(slots=True)
