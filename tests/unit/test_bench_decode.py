@@ -119,7 +119,7 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "bench decode: " in result.stderr
     report = json.loads(result.stdout)
-    assert "stages_missing" not in report
+    assert "stages_missing" not in report, report["stages_missing"]
     stages = report["stages"]
     for name in ("attention", "head", "a2f", "ffn", "f2a"):
         assert 0 <= stages[name]["us"] <= stages[name]["elapsed_us"] + 0.01, name
