@@ -13,8 +13,9 @@ import torch
 
 from step3rt.errors import Unavailable
 from step3rt.model.checkpoint import Checkpoint
-from step3rt.model.gpu_decoder import GpuDecoder, GpuDecoderOptions, StepTokens
+from step3rt.model.gpu_decoder import GpuDecoder, GpuDecoderOptions
 from step3rt.model.gpu_weights import load_gpu_weights
+from step3rt.model.step_tokens import StepTokens
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS
 
 NUM_STEPS = 64
