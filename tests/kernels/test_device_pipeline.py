@@ -5,7 +5,7 @@ same programs run by the references behind their launchers, whose sums do not de
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -58,12 +58,16 @@ class Scripted:
     first_block: int
     computed: int = 0
     known: int = 0
+    cached_blocks: list[int] = field(default_factory=list)
     has_left: bool = False
     generated: list[int] = field(default_factory=list)
 
     def next_chunk(self, is_joining: bool) -> Any:
+        cached = []
         if is_joining:
             self.known = len(self.prompt)
+            cached = self.cached_blocks
+            self.computed = 64 * len(cached)
         end = min(self.known, self.computed + self.chunk_tokens)
         blocks = range(-(-self.computed // 64), -(-end // 64))
         made = chunk(
@@ -71,7 +75,7 @@ class Scripted:
             self.computed,
             end,
             known=self.known,
-            blocks=[self.first_block + block for block in blocks],
+            blocks=[*cached, *(self.first_block + block for block in blocks)],
         )
         self.computed = end
         self.known += made.samples
@@ -124,11 +128,12 @@ class Conductor:
 def scripts(lane: int, num_tokens: int) -> list[Scripted]:
     """Sequences that join at different steps, whole prompts and chunks of them, one over a block.
 
-    Each has KV blocks of its own, whatever the `lane` of its instance.
+    Each has KV blocks of its own, whatever the `lane` of its instance; the last one begins behind
+    a block of another one's, which is computed by then.
     """
     texts = windows()
     shapes = [(0, 9, 16), (0, 1, 16), (2, 70, 13), (3, 17, 16)]
-    return [
+    sequences = [
         Scripted(
             number=index,
             prompt=texts[(lane + index) % len(texts)][:length],
@@ -139,6 +144,18 @@ def scripts(lane: int, num_tokens: int) -> list[Scripted]:
         )
         for index, (start, length, chunk_tokens) in enumerate(shapes)
     ]
+    owner = sequences[2]
+    late = replace(
+        owner,
+        number=len(shapes),
+        start_step=9,
+        chunk_tokens=16,
+        max_tokens=num_tokens,
+        first_block=owner.first_block + BLOCKS_PER_SEQUENCE - 2,
+        cached_blocks=[owner.first_block],
+        generated=[],
+    )
+    return [*sequences, late]
 
 
 def run(party: Party, lanes: list[tuple[PartyLane, list[Scripted]]]) -> None:
@@ -178,11 +195,12 @@ def make_party() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("is_fp8_kv", [True, False])
+@pytest.mark.parametrize(("is_fp8_kv", "prefill_ctas"), [(True, 1), (False, 1), (True, 132)])
 def test_one_rank_gives_the_decoders_own_tokens(
-    make_party: Any, device: str, is_fp8_kv: bool
+    make_party: Any, device: str, is_fp8_kv: bool, prefill_ctas: int
 ) -> None:
-    party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv)
+    """Whether chunks go through the prefill kernel or, too small for 132 CTAs, through decode's."""
+    party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv, prefill_ctas=prefill_ctas)
     sequences = scripts(0, 5)
     run(party, [(party.sources[0].lanes[0], sequences)])
     model = reference_decoder(device, is_fp8_kv=is_fp8_kv)
