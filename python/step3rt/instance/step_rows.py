@@ -114,8 +114,10 @@ def _fill_prefill(
 ) -> bool:
     """Writes the work of the prefill kernel; for the decode kernel its rows are empty sequences."""
     starts, lengths = places
-    is_chosen = is_for_prefill(planned.first, lengths, host.prefill_ctas)
-    chosen = np.flatnonzero(is_chosen)
+    host.num_prefill_items[0] = 0
+    if (lengths == 1).all():
+        return False
+    chosen = np.flatnonzero(is_for_prefill(planned.first, lengths, host.prefill_ctas))
     chunks = []
     for index in chosen:
         row, length = int(starts[index]), int(lengths[index])
