@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from step3rt.model import gpu_layer
 from step3rt.model.gpu_decoder import GpuDecoder, StepTokens, steps_of_prompt
 from step3rt.ops.sampling import SamplingRow, sample
 from tests.fixtures.device_party import Party, PartyLane, chunk, join, plan
@@ -210,6 +211,36 @@ def test_one_rank_gives_the_decoders_own_tokens(
             [expected] = greedy(model, [one.prompt], one.max_tokens)
             assert one.generated == expected
     check(model, sequences)
+
+
+def test_only_steps_with_chunks_launch_the_prefill_kernel_or_copy_its_work(
+    make_party: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = list[str]()
+    for name in ("mfa_decode_fp8", "mfa_prefill_fp8"):
+        launcher = getattr(gpu_layer, name)
+
+        def launch(*args: Any, name: str = name, launcher: Any = launcher) -> None:
+            launched.append(name)
+            launcher(*args)
+
+        monkeypatch.setattr(gpu_layer, name, launch)
+    party = make_party(1, 1, 1, device="cpu")
+    lane = party.sources[0].lanes[0]
+    prompts = [windows()[0][:9], windows()[1][:1]]
+    joined = [join(number, prompt) for number, prompt in enumerate(prompts)]
+    chunks = [chunk(0, 0, 9, known=9, blocks=[3]), chunk(1, 0, 1, known=1, blocks=[5])]
+    launched.clear()  # of what warms a lane up
+    lane.launch(plan(1, chunks, joined))
+    lane.collect()
+    num_layers = party.sources[0].pool.config.num_layers
+    assert launched == ["mfa_decode_fp8", "mfa_prefill_fp8"] * num_layers
+    assert int(lane.device._inputs.num_prefill_items) == 5
+    launched.clear()
+    lane.launch(plan(2, [chunk(0, 9, 10, known=10), chunk(1, 1, 2, known=2)]))
+    lane.collect()
+    assert launched == ["mfa_decode_fp8"] * num_layers
+    assert int(lane.device._inputs.num_prefill_items) == 5  # as the step before left it
 
 
 def test_requests_get_the_samples_and_scores_that_they_ask_for(make_party: Any) -> None:
