@@ -19,7 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from step3rt.config import REFERENCE_DEVICE, NodeConfig, ServeConfig, resolve_model
+from step3rt.config import (
+    DEFAULT_TRACE_STEPS,
+    REFERENCE_DEVICE,
+    NodeConfig,
+    ServeConfig,
+    resolve_model,
+)
 from step3rt.errors import ConfigError, Step3Error, Unavailable
 
 _EX_CONFIG = 78
@@ -46,7 +52,7 @@ class LocalCluster:
         devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
             the list begins anew where it ends.
         random_weights: see `NodeConfig.random_weights`.
-        trace_dir: see `NodeConfig.trace_dir`.
+        trace_dir, trace_steps: see `NodeConfig`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
         on_status: called with one line of progress for people.
         start_timeout_s: time until the cluster must serve.
@@ -65,6 +71,7 @@ class LocalCluster:
         devices: Sequence[str] = (REFERENCE_DEVICE,),
         random_weights: bool = False,
         trace_dir: Path | None = None,
+        trace_steps: int = DEFAULT_TRACE_STEPS,
         log_dir: Path | None = None,
         on_status: Callable[[str], None] | None = None,
         start_timeout_s: float = 300.0,
@@ -76,6 +83,7 @@ class LocalCluster:
         self._devices = list(devices)
         self._random_weights = random_weights
         self._trace_dir = trace_dir
+        self._trace_steps = trace_steps
         self._children: list[_Child] = []
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
         self._log_dir = log_dir or Path(self._directory.name)
@@ -203,6 +211,7 @@ class LocalCluster:
             device=self._devices[place % len(self._devices)],
             random_weights=self._random_weights,
             trace_dir=self._trace_dir,
+            trace_steps=self._trace_steps,
             tls_cert=self._serve.tls_cert,
             tls_key=self._serve.tls_key,
             tls_ca=self._serve.tls_ca,

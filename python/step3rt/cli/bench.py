@@ -152,7 +152,7 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
     )
-    parser.add_argument("--log-dir", type=Path, help="keep the processes' logs here")
+    parser.add_argument("--log-dir", type=Path, help="keep the processes' logs and recordings here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     flags.add_config_flags(parser, ServeConfig, skip=_SET_BY_LOAD)
     parser.set_defaults(run=run_decode, model=Path("nano"))

@@ -77,8 +77,9 @@ class DeviceFfnRole:
             self._model.config.num_experts,
             groups.experts.start,
         )
-        traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots)
-        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes)
+        tables = [lane.group_tables for lane in ends.lanes]
+        traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots, tables)
+        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes, traces)
         try:
             return loop.run()
         finally:
@@ -125,6 +126,7 @@ class DeviceFfnLoop:
     slots: FfnSlots
     stop_word: StopWord
     lanes: list[FfnLane]
+    traces: LaneTraces | None = None
     _peers: dict[int, _Peer] = field(default_factory=dict)
     _replays: list[deque[Event]] = field(default_factory=list)
     _is_draining: bool = False
@@ -142,6 +144,8 @@ class DeviceFfnLoop:
                     return Outcome.LOST
                 self._handle(event)
             self._look_for_errors()
+            if self.traces is not None:
+                self.traces.look()
 
     def stop(self) -> None:
         """Ends every wait and returns when the lanes are idle, without links."""
