@@ -3,9 +3,6 @@ from collections.abc import Iterator
 
 import pytest
 
-# As instances have it, before anything starts the driver: lanes that wait hold up no other stream.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 
 @pytest.fixture(autouse=True, scope="session")
 def bounded_waits() -> None:

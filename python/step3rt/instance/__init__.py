@@ -1,7 +1,5 @@
 """The two kinds of instance process: attention and FFN."""
 
-import os
-
 import torch
 
 from step3rt.config import REFERENCE_DEVICE, NodeConfig
@@ -15,9 +13,6 @@ from step3rt.instance.node import Model, Role, run_node
 from step3rt.model.checkpoint import Checkpoint
 from step3rt.model.gpu_weights import CheckpointTensors
 from step3rt.model.random_weights import RandomTensors
-
-_MAX_CONNECTIONS = 32
-"""The most that the driver takes; by default it has 8."""
 
 
 def run_instance(config: NodeConfig) -> int:
@@ -33,9 +28,6 @@ def run_instance(config: NodeConfig) -> int:
 def _make_role(config: NodeConfig, model: Model) -> Role:
     is_attention = config.role == "attention"
     if config.device != REFERENCE_DEVICE:
-        # Streams that share a queue to the device wait for each other, and a lane may wait for ever
-        # where it is parked. Read when the driver starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(_MAX_CONNECTIONS))
         device = device_of(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)

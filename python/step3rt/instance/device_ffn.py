@@ -34,11 +34,8 @@ logger = logging.getLogger(__name__)
 QUEUED_STEPS = 2
 """Replays of a lane that are queued: the next step's first layer finds its graph on the device."""
 
-RANK_SHARE_OF_LIMIT = 0.4
-"""Of an attention instance's limit: two of a rank's waits for a dead source end within it."""
-
-LOOK_S = 0.001
-"""Between looks at the ends of steps; less than two steps of a model of eight layers."""
+LOOK_S = 0.004
+"""Between looks at the ends of steps; less than the shortest step, two of which are queued."""
 
 
 @dataclass(slots=True)
@@ -98,8 +95,7 @@ class DeviceFfnRole:
         if ends is None or (ends.shape, ends.rank) != (shape, rank):
             device = self._model.device
             stop = StopWord(device)
-            limit_ns = int(wait_limit_ns(device) * RANK_SHARE_OF_LIMIT)
-            slots = FfnSlots(shape, rank, device, stop, limit_ns)
+            slots = FfnSlots(shape, rank, device, stop, wait_limit_ns(device))
             # Nothing is linked: what a capture launches sends and awaits nothing.
             stop.set()
             lanes = [FfnLane(groups, slots, lane) for lane in range(shape.num_lanes)]

@@ -348,12 +348,12 @@ class _QueuedStep:
 
     def pin(self) -> None:
         """Pins what is copied: a copy of other memory would wait for the stream."""
+        self.scored_token_ids = self.scored_token_ids.pin_memory()
         if self.table_changes is not None:
             self.table_changes = self.table_changes.pin_memory()
         if self.edits is not None:
             self.edits = self.edits.pin_memory()
         if self.scores is not None:
-            self.scored_token_ids = self.scored_token_ids.pin_memory()
             names = ("logprobs", "top_ids", "top_logprobs")
             self.scores = PromptScores(*(getattr(self.scores, name).pin_memory() for name in names))
 
