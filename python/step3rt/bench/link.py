@@ -18,11 +18,12 @@ from typing import IO, Any
 import numpy as np
 
 from step3rt import _core
+from step3rt.bench import ucx
 from step3rt.config import TlsPaths
 from step3rt.errors import InvalidArgument, Unavailable
 
 NUM_ROUNDS = 2_000
-NUM_TURNS = 4
+NUM_TURNS = 8
 """The baseline and the link take turns, so that what else the host does meets both."""
 
 # Of a fabric: what the report calls its baseline, and what the extension does.
@@ -65,7 +66,8 @@ def measure(fabric: str, load: Load, *, has_tls: bool = False) -> dict[str, Any]
 
     A one-way time is half of one there and back. Over shm both ends copy the payload into a slot
     and out of it, as the baseline does; over tcp and rdma it lies in its slot. Each process has a
-    core for itself where there are as many, for the link and the baseline alike.
+    core for itself where there are as many, for the link and the baseline alike. Their ratio is
+    taken turn by turn, `baseline_over_link`: a turn that the host disturbs is one of eight.
 
     Raises:
         InvalidArgument: the peers cannot be paired.
@@ -91,12 +93,19 @@ def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:
     ]
     if tls is not None:
         turns.append((fabric, tls, encrypted))
+    ratios = []
+    others = _Ucx(fabric, load)
     for turn in range(min(NUM_TURNS, max(load.num_rounds, 1))):
         num_in_turn = len(range(turn, load.num_rounds, NUM_TURNS))
+        p50s = []
         for what, certificate, total in turns:
-            for times in _run(what, load, num_in_turn, certificate):
+            measured = _run(what, load, num_in_turn, certificate)
+            for times in measured:
                 total.one_way_us += times.one_way_us
                 total.cpu_us_per_round += times.cpu_us_per_round * len(times.one_way_us)
+            p50s.append(np.median([us for times in measured for us in times.one_way_us]))
+        ratios.append(p50s[0] / p50s[1])
+        others.take_turn(num_in_turn)
     one_way_us, baseline_us = link.quantiles(), baseline.quantiles()
     report = {
         "fabric": fabric,
@@ -112,9 +121,14 @@ def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:
             "gb_per_s": round(load.num_bytes / baseline_us["p50"] / 1e3, 2),
         },
         "above_baseline_us": {"p50": round(one_way_us["p50"] - baseline_us["p50"], 3)},
+        "baseline_over_link": {
+            "turns": [round(ratio, 3) for ratio in ratios],
+            "p50": round(float(np.median(ratios)), 3),
+        },
         "placement": "a core each" if _cores(load.num_peers)[0] is not None else "shared cores",
         "machine": _machine(),
     }
+    report |= others.report()
     if tls is not None:
         encrypted_us = encrypted.quantiles()
         cpu_us = encrypted.cpu_us_per_round / len(encrypted.one_way_us)
@@ -125,6 +139,38 @@ def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:
             "times_plain_p50": round(encrypted_us["p50"] / one_way_us["p50"], 2),
         }
     return report
+
+
+class _Ucx:
+    """What UCX takes for the same bytes, where it is installed: turns of its own measurement."""
+
+    def __init__(self, fabric: str, load: Load) -> None:
+        self._fabric, self._load = fabric, load
+        self._perftest = ucx.find(fabric) if load.num_peers == 2 else None
+        self._p50s_us: list[float] = []
+        self._error = ""
+
+    def take_turn(self, num_rounds: int) -> None:
+        if self._perftest is None or self._error:
+            return
+        cores = _cores(self._load.num_peers)
+        num_bytes = self._load.num_bytes
+        try:
+            p50_us = self._perftest.one_way_us(self._fabric, num_bytes, num_rounds, cores)
+        except ucx.UcxError as error:
+            self._error = str(error)
+        else:
+            self._p50s_us.append(p50_us)
+
+    def report(self) -> dict[str, Any]:
+        if self._perftest is None:
+            return {}
+        name = self._perftest.name(self._fabric)
+        if self._error:
+            return {"ucx": {"name": name, "error": self._error}}
+        p50_us = float(np.median(self._p50s_us))
+        gb_per_s = round(self._load.num_bytes / p50_us / 1e3, 2)
+        return {"ucx": {"name": name, "one_way_us": {"p50": p50_us}, "gb_per_s": gb_per_s}}
 
 
 def _run(carrier: str, load: Load, num_rounds: int, tls: TlsPaths | None) -> list[_Times]:

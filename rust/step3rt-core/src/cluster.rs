@@ -11,12 +11,19 @@ use crate::instance::{Foresight, Instance, Newcomer, num_blocks};
 use crate::sequence::Sequence;
 use crate::step::StepKey;
 
+/// Incarnations remembered of instances that are not here now. A message is late by some others at
+/// most, so that what is forgotten is long gone.
+const MAX_REMEMBERED_EPOCHS: usize = 4096;
+
+/// A registration that has no meaning any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Late;
+
 #[derive(Debug, Default)]
 pub(crate) struct Cluster {
     pub(crate) instances: BTreeMap<InstanceId, Instance>,
-    /// The last incarnation of every instance that ever was ready: a message that registers an
-    /// older one, or this one again after its loss, is late.
-    pub(crate) last_epochs: BTreeMap<InstanceId, Epoch>,
+    /// The last incarnation of every instance that is here, and of others that were.
+    last_epochs: BTreeMap<InstanceId, Epoch>,
     pub(crate) has_all_experts: bool,
 }
 
@@ -24,6 +31,25 @@ impl Cluster {
     /// Whether steps can run at all.
     pub(crate) fn is_complete(&self) -> bool {
         self.has_all_experts && !self.instances.is_empty()
+    }
+
+    /// Takes note of a registration, unless it is late: one of an older incarnation than was here, or
+    /// of that one again after its loss.
+    pub(crate) fn note_registration(&mut self, id: InstanceId, epoch: Epoch) -> Result<(), Late> {
+        let last = self.last_epochs.get(&id);
+        if last.is_some_and(|&last| last >= epoch) {
+            return Err(Late);
+        }
+        self.last_epochs.insert(id, epoch);
+        if self.last_epochs.len() > self.instances.len() + MAX_REMEMBERED_EPOCHS {
+            // A process that starts again has a new id, so that without a bound they would pile up.
+            let gone = self.last_epochs.iter();
+            let gone =
+                gone.filter(|(other, _)| **other != id && !self.instances.contains_key(other));
+            let oldest = gone.min_by_key(|(_, epoch)| **epoch).map(|(id, _)| *id);
+            oldest.map(|oldest| self.last_epochs.remove(&oldest));
+        }
+        Ok(())
     }
 
     /// Whether a sequence can run to its end on some instance that is here.
@@ -182,6 +208,26 @@ mod tests {
             Some((id.0, vacancy.lane.0))
         };
         needs.iter().map(place_one).collect()
+    }
+
+    #[test]
+    fn memory_of_departed_instances_is_bounded_and_that_of_present_ones_is_kept() {
+        let mut cluster = Cluster::default();
+        let present = InstanceId(0);
+        assert_eq!(cluster.note_registration(present, Epoch(1)), Ok(()));
+        let instance = Instance::new(present, Epoch(1), BlockPool::new(1), 1);
+        cluster.instances.insert(present, instance);
+        let last = u32::try_from(MAX_REMEMBERED_EPOCHS + 10).unwrap();
+        for id in 1..=last {
+            let noted = cluster.note_registration(InstanceId(id), Epoch(u64::from(id) + 1));
+            assert_eq!(noted, Ok(()));
+        }
+        assert_eq!(cluster.last_epochs.len(), 1 + MAX_REMEMBERED_EPOCHS);
+        for (id, epoch) in [(present, Epoch(1)), (InstanceId(last), Epoch(1))] {
+            assert_eq!(cluster.note_registration(id, epoch), Err(Late));
+        }
+        // The first that went is forgotten.
+        assert_eq!(cluster.note_registration(InstanceId(1), Epoch(1)), Ok(()));
     }
 
     #[test]

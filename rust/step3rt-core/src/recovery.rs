@@ -43,11 +43,9 @@ impl Scheduler {
         (id, epoch): (InstanceId, Epoch),
         num_kv_blocks: u32,
     ) {
-        let last = self.cluster.last_epochs.get(&id);
-        if last.is_some_and(|&last| last >= epoch) {
+        if self.cluster.note_registration(id, epoch).is_err() {
             return; // stale, or said twice
         }
-        self.cluster.last_epochs.insert(id, epoch);
         self.attention_lost(now, id); // perhaps it came back before anybody missed it
         let pool = BlockPool::new(num_kv_blocks);
         let instance = Instance::new(id, epoch, pool, self.config.num_lanes);

@@ -222,8 +222,12 @@ fn admit(hub: &Hub, hello: &Message, following: &[u8]) -> Result<Admitted, Accep
         By::Carrier | By::Rdma => None,
     };
     let peer = hello.from.identity;
-    let epoch = link_epoch::agree(epoch).ok_or_else(no_epoch)?;
     hub.admit(peer).map_err(AcceptError::Refused)?;
+    // Only for peers that are let in: numbers come to an end, and a high proposal uses up those below.
+    let Some(epoch) = link_epoch::agree(epoch) else {
+        hub.dismiss(peer.instance);
+        return Err(no_epoch().into());
+    };
     let reset = (!reason.is_empty()).then(|| reason.to_owned());
     if let Some(reason) = &reset {
         hub.begin_reset(peer.instance, reason.clone());

@@ -35,6 +35,15 @@ pub enum ConnectError {
          next topology", .0.instance, .0.epoch
     )]
     Stale(LinkIdentity),
+    /// Of two that were dialled, the later one was linked first.
+    #[error(
+        "instance {instance} was dialled more than once at a time, and its present link is a later \
+         one, which the peer uses too. Use that link"
+    )]
+    Overtaken {
+        /// Whom it was to link.
+        instance: InstanceId,
+    },
     /// The fabric that the setting asks for is not among the peer's addresses.
     #[error(
         "instance {instance} does not listen on {fabric}. Set `fabric` to \"auto\" or have it listen"

@@ -101,6 +101,7 @@ pub struct Endpoint {
 
 struct Entry {
     peer: LinkIdentity,
+    epoch: LinkEpoch,
     link: Box<dyn Link>,
     /// Its end was reported; the next poll forgets it.
     is_over: bool,
@@ -212,6 +213,7 @@ impl Endpoint {
             peer,
             link,
             is_over,
+            ..
         } in &mut self.links
         {
             link.poll(&mut self.scratch);
@@ -300,6 +302,7 @@ impl Endpoint {
         }
         self.links.push(Entry {
             peer,
+            epoch: summary.epoch,
             link,
             is_over: false,
         });

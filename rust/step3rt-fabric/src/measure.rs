@@ -19,6 +19,7 @@ use crate::endpoint::{
 };
 use crate::frame::Frame;
 use crate::measure_flag::{echo_flag, measure_flag};
+use crate::tcp_socket::send_unpaced_within_host;
 use crate::tls::Tls;
 
 /// Rounds before those that count, on both sides.
@@ -348,6 +349,8 @@ fn echo_link(plan: Plan, tls: Option<Tls>, out: &mut dyn Write) -> Result<f64, M
 
 fn prepared(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    // As the link's: what is measured is the link, not the system's congestion control.
+    send_unpaced_within_host(stream)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))
 }

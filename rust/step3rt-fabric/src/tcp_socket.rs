@@ -19,6 +19,9 @@ use crate::tls;
 /// allows.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The congestion control that every kernel has and everybody may choose. It does not pace.
+const UNPACED: &str = "reno";
+
 /// Connects to `host:port` within `timeout`, trying each address that the name has. Looking the name
 /// up takes what the resolver takes.
 pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream> {
@@ -66,6 +69,22 @@ pub(crate) fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<
     Ok(())
 }
 
+/// Keeps the kernel from spacing out what is sent between two ends of one host. Between hosts that is
+/// the system's choice, `net.ipv4.tcp_congestion_control`, because others use the network as well.
+///
+/// BBR paces by how fast it has seen bytes arrive, which is what it lets pass: on one host, where bytes
+/// are copied at once, a connection that was slow for a moment stays slow. 1.75 MiB took 525 µs
+/// with it and 157 µs without (2026-11-22, docs/links.md).
+pub(crate) fn send_unpaced_within_host(stream: &TcpStream) -> io::Result<()> {
+    let (ours, peers) = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
+    if (ours == peers || peers.is_loopback())
+        && let Err(error) = sockopt::set_tcp_congestion(stream, UNPACED)
+    {
+        tracing::debug!(%error, "the system's congestion control stays, which may pace frames");
+    }
+    Ok(())
+}
+
 /// A socket that carries frames: all of their bytes pass here. No call blocks; one that would is an
 /// error of that kind.
 pub(crate) struct FrameSocket {
@@ -76,6 +95,7 @@ impl FrameSocket {
     /// Of a socket whose handshake is over, once it is set up for frames.
     pub(crate) fn new(stream: Stream, peer_timeout: Duration) -> io::Result<Self> {
         prepare(stream.socket(), peer_timeout)?;
+        send_unpaced_within_host(stream.socket())?;
         stream.socket().set_nonblocking(true)?;
         Ok(Self { stream })
     }
@@ -180,6 +200,20 @@ mod tests {
         );
         assert_eq!(sockopt::tcp_keepcnt(&socket).unwrap(), 2);
         assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 2500);
+    }
+
+    #[test]
+    fn frames_between_two_ends_of_this_host_are_not_paced() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else {
+                continue; // no IPv6 here
+            };
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            // As it is where that is the system's choice; not everybody may make it.
+            let _ = sockopt::set_tcp_congestion(&socket, "bbr");
+            let socket = FrameSocket::new(Stream::Plain(socket), Duration::from_secs(3)).unwrap();
+            assert_eq!(sockopt::tcp_congestion(&socket).unwrap(), "reno");
+        }
     }
 
     #[test]

@@ -123,6 +123,11 @@ fn connect_errors_say_what_to_do() {
              agreed. Run one release everywhere",
         ),
         (
+            ConnectError::Overtaken { instance: INSTANCE },
+            "instance 4 was dialled more than once at a time, and its present link is a later one, \
+             which the peer uses too. Use that link",
+        ),
+        (
             ConnectError::Stale(IDENTITY),
             "instance 4 was linked with an epoch later than 2 before. The address is out of date; \
              wait for the next topology",

@@ -94,7 +94,7 @@ impl Endpoint {
 
     pub(super) fn take_dialled(&mut self) {
         while let Ok((peer, is_reset, outcome)) = self.dialled.1.try_recv() {
-            match outcome {
+            match outcome.and_then(|link| self.unless_overtaken(link)) {
                 Ok(link) => self.insert_and_report(link),
                 Err(error) => {
                     self.forget_dialled(peer.instance, is_reset);
@@ -102,6 +102,19 @@ impl Endpoint {
                     self.notices.push(FabricEvent::DialFailed { peer, reason });
                 }
             }
+        }
+    }
+
+    /// A peer that is dialled twice at a time may be linked in another order than it accepted. It keeps
+    /// the link that it accepted last, whose epochs are the higher ones.
+    fn unless_overtaken(&self, new: NewLink) -> Result<NewLink, ConnectError> {
+        let LinkIdentity { instance, epoch } = new.link.peer();
+        let present = self.position(instance).map(|at| &self.links[at]);
+        match present {
+            Some(present) if (present.peer.epoch, present.epoch) > (epoch, new.epoch) => {
+                Err(ConnectError::Overtaken { instance })
+            }
+            _ => Ok(new),
         }
     }
 
@@ -116,3 +129,6 @@ impl Endpoint {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
