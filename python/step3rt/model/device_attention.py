@@ -183,6 +183,7 @@ class AttentionLane:
         self._logits = zeros(max_tokens, width, dtype=torch.bfloat16)[:, :vocab_size]
         self._no_edits = zeros(1, 16, dtype=torch.uint8)
         self._stream = Stream(device)
+        slots.run_on(self._stream)
         # Rows that are all unused: what a capture computes is kept nowhere.
         self._inputs.kv_slots.fill_(-1)
         self._graphs = {

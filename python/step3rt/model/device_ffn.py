@@ -37,6 +37,7 @@ class FfnLane:
                     experts, shape.num_rows, shape.num_columns, max(2, num_ctas // 2 * 2)
                 )
         self._stream = Stream(groups.device)
+        slots.run_on(self._stream)
         self._graph = StepGraph.capture(groups.device, self._launch, self._stream)
 
     def replay(self) -> Event:
