@@ -19,7 +19,10 @@ DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("exact", "production")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 FABRICS = ("auto", "cuda_ipc", "shm", "rdma", "tcp")
-ROLES = ("attention", "ffn")
+DISAGGREGATED = "disaggregated"
+COLOCATED = "colocated"
+PLACEMENTS = (DISAGGREGATED, COLOCATED)
+ROLES = ("attention", "ffn", COLOCATED)
 REFERENCE_DEVICE = "reference"
 LOG_FORMATS = ("text", "json")
 
@@ -187,7 +190,10 @@ class ServeConfig:
 class NodeConfig:
     """Settings of one instance; everything else comes from the coordinator."""
 
-    role: str = setting("what this instance does", choices=ROLES)
+    role: str = setting(
+        "what this instance does; colocated: both, on one device, as two instances of one process",
+        choices=ROLES,
+    )
     model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
     coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
     device: str = setting(
@@ -199,6 +205,18 @@ class NodeConfig:
         "make weights up, of the sizes in the model's config.json, instead of reading them; needs "
         "a --device other than reference",
         False,
+    )
+    attention_sms: int | None = setting(
+        "SMs of a GPU that the attention kernel fills; default: all but those that waits hold",
+        None,
+        minimum=1,
+        maximum=256,
+    )
+    ffn_sms: int | None = setting(
+        "SMs of a GPU that the experts' kernels fill; default: all but those that waits hold",
+        None,
+        minimum=2,
+        maximum=256,
     )
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
     kv_blocks: int | None = setting(

@@ -19,7 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from step3rt.config import REFERENCE_DEVICE, NodeConfig, ServeConfig, resolve_model
+from step3rt.config import (
+    COLOCATED,
+    DISAGGREGATED,
+    PLACEMENTS,
+    REFERENCE_DEVICE,
+    NodeConfig,
+    ServeConfig,
+    resolve_model,
+)
 from step3rt.errors import ConfigError, Step3Error, Unavailable
 
 _EX_CONFIG = 78
@@ -38,13 +46,19 @@ class _Child:
 class LocalCluster:
     """Starts `attention` + `ffn` instances and a coordinator, and stops them on `close()`.
 
+    Placed "disaggregated", each instance is a process of its own; "colocated", each process has one
+    of either role, on one device, so that there are as many of both.
+
     Args:
         serve: the coordinator's settings; addresses and ready file are chosen here. Instances
             share its certificate, which must be for 127.0.0.1.
         threads: threads for one instance's computation.
         kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
-        devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
+        placement: "disaggregated" or "colocated".
+        devices: what the processes compute on, attention instances first, see `NodeConfig.device`;
             the list begins anew where it ends.
+        attention_sms: see `NodeConfig.attention_sms`.
+        ffn_sms: see `NodeConfig.ffn_sms`.
         random_weights: see `NodeConfig.random_weights`.
         trace_dir: see `NodeConfig.trace_dir`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
@@ -52,7 +66,8 @@ class LocalCluster:
         start_timeout_s: time until the cluster must serve.
 
     Raises:
-        ConfigError: a child refused its configuration or the checkpoint; the message is its own.
+        ConfigError: a child refused its configuration or the checkpoint; the message is its own. Or
+            the placement does not fit the instances.
         Unavailable: the cluster did not come up in time, with what it was doing.
     """
 
@@ -62,7 +77,10 @@ class LocalCluster:
         *,
         threads: int = 1,
         kv_blocks: int | None = None,
+        placement: str = DISAGGREGATED,
         devices: Sequence[str] = (REFERENCE_DEVICE,),
+        attention_sms: int | None = None,
+        ffn_sms: int | None = None,
         random_weights: bool = False,
         trace_dir: Path | None = None,
         log_dir: Path | None = None,
@@ -73,7 +91,9 @@ class LocalCluster:
         self._model = resolve_model(serve.model)
         self._threads = threads
         self._kv_blocks = kv_blocks
-        self._devices = list(devices)
+        self._placement = placement
+        self._devices = devices_of(serve, placement, devices)
+        self._attention_sms, self._ffn_sms = attention_sms, ffn_sms
         self._random_weights = random_weights
         self._trace_dir = trace_dir
         self._children: list[_Child] = []
@@ -120,7 +140,7 @@ class LocalCluster:
                 raise self._failure(child, code)
 
     def start_instance(self, role: str) -> int:
-        """Starts one more instance and returns its process id."""
+        """Starts one more instance, or "colocated" one of each role; returns its process id."""
         names = {child.name for child in self._children}
         number = next(number for number in itertools.count() if f"{role}-{number}" not in names)
         return self._spawn_node(role, number)
@@ -156,7 +176,10 @@ class LocalCluster:
         addresses = json.loads(ready_file.read_text(encoding="utf-8"))
         self.address = addresses["address"]
         self.control_address = addresses["control_address"]
-        for role, count in (("ffn", self._serve.ffn), ("attention", self._serve.attention)):
+        counts = {"ffn": self._serve.ffn, "attention": self._serve.attention}
+        if self._placement == COLOCATED:
+            counts = {COLOCATED: len(self._devices)}
+        for role, count in counts.items():
             for number in range(count):
                 self._spawn_node(role, number)
         self._wait(self._is_serving, "starting the instances", deadline)
@@ -193,7 +216,7 @@ class LocalCluster:
         ]
 
     def _spawn_node(self, role: str, number: int) -> int:
-        place = number if role == "attention" else self._serve.attention + number
+        place = self._serve.attention + number if role == "ffn" else number
         config = NodeConfig(
             role=role,
             model=self._model,
@@ -207,7 +230,9 @@ class LocalCluster:
             tls_key=self._serve.tls_key,
             tls_ca=self._serve.tls_ca,
             # Who assumes that prompts are computed needs something in their place.
-            random_kv=self._serve.assume_computed_prompts and role == "attention",
+            random_kv=self._serve.assume_computed_prompts and role != "ffn",
+            attention_sms=self._attention_sms,
+            ffn_sms=self._ffn_sms,
         )
         return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
 
@@ -237,6 +262,33 @@ class LocalCluster:
             f"The {child.name} process ended with code {code}. A cluster needs all of its "
             f"processes. Its log ends with:\n{tail}"
         )
+
+
+def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> list[str]:
+    """What each instance computes on, attention instances first; colocated, each process.
+
+    Raises:
+        ConfigError: the placement does not fit the instances or the devices.
+    """
+    if placement not in PLACEMENTS or not devices:
+        raise ConfigError(
+            f"The placement is {placement!r} on {len(devices)} devices. Known are "
+            f"{' and '.join(PLACEMENTS)}, on one device or more. Correct the placement or devices"
+        )
+    count = serve.attention + serve.ffn
+    if placement == COLOCATED:
+        count = serve.attention
+        if serve.attention != serve.ffn:
+            raise ConfigError(
+                f"The placement is colocated, with {serve.attention} attention and {serve.ffn} FFN "
+                "instances. Every process has one of each. Set attention and ffn to the same number"
+            )
+        if REFERENCE_DEVICE in devices:
+            raise ConfigError(
+                "The placement is colocated and a device is 'reference'. Both roles share a device "
+                "of the device pipeline. Set devices to cpu or cuda:N"
+            )
+    return [devices[place % len(devices)] for place in range(count)]
 
 
 def _tail(log: Path) -> str:

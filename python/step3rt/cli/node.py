@@ -6,7 +6,8 @@ import os
 import time
 
 from step3rt.cli import flags
-from step3rt.config import ROLES, NodeConfig
+from step3rt.cli.exit_codes import end_process
+from step3rt.config import COLOCATED, ROLES, NodeConfig
 from step3rt.errors import ConfigError
 
 _WORKER_PACKAGES = ("torch", "safetensors")
@@ -14,11 +15,13 @@ _WORKER_PACKAGES = ("torch", "safetensors")
 _DESCRIPTION = """\
 Run one instance. An attention instance holds embedding, attention, KV cache and sampler; an FFN
 instance holds dense FFNs and its share of the experts. Either may start before the coordinator.
+`colocated` runs one of each in one process, on one --device.
 """
 
 _EPILOG = """\
 example:
   step3rt node ffn --model nano --coordinator 127.0.0.1:50052
+  step3rt node colocated --model DIR --device cuda:0
 """
 
 
@@ -55,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"The Python package '{error.name}' is not installed. An instance computes with it. "
             "Install it with: pip install 'step3rt[worker]'"
         ) from error
-    return run_instance(config)
+    if config.role != COLOCATED:
+        return run_instance(config, end_process)
+    try:
+        return run_instance(config, end_process)
+    except BaseException as error:
+        end_process(error)  # with the role in the other thread
 
 
 def _log_to_stderr() -> None:

@@ -152,10 +152,13 @@ class PromptScores:
 class AttentionLane:
     """One lane of an attention instance: its stream, buffers and graphs."""
 
-    def __init__(self, pool: DevicePool, slots: AttentionSlots, lane: int) -> None:
+    def __init__(
+        self, pool: DevicePool, slots: AttentionSlots, lane: int, num_ctas: int | None = None
+    ) -> None:
         """Allocates buffers and captures a graph per bucket; the slots are not connected yet.
 
         Their stop word is set: nothing waits, and errors are to be reset afterwards.
+        `num_ctas`: SMs that the attention kernel may fill, by default all.
         """
         self._pool = pool
         self._slots = slots
@@ -177,7 +180,7 @@ class AttentionLane:
         self._last_token_ids = zeros(max_tokens)
         self._row_tables = zeros(max_tokens, options.max_blocks)
         self._buffers = LayerBuffers.allocate(pool.weights, max_tokens)
-        self._schedule = allocate_schedule(device)
+        self._schedule = allocate_schedule(device, num_ctas)
         width = -(-vocab_size // _LOGIT_ALIGNMENT) * _LOGIT_ALIGNMENT
         self._final = zeros(max_tokens, pool.config.hidden_size, dtype=torch.bfloat16)
         self._logits = zeros(max_tokens, width, dtype=torch.bfloat16)[:, :vocab_size]
