@@ -22,13 +22,13 @@ from typing import Self
 from step3rt.config import (
     COLOCATED,
     DISAGGREGATED,
-    PLACEMENTS,
     REFERENCE_DEVICE,
     NodeConfig,
     ServeConfig,
     resolve_model,
 )
 from step3rt.errors import ConfigError, Step3Error, Unavailable
+from step3rt.placement import devices_of
 
 _EX_CONFIG = 78
 _POLL_S = 0.05
@@ -262,33 +262,6 @@ class LocalCluster:
             f"The {child.name} process ended with code {code}. A cluster needs all of its "
             f"processes. Its log ends with:\n{tail}"
         )
-
-
-def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> list[str]:
-    """What each instance computes on, attention instances first; colocated, each process.
-
-    Raises:
-        ConfigError: the placement does not fit the instances or the devices.
-    """
-    if placement not in PLACEMENTS or not devices:
-        raise ConfigError(
-            f"The placement is {placement!r} on {len(devices)} devices. Known are "
-            f"{' and '.join(PLACEMENTS)}, on one device or more. Correct the placement or devices"
-        )
-    count = serve.attention + serve.ffn
-    if placement == COLOCATED:
-        count = serve.attention
-        if serve.attention != serve.ffn:
-            raise ConfigError(
-                f"The placement is colocated, with {serve.attention} attention and {serve.ffn} FFN "
-                "instances. Every process has one of each. Set attention and ffn to the same number"
-            )
-        if REFERENCE_DEVICE in devices:
-            raise ConfigError(
-                "The placement is colocated and a device is 'reference'. Both roles share a device "
-                "of the device pipeline. Set devices to cpu or cuda:N"
-            )
-    return [devices[place % len(devices)] for place in range(count)]
 
 
 def _tail(log: Path) -> str:

@@ -1,5 +1,6 @@
 """Both roles of the device pipeline in one process per device, on the CPU and on GPUs."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from step3rt import LocalCluster
+from step3rt import LLM, LocalCluster, SamplingParams
 from step3rt.config import ServeConfig
 from step3rt.errors import ConfigError
 from tests.e2e.clusters import assert_all_blocks_return, pid_of, snapshot, wait_until
-from tests.e2e.commands import Commands
+from tests.e2e.commands import Commands, run
 from tests.e2e.device_clusters import (
     SETTINGS,
     assert_same_while_decided,
@@ -147,6 +148,28 @@ def test_gpus_give_the_same_tokens(num_devices: int, kill: bool) -> None:
             assert_agrees(reference_decoder(), killed)
     assert_agrees(reference_decoder(), texts)
     assert_same_while_decided(expected, texts)
+
+
+def test_the_sdk_and_generate_take_the_placement(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in SETTINGS.items()]
+    file.write_text("\n".join([*lines, 'placement = "colocated"', 'devices = ["cpu"]']) + "\n")
+    prompt, params = [5, 6, 7, 8], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    ended = run(
+        "generate", "--model=nano", f"--config={file}", "--output=json", "--ignore-eos",
+        "--prompt-token-ids=5,6,7,8", "--temperature=0", "--max-tokens=6",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    [result] = report["results"]
+    assert len({item["pid"] for item in report["topology"]["instances"]}) == 1
+    with LLM(
+        placement="colocated", devices=["cpu"], dtype="bfloat16", precision="production", lanes=1
+    ) as llm:
+        [output] = llm.generate([prompt], params)
+    # One rank: tokens do not depend on the lanes.
+    assert output.outputs[0].token_ids == result["token_ids"]
+    assert_agrees(reference_decoder(), [(prompt, result["token_ids"])])
 
 
 @pytest.mark.parametrize(

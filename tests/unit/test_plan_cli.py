@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from step3rt.cli import EX_CONFIG, EX_USAGE, main
-from step3rt.config import ServeConfig, build, load_toml
+from step3rt.config import ServeConfig, build
 from step3rt.plan.cost import token_cost
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model
+from step3rt.setting import load_toml
 
 RESULT = {
     "run": "full-colocated-4",
