@@ -7,14 +7,13 @@ of it is left when it closes, when this process dies, or when a child fails.
 import contextlib
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,16 +22,21 @@ from step3rt.config import (
     COLOCATED,
     DISAGGREGATED,
     REFERENCE_DEVICE,
-    NodeConfig,
     ServeConfig,
     resolve_model,
 )
 from step3rt.errors import ConfigError, Step3Error, Unavailable
-from step3rt.placement import devices_of
+from step3rt.local_instances import (
+    EX_CONFIG,
+    STOP_TIMEOUT_S,
+    exits_with_this_process,
+    flags_of,
+    node_command,
+    node_config,
+)
+from step3rt.placement import HostConfig, devices_of
 
-_EX_CONFIG = 78
 _POLL_S = 0.05
-_STOP_TIMEOUT_S = 10.0
 _MAX_LOG_TAIL_CHARS = 4000
 
 
@@ -88,13 +92,16 @@ class LocalCluster:
         start_timeout_s: float = 300.0,
     ) -> None:
         self._serve = serve
-        self._model = resolve_model(serve.model)
-        self._threads = threads
-        self._kv_blocks = kv_blocks
-        self._placement = placement
+        self._host = HostConfig(
+            placement=placement,
+            devices=tuple(devices),
+            random_weights=random_weights,
+            threads=threads,
+            kv_blocks=kv_blocks,
+            attention_sms=attention_sms,
+            ffn_sms=ffn_sms,
+        )
         self._devices = devices_of(serve, placement, devices)
-        self._attention_sms, self._ffn_sms = attention_sms, ffn_sms
-        self._random_weights = random_weights
         self._trace_dir = trace_dir
         self._children: list[_Child] = []
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
@@ -148,7 +155,7 @@ class LocalCluster:
     def forget(self, pid: int) -> None:
         """Stops watching a child that was ended on purpose, and reaps it."""
         for child in [child for child in self._children if child.process.pid == pid]:
-            child.process.wait(_STOP_TIMEOUT_S)
+            child.process.wait(STOP_TIMEOUT_S)
             self._children.remove(child)
 
     def close(self) -> None:
@@ -159,7 +166,7 @@ class LocalCluster:
             running = [child for child in self._children if child.process.poll() is None]
             for child in running:
                 child.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            deadline = time.monotonic() + STOP_TIMEOUT_S
             for child in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -177,7 +184,7 @@ class LocalCluster:
         self.address = addresses["address"]
         self.control_address = addresses["control_address"]
         counts = {"ffn": self._serve.ffn, "attention": self._serve.attention}
-        if self._placement == COLOCATED:
+        if self._host.placement == COLOCATED:
             counts = {COLOCATED: len(self._devices)}
         for role, count in counts.items():
             for number in range(count):
@@ -208,37 +215,25 @@ class LocalCluster:
     def _serve_command(self, ready_file: Path) -> list[str]:
         return [
             "serve",
-            *_flags(self._serve, skip=("model", "ready_file", "listen", "control_listen")),
+            *flags_of(self._serve, skip=("model", "ready_file", "listen", "control_listen")),
             f"--listen={self._serve.listen}",
             "--control-listen=127.0.0.1:0",
             f"--ready-file={ready_file}",
-            str(self._model),
+            exits_with_this_process(),
+            str(resolve_model(self._serve.model)),
         ]
 
     def _spawn_node(self, role: str, number: int) -> int:
         place = self._serve.attention + number if role == "ffn" else number
-        config = NodeConfig(
-            role=role,
-            model=self._model,
-            coordinator=self.control_address,
-            threads=self._threads,
-            kv_blocks=self._kv_blocks,
-            device=self._devices[place % len(self._devices)],
-            random_weights=self._random_weights,
-            trace_dir=self._trace_dir,
-            tls_cert=self._serve.tls_cert,
-            tls_key=self._serve.tls_key,
-            tls_ca=self._serve.tls_ca,
-            # Who assumes that prompts are computed needs something in their place.
-            random_kv=self._serve.assume_computed_prompts and role != "ffn",
-            attention_sms=self._attention_sms,
-            ffn_sms=self._ffn_sms,
+        device = self._devices[place % len(self._devices)]
+        config = node_config(
+            self._serve, self._host, role, device, self.control_address, self._trace_dir
         )
-        return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
+        return self._spawn(f"{role}-{number}", node_command(config))
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> int:
         log = self._log_dir / f"{name}.log"
-        command = [sys.executable, "-m", "step3rt", *arguments, f"--exit-with-parent={os.getpid()}"]
+        command = [sys.executable, "-m", "step3rt", *arguments]
         with log.open("ab") as output, _interrupts_held():
             # A group of its own: Ctrl-C reaches this process alone, which then stops the
             # children in order.
@@ -255,7 +250,7 @@ class LocalCluster:
     def _failure(self, child: _Child, code: int) -> Step3Error:
         tail = _tail(child.log)
         last_line = tail.strip().rpartition("\n")[2]
-        if code == _EX_CONFIG and last_line:
+        if code == EX_CONFIG and last_line:
             # The child's last line is its error message, already in the form of ours.
             return ConfigError(last_line.removeprefix("error: "))
         return Unavailable(
@@ -266,18 +261,6 @@ class LocalCluster:
 
 def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-_MAX_LOG_TAIL_CHARS:]
-
-
-def _flags(config: ServeConfig | NodeConfig, skip: Sequence[str]) -> list[str]:
-    """The command line that gives `config`, defaults left out."""
-    flags = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in skip or value is None or value == item.default:
-            continue
-        name = f"--{item.name.replace('_', '-')}"
-        flags.append(name if value is True else f"{name}={value}")
-    return flags
 
 
 def _make_log_dir(directory: Path) -> None:

@@ -64,9 +64,25 @@ class HostConfig:
         """The arguments of `LocalCluster` besides the coordinator's settings."""
         return {**asdict(self), "devices": self.devices or (REFERENCE_DEVICE,)}
 
+    def check_unused(self) -> None:
+        """Checks that nothing is said about instances when none are started.
+
+        Raises:
+            ConfigError: something is, besides the placement, which a cluster file may tell others.
+        """
+        for name, value in asdict(self).items():
+            if name not in ("placement", "devices") and value != getattr(_NOTHING_SAID, name):
+                raise ConfigError(
+                    f"The setting '{name}' is {value} and 'devices' is not set. It is about "
+                    "instances that are started here, and there are none. Set devices as well"
+                )
+
     def used_devices(self, serve: ServeConfig) -> list[str]:
         """See `devices_of`."""
         return devices_of(serve, self.placement, self.devices or (REFERENCE_DEVICE,))
+
+
+_NOTHING_SAID = HostConfig()
 
 
 def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> list[str]:

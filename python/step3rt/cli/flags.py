@@ -4,7 +4,7 @@ import argparse
 import ctypes
 import os
 import signal
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -73,7 +73,7 @@ def config_from(
     arguments: argparse.Namespace,
     kind: type[C],
     *,
-    beside: type[Any] | None = None,
+    takes: Callable[[str], bool] = lambda _: True,
     defaults: Mapping[str, Any] | None = None,
 ) -> C:
     """The settings that flags, file and defaults give together.
@@ -81,7 +81,7 @@ def config_from(
     Args:
         arguments: what the flags gave.
         kind: a dataclass of settings.
-        beside: another one, whose settings the file may have too.
+        takes: whether a setting of the file is `kind`'s, if the file has others too.
         defaults: values of settings that are given nowhere, instead of the dataclass's.
 
     Raises:
@@ -94,11 +94,8 @@ def config_from(
     defaults = defaults or {}
     if file is None:
         return build(kind, {**defaults, **from_flags}, "command line")
-    others = set() if beside is None else {item.name for item in fields(beside)} - names
     from_file = {
-        name: value
-        for name, value in load_toml(file).items()
-        if name.replace("-", "_") not in others
+        name: value for name, value in load_toml(file).items() if takes(name.replace("-", "_"))
     }
     # Checked by itself first, so that a mistake in the file is not blamed on the command line.
     required = {**defaults, **from_flags}
@@ -116,9 +113,14 @@ def cluster_from(
     Raises:
         ConfigError: as `config_from`.
     """
-    host = config_from(arguments, HostConfig, beside=ServeConfig)
-    defaults = {**(defaults or {}), **host.counts()}
-    serve = config_from(arguments, ServeConfig, beside=HostConfig, defaults=defaults)
+    of_host = {item.name for item in fields(HostConfig)}
+    host = config_from(arguments, HostConfig, takes=lambda name: name in of_host)
+    serve = config_from(
+        arguments,
+        ServeConfig,
+        takes=lambda name: name not in of_host,
+        defaults={**(defaults or {}), **host.counts()},
+    )
     return serve, host
 
 
