@@ -3,6 +3,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# As an instance's process has it, before CUDA is used: lanes of all ends are in this one.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def bounded_waits() -> None:
