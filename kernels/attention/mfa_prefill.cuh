@@ -66,12 +66,16 @@ __device__ __forceinline__ void prefill_init_barriers(Shared& shared) {
   __syncthreads();
 }
 
-// Items are sorted by falling cost, so that taking every gridDim-th keeps the CTAs even.
+// Items are sorted by falling cost and dealt in turns, every other one backwards: who gets the
+// dearest of a turn gets the cheapest of the next, which keeps the CTAs even.
 template <class Body>
 __device__ __forceinline__ void for_each_item(const PrefillParams& params, Body body) {
   const int num_items = ld_global_cg(params.num_items);
-  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-    const int4 words = ld_global_cg(reinterpret_cast<const int4*>(params.items + i));
+  const int num_ctas = gridDim.x;
+  int place = blockIdx.x;
+  for (int turn = 0; turn < num_items; turn += num_ctas, place = num_ctas - 1 - place) {
+    if (turn + place >= num_items) break;  // only in the last turn
+    const int4 words = ld_global_cg(reinterpret_cast<const int4*>(params.items + turn + place));
     body(PrefillItem{words.x, words.y, words.z, words.w});
   }
 }

@@ -47,6 +47,7 @@ __device__ __forceinline__ void consume(Shared& shared, const PrefillParams& par
     mfa_release(&shared.empty[cursor.stage]);
     cursor.advance();
     mfa_softmax(scores, rows, scale, 0.0f, num_seen, rescale);  // nothing yet to rescale
+    mfa_acquire(&shared.full[cursor.stage], cursor.parity);
 
     for (int b = 0; b < num_blocks - 1; ++b) {
       RingCursor<Shared::kStages> keys = cursor;
@@ -54,17 +55,20 @@ __device__ __forceinline__ void consume(Shared& shared, const PrefillParams& par
       float next[kScoreRegs];
       mfa_acquire(&shared.full[keys.stage], keys.parity);
       compute_scores(shared.query[consumer], shared.ring[keys.stage], next);
-      mfa_acquire(&shared.full[cursor.stage], cursor.parity);
       accumulate_values(scores, shared.ring[cursor.stage], acc);
 
       wgmma_wait_group<1>(next);
       mfa_release(&shared.empty[keys.stage]);
       mfa_softmax(next, rows, scale, 0.0f, num_seen - (b + 1) * kBlockTokens, rescale);
 
+      // The next values are waited for here: the compiler moves a wait for products above what
+      // precedes it, the softmax, but not above a loop.
+      RingCursor<Shared::kStages> values = keys;
+      values.advance();
+      mfa_acquire(&shared.full[values.stage], values.parity);
       wgmma_wait_group<0>(acc);
       mfa_release(&shared.empty[cursor.stage]);
-      cursor = keys;
-      cursor.advance();
+      cursor = values;
 #pragma unroll
       for (int i = 0; i < kOutputRegs; ++i) acc[i] *= rescale[i / 2 % 2];
 #pragma unroll
@@ -73,7 +77,6 @@ __device__ __forceinline__ void consume(Shared& shared, const PrefillParams& par
     mfa_release(&shared.query_empty[consumer]);
 
     uint8_t* values = shared.ring[cursor.stage];
-    mfa_acquire(&shared.full[cursor.stage], cursor.parity);
     const int num_valid = num_in_use - (num_blocks - 1) * kBlockTokens;
     if (num_valid < kBlockTokens) {
       // Both consumers read this block's values: one of them cleans up for both.

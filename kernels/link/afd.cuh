@@ -93,13 +93,14 @@ struct AfdPeer {
 };
 static_assert(sizeof(AfdPeer) == 128, "AFD_PEER of ops/afd_slots.py");
 
-// Times of the global timer, at an FFN rank "send" is the push of the sums.
+// Times of the global timer, at an FFN rank "send" is the push of the sums and `num_rows` of all sources.
 struct AfdTraceRow {
   uint64_t frame;
   uint64_t send_begin, send_end;
   uint64_t wait_begin, wait_end;
   uint64_t participants;
-  uint64_t reserved[2];
+  uint64_t num_rows;
+  uint64_t reserved;
 };
 static_assert(sizeof(AfdTraceRow) == 64, "AFD_TRACE_ROW of ops/afd_slots.py");
 

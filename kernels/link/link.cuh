@@ -92,12 +92,10 @@ __device__ __forceinline__ void write_share(uint8_t* destination, const uint8_t*
   }
 }
 
-// The whole grid pushes one frame. Every CTA calls it with all its threads; `number` is the frame's
-// epoch and sequence. The last CTA to finish publishes: true in the one thread that did.
-__device__ __forceinline__ bool link_push(LinkLane* lane, uint8_t* peer_slot, Word128* peer_flag,
-                                          const uint8_t* payload, uint32_t num_bytes,
-                                          uint64_t number) {
-  write_share(peer_slot, payload, num_bytes);
+// What follows the payload's stores of all CTAs: the last CTA to come publishes. True in the one
+// thread that did.
+__device__ __forceinline__ bool link_publish(LinkLane* lane, Word128* peer_flag, uint32_t num_bytes,
+                                             uint64_t number) {
   __syncthreads();
   if (threadIdx.x != 0) return false;
   if (gridDim.x > 1) {
@@ -109,6 +107,15 @@ __device__ __forceinline__ bool link_push(LinkLane* lane, uint8_t* peer_slot, Wo
   }
   st_release_sys(peer_flag, {number, num_bytes});
   return true;
+}
+
+// The whole grid pushes one frame. Every CTA calls it with all its threads; `number` is the frame's
+// epoch and sequence. True in the one thread that published.
+__device__ __forceinline__ bool link_push(LinkLane* lane, uint8_t* peer_slot, Word128* peer_flag,
+                                          const uint8_t* payload, uint32_t num_bytes,
+                                          uint64_t number) {
+  write_share(peer_slot, payload, num_bytes);
+  return link_publish(lane, peer_flag, num_bytes, number);
 }
 
 // One thread waits for frame `expected` and takes its length. Never hangs and never traps: says what

@@ -196,6 +196,7 @@ __device__ __forceinline__ void await_sources(const AfdTokensParams& params,
   if (source.error != error_before) {
     lose_peer(lane, threadIdx.x, static_cast<LinkError>(source.error));
   }
+  const uint32_t num_rows = __reduce_add_sync(kFullWarp, takes_part ? source.num_rows : 0u);
   if (threadIdx.x != 0) return;
   lane->participants = participants;
   if (participants == 0) return;
@@ -205,6 +206,7 @@ __device__ __forceinline__ void await_sources(const AfdTokensParams& params,
     row->wait_begin = start;
     row->wait_end = globaltimer();
     row->participants = participants;
+    row->num_rows = num_rows;
   }
 }
 

@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads)
           row->wait_begin = start;
           row->wait_end = globaltimer();
           row->participants = 1ull << lane->index;
+          row->num_rows = load_word(&peer.num_rows);
         }
         lane->frames = frame + 1;
       }

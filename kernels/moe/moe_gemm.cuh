@@ -54,9 +54,7 @@ struct MoeShared {
   float row_scales[kStages][kMaxRows];
   int2 groups[kMaxGroups];
   uint64_t full[kStages];   // completes when weights, rows and scales have landed
-  uint64_t empty[kStages];  // completes when the consumers of this CTA are done
-  uint64_t
-      neighbour_empty[kStages];  // the same of the cluster's other CTA, which is copied to, too
+  uint64_t empty[kStages];  // completes when the consumers of both CTAs are done
 };
 
 // ---- tiles -----------------------------------------------------------------------------------
@@ -156,8 +154,7 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   if (thread == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       mbarrier_init(&shared.full[i], 2);  // the two producer threads
-      mbarrier_init(&shared.empty[i], Shared::kConsumers * kWarpgroupWarps);
-      mbarrier_init(&shared.neighbour_empty[i], Shared::kConsumers * kWarpgroupWarps);
+      mbarrier_init(&shared.empty[i], kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
     }
     fence_mbarrier_init();
   }
@@ -172,13 +169,14 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
 
 // ---- producers ---------------------------------------------------------------------------------
 
-// Both CTAs are done with the stage, whichever of them the next copy goes to: a barrier whose phases
-// are not all waited for becomes ambiguous.
+// Both CTAs are done with the stage: a copy may go to either. One barrier for both, because a parity
+// tells only neighbouring phases apart. Its next phase needs this CTA's consumers, and they need both
+// producer threads, so neither thread can be a phase behind. A barrier for the neighbour's consumers
+// alone would need just the thread whose copies they share: with the other one late, both CTAs hang.
 template <class Shared>
 __device__ __forceinline__ void moe_wait_empty(Shared& shared,
                                                const RingCursor<Shared::kStages>& cursor) {
   mbarrier_wait(&shared.empty[cursor.stage], cursor.parity ^ 1);
-  mbarrier_wait(&shared.neighbour_empty[cursor.stage], cursor.parity ^ 1);
 }
 
 template <class Shared>
@@ -269,7 +267,7 @@ __device__ __forceinline__ void moe_release(Shared& shared,
   __syncwarp();
   if (threadIdx.x % kWarpThreads == 0) {
     mbarrier_arrive(&shared.empty[cursor.stage]);
-    mbarrier_arrive_relaxed_cluster(&shared.neighbour_empty[cursor.stage], 1 - rank);
+    mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage], 1 - rank);
   }
 }
 

@@ -23,6 +23,8 @@ PLACEMENTS = (DISAGGREGATED, COLOCATED)
 ROLES = ("attention", "ffn", COLOCATED)
 REFERENCE_DEVICE = "reference"
 LOG_FORMATS = ("text", "json")
+DEFAULT_TRACE_STEPS = 64
+MAX_TRACE_STEPS = 4096
 
 C = TypeVar("C")
 
@@ -211,7 +213,9 @@ class NodeConfig:
         "see `step3rt trace`",
         None,
     )
-    trace_steps: int = setting("steps of each lane in a trace", 64, minimum=2, maximum=4096)
+    trace_steps: int = setting(
+        "steps of each lane in a trace", DEFAULT_TRACE_STEPS, minimum=2, maximum=MAX_TRACE_STEPS
+    )
     random_kv: bool = setting(
         "for measurements only: start with random K and V in all blocks, for prompts that a "
         "coordinator with --assume-computed-prompts never lets compute",

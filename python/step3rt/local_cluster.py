@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from step3rt.config import (
     COLOCATED,
+    DEFAULT_TRACE_STEPS,
     DISAGGREGATED,
     REFERENCE_DEVICE,
     ServeConfig,
@@ -64,7 +65,7 @@ class LocalCluster:
         attention_sms: see `NodeConfig.attention_sms`.
         ffn_sms: see `NodeConfig.ffn_sms`.
         random_weights: see `NodeConfig.random_weights`.
-        trace_dir: see `NodeConfig.trace_dir`.
+        trace_dir, trace_steps: see `NodeConfig`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
         on_status: called with one line of progress for people.
         start_timeout_s: time until the cluster must serve.
@@ -87,6 +88,7 @@ class LocalCluster:
         ffn_sms: int | None = None,
         random_weights: bool = False,
         trace_dir: Path | None = None,
+        trace_steps: int = DEFAULT_TRACE_STEPS,
         log_dir: Path | None = None,
         on_status: Callable[[str], None] | None = None,
         start_timeout_s: float = 300.0,
@@ -103,6 +105,7 @@ class LocalCluster:
         )
         self._devices = devices_of(serve, placement, devices)
         self._trace_dir = trace_dir
+        self._trace_steps = trace_steps
         self._children: list[_Child] = []
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
         self._log_dir = log_dir or Path(self._directory.name)
@@ -226,9 +229,8 @@ class LocalCluster:
     def _spawn_node(self, role: str, number: int) -> int:
         place = self._serve.attention + number if role == "ffn" else number
         device = self._devices[place % len(self._devices)]
-        config = node_config(
-            self._serve, self._host, role, device, self.control_address, self._trace_dir
-        )
+        config = node_config(self._serve, self._host, role, device, self.control_address)
+        config = replace(config, trace_dir=self._trace_dir, trace_steps=self._trace_steps)
         return self._spawn(f"{role}-{number}", node_command(config))
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> int:

@@ -34,12 +34,7 @@ _POLL_S = 0.05
 
 
 def node_config(
-    serve: ServeConfig,
-    host: HostConfig,
-    role: str,
-    device: str,
-    coordinator: str,
-    trace_dir: Path | None = None,
+    serve: ServeConfig, host: HostConfig, role: str, device: str, coordinator: str
 ) -> NodeConfig:
     """The settings of one process of a cluster."""
     return NodeConfig(
@@ -52,7 +47,6 @@ def node_config(
         random_weights=host.random_weights,
         attention_sms=host.attention_sms,
         ffn_sms=host.ffn_sms,
-        trace_dir=trace_dir,
         tls_cert=serve.tls_cert,
         tls_key=serve.tls_key,
         tls_ca=serve.tls_ca,

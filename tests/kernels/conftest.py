@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# As an instance's process has it, before CUDA is used: lanes of all ends are in this one.
+# As instances have it, before anything starts the driver: lanes that wait hold up no other stream.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

@@ -6,6 +6,14 @@ from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, StopWord
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
 from step3rt.ops.linear_fp8_variant import LinearVariant
+from step3rt.ops.mfa_prefill import (
+    PrefillBatch,
+    PrefillChunk,
+    mfa_prefill_bf16,
+    mfa_prefill_fp8,
+    prefill_items,
+    reference_mfa_prefill,
+)
 from step3rt.ops.moe_fp8 import allocate_moe_workspace
 from step3rt.ops.moe_push import moe_fp8_push
 from step3rt.ops.quantize import quantize_groups
@@ -27,7 +35,13 @@ from step3rt.ops.rope_append import (
 from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk
 from step3rt.ops.sample import DeviceSamplingRow
 from step3rt.ops.sums_rmsnorm_quantize import add_sums_rmsnorm_quantize
-from tests.kernels.mfa_inputs import DEVICE, make_bf16_case, make_fp8_case, relative_error
+from tests.kernels.mfa_inputs import (
+    DEVICE,
+    SOFTMAX_SCALE,
+    make_bf16_case,
+    make_fp8_case,
+    relative_error,
+)
 from tests.kernels.moe_inputs import make_case, make_experts
 from tests.kernels.sample_inputs import make_logits, reference_tokens, run
 
@@ -41,6 +55,38 @@ def decode() -> None:
         assert relative_error(bf16.run(), bf16.reference()) < 1e-2
         fp8 = make_fp8_case(seq_lens, num_heads=num_heads, num_ctas=num_ctas)
         assert relative_error(fp8.run(), fp8.reference()) < 5e-2
+
+
+def prefill() -> None:
+    """Chunks of three sequences: pairs, odd ends, tails of blocks, more items than CTAs."""
+    parts = [(60, 9), (0, 64), (129, 1), (0, 301)]
+    lengths = [first + length for first, length in parts]
+    chunks, num_rows = [], 0
+    for sequence, (first, length) in enumerate(parts):
+        chunks.append(PrefillChunk(num_rows, length, first, sequence))
+        num_rows += length
+    items = prefill_items(chunks).to(DEVICE)
+    count = torch.tensor([len(items)], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(num_rows, 7, 256, device=DEVICE)
+    out = torch.full(q.shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+
+    bf16 = make_bf16_case(lengths)
+    table = bf16.batch.block_table
+    batch = PrefillBatch(items, count, table)
+    mfa_prefill_bf16(q.bfloat16(), bf16.cache, batch, out, SOFTMAX_SCALE)
+    want = reference_mfa_prefill(q.bfloat16(), bf16.cache, chunks, table, SOFTMAX_SCALE)
+    assert relative_error(out, want) < 1e-2
+
+    fp8 = make_fp8_case(lengths)
+    table = fp8.batch.block_table
+    batch = PrefillBatch(items, count, table)
+    q_scale = q.abs().amax(dim=-1) / 448
+    values = (q / q_scale[..., None]).to(torch.float8_e4m3fn)
+    mfa_prefill_fp8(values, q_scale, fp8.cache, batch, out, SOFTMAX_SCALE, fp8.kv_scale)
+    kv = fp8.dense.float() * torch.tensor(fp8.kv_scale, device=DEVICE)[:, None, None]
+    wide = values.float() * q_scale[..., None]
+    want = reference_mfa_prefill(wide, kv, chunks, table, SOFTMAX_SCALE)
+    assert relative_error(out, want) < 5e-2
 
 
 def append() -> None:
@@ -149,6 +195,7 @@ def links() -> None:
 def main() -> None:
     torch.manual_seed(0)
     decode()
+    prefill()
     append()
     linear()
     moe()

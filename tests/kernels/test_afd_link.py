@@ -629,6 +629,7 @@ def test_both_ends_note_when_a_frame_was_sent_and_awaited(bench: Bench) -> None:
         assert (found["send_begin"] <= found["send_end"]).all()
         assert (found["wait_begin"] <= found["wait_end"]).all()
         assert (found["participants"] == 1).all()
+        assert (found["num_rows"] == 2).all()
     ours, theirs = (trace.cpu().numpy().view(AFD_TRACE_ROW)[0] for trace in rows[::-1])
     assert ours["send_begin"] <= theirs["wait_end"] <= theirs["send_end"] <= ours["wait_end"]
     with pytest.raises(ValueError, match="`rows` has shape"):

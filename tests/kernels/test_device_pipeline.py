@@ -5,12 +5,13 @@ same programs run by the references behind their launchers, whose sums do not de
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
+from step3rt.model import gpu_layer
 from step3rt.model.gpu_decoder import GpuDecoder, StepTokens, steps_of_prompt
 from step3rt.ops.sampling import SamplingRow, sample
 from tests.fixtures.device_party import Party, PartyLane, chunk, join, plan
@@ -58,12 +59,16 @@ class Scripted:
     first_block: int
     computed: int = 0
     known: int = 0
+    cached_blocks: list[int] = field(default_factory=list)
     has_left: bool = False
     generated: list[int] = field(default_factory=list)
 
     def next_chunk(self, is_joining: bool) -> Any:
+        cached = []
         if is_joining:
             self.known = len(self.prompt)
+            cached = self.cached_blocks
+            self.computed = 64 * len(cached)
         end = min(self.known, self.computed + self.chunk_tokens)
         blocks = range(-(-self.computed // 64), -(-end // 64))
         made = chunk(
@@ -71,7 +76,7 @@ class Scripted:
             self.computed,
             end,
             known=self.known,
-            blocks=[self.first_block + block for block in blocks],
+            blocks=[*cached, *(self.first_block + block for block in blocks)],
         )
         self.computed = end
         self.known += made.samples
@@ -124,11 +129,12 @@ class Conductor:
 def scripts(lane: int, num_tokens: int) -> list[Scripted]:
     """Sequences that join at different steps, whole prompts and chunks of them, one over a block.
 
-    Each has KV blocks of its own, whatever the `lane` of its instance.
+    Each has KV blocks of its own, whatever the `lane` of its instance; the last one begins behind
+    a block of another one's, which is computed by then.
     """
     texts = windows()
     shapes = [(0, 9, 16), (0, 1, 16), (2, 70, 13), (3, 17, 16)]
-    return [
+    sequences = [
         Scripted(
             number=index,
             prompt=texts[(lane + index) % len(texts)][:length],
@@ -139,6 +145,18 @@ def scripts(lane: int, num_tokens: int) -> list[Scripted]:
         )
         for index, (start, length, chunk_tokens) in enumerate(shapes)
     ]
+    owner = sequences[2]
+    late = replace(
+        owner,
+        number=len(shapes),
+        start_step=9,
+        chunk_tokens=16,
+        max_tokens=num_tokens,
+        first_block=owner.first_block + BLOCKS_PER_SEQUENCE - 2,
+        cached_blocks=[owner.first_block],
+        generated=[],
+    )
+    return [*sequences, late]
 
 
 def run(party: Party, lanes: list[tuple[PartyLane, list[Scripted]]]) -> None:
@@ -178,13 +196,15 @@ def make_party() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("is_fp8_kv", [True, False])
+@pytest.mark.parametrize(("is_fp8_kv", "prefill_ctas"), [(True, 1), (False, 1), (True, 132)])
 def test_one_rank_gives_the_decoders_own_tokens(
-    make_party: Any, device: str, is_fp8_kv: bool
+    make_party: Any, device: str, is_fp8_kv: bool, prefill_ctas: int
 ) -> None:
-    party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv)
+    """Whether chunks go through the prefill kernel or, too small for 132 CTAs, through decode's."""
+    party = make_party(1, 1, 1, device=device, is_fp8_kv=is_fp8_kv, prefill_ctas=prefill_ctas)
     sequences = scripts(0, 5)
     run(party, [(party.sources[0].lanes[0], sequences)])
+    party.close()  # to load the decoder's kernels may take a device on which nothing waits
     model = reference_decoder(device, is_fp8_kv=is_fp8_kv)
     if device == "cpu" and is_fp8_kv:
         # The same sums in the same order: bit for bit, whatever the batch and the chunks.
@@ -192,6 +212,36 @@ def test_one_rank_gives_the_decoders_own_tokens(
             [expected] = greedy(model, [one.prompt], one.max_tokens)
             assert one.generated == expected
     check(model, sequences)
+
+
+def test_only_steps_with_chunks_launch_the_prefill_kernel_or_copy_its_work(
+    make_party: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = list[str]()
+    for name in ("mfa_decode_fp8", "mfa_prefill_fp8"):
+        launcher = getattr(gpu_layer, name)
+
+        def launch(*args: Any, name: str = name, launcher: Any = launcher) -> None:
+            launched.append(name)
+            launcher(*args)
+
+        monkeypatch.setattr(gpu_layer, name, launch)
+    party = make_party(1, 1, 1, device="cpu")
+    lane = party.sources[0].lanes[0]
+    prompts = [windows()[0][:9], windows()[1][:1]]
+    joined = [join(number, prompt) for number, prompt in enumerate(prompts)]
+    chunks = [chunk(0, 0, 9, known=9, blocks=[3]), chunk(1, 0, 1, known=1, blocks=[5])]
+    launched.clear()  # of what warms a lane up
+    lane.launch(plan(1, chunks, joined))
+    lane.collect()
+    num_layers = party.sources[0].pool.config.num_layers
+    assert launched == ["mfa_decode_fp8", "mfa_prefill_fp8"] * num_layers
+    assert int(lane.device._inputs.num_prefill_items) == 5
+    launched.clear()
+    lane.launch(plan(2, [chunk(0, 9, 10, known=10), chunk(1, 1, 2, known=2)]))
+    lane.collect()
+    assert launched == ["mfa_decode_fp8"] * num_layers
+    assert int(lane.device._inputs.num_prefill_items) == 5  # as the step before left it
 
 
 def test_requests_get_the_samples_and_scores_that_they_ask_for(make_party: Any) -> None:
@@ -249,6 +299,7 @@ def test_sources_ranks_and_lanes_give_the_decoders_tokens(
         for index, lane in enumerate(source.lanes)
     ]
     run(party, driven)
+    party.close()  # to load the decoder's kernels may take a device on which nothing waits
     model = reference_decoder(device)
     for _, sequences in driven:
         check(model, sequences)

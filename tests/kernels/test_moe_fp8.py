@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -161,6 +162,32 @@ def test_layers_replay_in_a_cuda_graph_with_new_counts() -> None:
         reference = case.reference()
         for out in outs:
             assert float((out.double() - reference).norm()) <= bound(300) * float(reference.norm())
+
+
+def test_layers_at_once_on_one_gpu_end_with_the_bits_of_each_alone() -> None:
+    """They take SMs from each other, so that the threads of a cluster run further apart."""
+    cases = [
+        make_case(distinct_ids(num_tokens, 3, 3), 4, 3, sizes=(7168, 2560), num_ctas=130)
+        for num_tokens in (64, 150)
+    ]
+    firsts = [case.run() for case in cases]
+    outs = [torch.empty_like(first) for first in firsts]
+    streams = [torch.cuda.Stream() for _ in cases]
+    graphs = [torch.cuda.CUDAGraph() for _ in cases]
+    for case, out, stream, graph in zip(cases, outs, streams, graphs, strict=True):
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(20):
+                moe_fp8(case.tokens, case.experts, case.workspace, out)
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    deadline_s = time.monotonic() + 20
+    while not all(stream.query() for stream in streams):
+        assert time.monotonic() < deadline_s, "the kernels hang"
+        time.sleep(0.01)
+    for out, first in zip(outs, firsts, strict=True):
+        assert torch.equal(out, first)
 
 
 def test_no_tokens_are_no_work() -> None:

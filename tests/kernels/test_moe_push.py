@@ -90,6 +90,12 @@ def test_pushed_sums_are_those_of_the_experts_alone(layer: Layer, num_experts: i
     workspaces = [
         allocate_moe_workspace(experts, layer.shape.num_rows, 4, num_ctas=8) for experts in by_rank
     ]
+    # A kernel's first launch may need an idle device to load it, and soon a source waits there.
+    for experts, workspace, slots in zip(by_rank, workspaces, layer.ranks, strict=True):
+        tokens = slots.tokens(0)
+        sums = torch.empty(tokens.hidden.shape, dtype=torch.bfloat16, device=layer.device)
+        moe_fp8(tokens, experts, workspace, sums)
+        poison(workspace)
     sent = [layer.rows(70), layer.rows(33)]
     counts = [torch.tensor([n], dtype=torch.int32, device=layer.device) for n in (67, 33)]
     for source, (hidden, topk), count in zip(layer.sources, sent, counts, strict=True):
@@ -101,11 +107,11 @@ def test_pushed_sums_are_those_of_the_experts_alone(layer: Layer, num_experts: i
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(wait_for_sums, source) for source in layer.sources]
         for experts, workspace, slots in zip(by_rank, workspaces, layer.ranks, strict=True):
-            poison(workspace)
             slots.wait(0, is_first_layer=True)
             moe_fp8_push(experts, workspace, slots, 0)
         for wait in waits:
             wait.result(timeout=60)
+    num_absent = 0
     for source, (hidden, topk), count in zip(layer.sources, sent, counts, strict=True):
         assert source.errors()[0].is_ok
         num_rows = int(count)
@@ -121,10 +127,12 @@ def test_pushed_sums_are_those_of_the_experts_alone(layer: Layer, num_experts: i
             moe_fp8(tokens, experts, workspace, want)
             got = source.sums(0)[rank]
             is_here = (ids[rank] >= 0).any(dim=1).to(layer.device)
-            assert 0 < int(is_here.sum()) < num_rows
+            assert is_here.any()
+            num_absent += int((~is_here).sum())
             assert torch.equal(got[:num_rows][is_here], want[is_here])
             assert bool(got[:num_rows][~is_here].isnan().all())
             assert bool(got[num_rows:].isnan().all())
+    assert num_absent > 0
 
 
 def test_experts_and_workspaces_that_do_not_fit_are_refused(layer: Layer) -> None:

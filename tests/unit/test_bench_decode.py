@@ -3,11 +3,24 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from step3rt.bench.decode import DecodeLoad, LaneStep, read_steps, summarise
+from step3rt.bench.decode_stages import stage_report
+from step3rt.bench.decode_work import Shape
+from step3rt.config import resolve_model
 from step3rt.errors import Unavailable
+from step3rt.model.config import Step3Config
+from step3rt.plan.compare import compare
+from step3rt.plan.decode_table import load_points
+from step3rt.plan.hardware import load_hardware
+from step3rt.plan.hf_config import load_model
+from step3rt.plan.measurement import load_measurement
+from step3rt.plan.profile import load_profile
+from step3rt.trace.recording import load_all
 
 
 def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
@@ -34,6 +47,8 @@ def test_only_steps_with_every_sequence_count() -> None:
     assert report["tokens_per_s"] == 600.0
     assert report["stages"]["attention"] == {"us": 300.0}
     assert report["steps"] == 3
+    assert report["step_ms"] == report["tpot_ms"]
+    assert report["jitter_ms"] == 0.0
 
 
 def test_a_token_counts_as_often_as_it_was_waited_for() -> None:
@@ -106,6 +121,68 @@ def test_a_colocated_cluster_is_measured_as_such() -> None:
     assert (report["gpus"], report["devices"], report["instances"]) == (0, ["cpu"], 2)
     assert (report["fabrics"], report["weight_dtype"]) == (["cuda_ipc"], "fp8")
     assert report["tokens_per_s"] > 0
+
+
+def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
+    result = run_bench(
+        "--batch=4", "--context=256", "--steps=4", "--warmup-steps=1", "--devices=cpu",
+        "--attention=1", "--ffn=2", "--lanes=2", "--dtype=bfloat16", "--precision=production",
+        f"--log-dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "bench decode: " in result.stderr
+    report = json.loads(result.stdout)
+    assert "stages_missing" not in report
+    stages = report["stages"]
+    for name in ("attention", "head", "a2f", "ffn", "f2a"):
+        assert 0 <= stages[name]["us"] <= stages[name]["elapsed_us"] + 0.01, name
+    shares = [stages[name]["share"] for name in ("attention", "head", "a2f", "ffn", "f2a", "wait")]
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert stages["transfer"]["us"] > 0
+    assert stages["wait"]["us"] > 0
+    assert list(report["bubble_share"]["by_gpu"]) == ["attention 0", "ffn 0", "ffn 1"]
+    assert report["bubble_share"]["mean"] == stages["wait"]["share"]
+    assert 1 <= report["stages_over"]["steps"] <= 4.5
+    load, config = report["expert_load"], report["model"]
+    rows = 2 * config["moe_top_k"]  # of a micro-batch
+    assert load["rows_per_expert"]["mean"] * report["experts"] == pytest.approx(rows, rel=0.01)
+    assert load["max_over_mean"] >= 1
+    assert report["bytes_per_step"]["f2a"] > 0
+    assert "roofline" not in report  # no card is known
+    assert report["jitter_ms"] == pytest.approx(
+        report["step_ms"]["p99"] - report["step_ms"]["p50"], abs=1e-3
+    )
+    assert (tmp_path / "trace" / "ffn-1.npz").exists()
+    the_planner_takes(report, tmp_path / "decode-nano.json")
+
+
+def the_planner_takes(report: dict[str, Any], path: Path) -> None:
+    """What is written here is what is read there; only GPUs are missing."""
+    on_gpus = {
+        "gpus": 3, "machine": "3 x NVIDIA H200", "tokens_per_s_per_gpu": report["tokens_per_s"] / 3
+    }  # fmt: skip
+    path.write_text(json.dumps(report | on_gpus))
+    measurement = load_measurement(path, load_hardware())
+    assert measurement.deployment.label == "1A+2F h200 ep x2"
+    profile = load_profile("peers-h200")
+    rows = compare(load_model("step3"), [measurement], profile)
+    quantities = {row.quantity for row in rows}
+    assert quantities >= {"tpot_ms", "attention", "a2f", "ffn", "f2a", "transfer"}
+    (point,) = load_points([path])
+    assert point.jitter_ms == report["jitter_ms"]
+    assert point.idle == report["bubble_share"]["mean"]
+    assert point.stages[0][0] == report["stages"]["attention"]["us"]
+    card = load_hardware()["h200"]
+    recordings = load_all(path.parent / "trace")
+    sizes = Shape(
+        config=Step3Config.from_directory(resolve_model(Path("nano"))),
+        num_attention=1, num_ffn=2, num_lanes=2, batch=4, context_tokens=256, kv_dtype="fp8",
+    )  # fmt: skip
+    again = stage_report(recordings, sizes, card, 4)
+    assert again["roofline"]["card"] == "h200"
+    assert again["stages"]["ffn"]["us"] == report["stages"]["ffn"]["us"]
+    assert again["stages"]["ffn"]["roofline_us"] > 0
+    assert again["stages"]["a2f"]["roofline_us"] > 0
 
 
 @pytest.mark.parametrize(

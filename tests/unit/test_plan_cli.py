@@ -168,11 +168,21 @@ def test_holdout_compares_with_files_that_the_fit_has_not_seen(
         values = {"batch": batch, "tokens_per_s_per_gpu": rate, "tpot_ms": tpot, "stages": {}}
         file.write_text(json.dumps(RESULT | values))
         files.append(str(file))
-    found = run(capsys, "compare", *files, "--profile", "peers-h200", "--holdout")
-    for rows in (found["stated"]["rows"], found["fitted"]["rows"]):
-        assert {row["run"] for row in rows} == {"full-colocated-4 (1.json)"}
-    assert found["fitted"]["median_error"] < found["stated"]["median_error"]
-    assert main(["plan", "compare", files[0], "--holdout"]) == EX_USAGE
+    found = run(capsys, "compare", *files, "--profile", "peers-h200")
+    runs = [f"full-colocated-4 ({index}.json)" for index in range(3)]
+    assert [row["run"] for row in found["stated"]["rows"]][::2] == runs
+    test = found["test"]
+    assert sorted(test["fitted_to"] + test["tested_on"]) == runs
+    assert len(test["tested_on"]) == 1
+    assert {row["run"] for row in found["fitted"]["rows"]} == set(test["tested_on"])
+    errors = test["median_errors"]
+    assert errors["fitted"]["tokens_per_s_per_gpu"] < errors["stated"]["tokens_per_s_per_gpu"]
+    assert errors["fitted"]["stages"] is None
+    assert main(["plan", "compare", *files, "--profile", "peers-h200"]) == 0
+    assert "fitted to 2 runs and tested on the other 1" in capsys.readouterr().out
+    everything = run(capsys, "compare", *files, "--profile", "peers-h200", "--fit-all")
+    assert "test" not in everything
+    assert [row["run"] for row in everything["fitted"]["rows"]][::2] == runs
 
 
 @pytest.mark.parametrize("figure", ["1", "2", "5"])

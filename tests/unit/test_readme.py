@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from step3rt.plan.decode_table import BEGIN, END, load_points, table
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +32,20 @@ def test_every_other_kernel_row_is_of_the_recorded_run_too() -> None:
         assert float(us) == row["us"]
         assert bool(peer_us) == bool(row["peers"])
         assert not peer_us or float(peer_us) == min(row["peers"].values())
+
+
+def test_decode_table_and_plot_are_those_of_the_recorded_runs() -> None:
+    files = sorted((ROOT / "docs/results").glob("decode-*.json"))
+    _, _, after = README.partition(BEGIN)
+    found, mark, _ = after.partition(END)
+    assert mark
+    if not files:
+        assert not found.strip()
+        return
+    assert table(load_points(files), ROOT) in found
+    # By: step3rt plan plot docs/results --plot docs/plots/decode.svg --into README.md
+    assert "](docs/plots/decode.svg)" in found
+    assert (ROOT / "docs/plots/decode.svg").exists()
 
 
 def test_links_to_files_lead_somewhere() -> None:

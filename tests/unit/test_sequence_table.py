@@ -51,7 +51,6 @@ def test_a_step_is_launched_before_the_token_that_it_continues_is_known() -> Non
     )
     assert host.token_ids[:3].tolist() == [11, 12, 13]
     assert host.kv_slots[:3].tolist() == [320, 321, 322]
-    assert host.num_context_tokens[:3].tolist() == [1, 2, 3]
     assert host.logit_rows[0] == 2
     _, host = launch(table, plan(2, [chunk(7, 3, 4, known=4)]))
     assert host.token_ids[0] == UNKNOWN_TOKEN_ID
@@ -61,6 +60,41 @@ def test_a_step_is_launched_before_the_token_that_it_continues_is_known() -> Non
     # The token of step 1 is known, that of step 2 is not: step 3 continues the latter.
     _, host = launch(table, plan(3, [chunk(7, 4, 5, known=5)]))
     assert host.token_ids[0] == UNKNOWN_TOKEN_ID
+
+
+def test_chunks_become_work_of_the_prefill_kernel_and_single_rows_do_not() -> None:
+    table = new_table()
+    joined = [join(7, [11, 12, 13]), join(8, [20]), join(9, list(range(1, 72)))]
+    chunks = [
+        chunk(7, 0, 3, known=3, blocks=[5]),
+        chunk(8, 0, 1, known=1, blocks=[6]),
+        chunk(9, 66, 70, known=71, blocks=[1, 2]),  # behind a cached prefix
+    ]
+    planned, host = table.apply(plan(1, chunks, joined)), new_host()
+    order = fill_step(planned, table, host)
+    assert order.has_prefill
+    assert host.num_context_tokens[:8].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    first, _, last = planned.slots.tolist()
+    count = int(host.num_prefill_items[0])
+    assert host.prefill_items[:count].tolist() == [
+        [6, 2, 69, last],
+        [4, 2, 67, last],
+        [2, 1, 3, first],
+        [0, 2, 1, first],
+    ]
+    table.launched(planned)
+    order = fill_step(table.apply(plan(2, [chunk(8, 1, 2, known=2)])), table, host)
+    assert not order.has_prefill
+    assert host.num_prefill_items[0] == 0
+    assert host.num_context_tokens[0] == 2
+
+
+def test_chunks_that_fill_no_gpu_stay_rows_of_the_decode_kernel() -> None:
+    table = new_table()
+    planned = table.apply(plan(1, [chunk(7, 0, 3, known=3, blocks=[5])], [join(7, [11, 12, 13])]))
+    host = HostStep(64, MAX_TOP, torch.device("cpu"), prefill_ctas=132)
+    assert not fill_step(planned, table, host).has_prefill
+    assert host.num_context_tokens[:3].tolist() == [1, 2, 3]
 
 
 def test_failed_steps_are_planned_again_from_what_was_accepted() -> None:

@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Pipeline:
     way: float = 5.0
     num_lanes: int = 2
     num_steps: int = 6
+    num_rows: int = 8
     seed: int = 3
     clocks_ns: dict[str, int] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ class Pipeline:
             ring = np.zeros(len(lane), dtype=ROW)
             for place, (frame, *times, participants) in enumerate(lane):
                 numbers = [round(time * US) + clock for time in times]
-                ring[place] = (frame, *numbers, participants, (0, 0))
+                ring[place] = (frame, *numbers, participants, self.num_rows, 0)
             found.append(ring)
         return Recording.of_rings(shape, found)
 
@@ -99,6 +100,30 @@ def test_clocks_that_are_apart_are_brought_together() -> None:
                 error = left[name].astype(np.int64) - right[name].astype(np.int64)
                 assert abs(error).max() < 1 * US  # half of what the ways differ by
     assert min(int(rows["send_begin"][0]) for rows in apart.recordings[0].lanes) < 200 * US
+
+
+def test_a_clock_that_is_faster_is_brought_back_too() -> None:
+    pipeline = Pipeline([20], [30, 30], num_lanes=1, num_steps=1200, clocks_ns=CLOCKS)
+    recordings = pipeline.record()
+    together = build(recordings)
+    for recording, drift in ((recordings[1], 5e-5), (recordings[2], -2e-5)):
+        for rows in recording.lanes:
+            first = int(rows["wait_begin"][0])
+            for name in ("send_begin", "send_end", "wait_begin", "wait_end"):
+                times = rows[name].astype(np.int64)
+                rows[name] = times + ((times - first) * drift).astype(np.int64)
+    # By the end the clocks of the ranks are 20 us and 8 us away from where they began.
+    for one, other in zip(together.recordings, build(recordings).recordings, strict=True):
+        error = one.lanes[0]["wait_end"].astype(np.int64) - other.lanes[0]["wait_end"]
+        assert abs(error).max() < 1 * US
+
+
+def test_instances_of_one_device_have_one_clock() -> None:
+    recordings = Pipeline([20, 20], [30, 30], num_lanes=1).record()
+    on_one = [replace(each, shape=replace(each.shape, device="cpu")) for each in recordings]
+    for before, after in zip(recordings, build(on_one).recordings, strict=True):
+        apart = before.lanes[0]["wait_end"] - after.lanes[0]["wait_end"]
+        assert (apart == 1 * US).all()  # when the first wait began; that is time 0
 
 
 def test_the_summary_says_where_the_time_goes() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from step3rt.bench.graph_timing import Row, measure_us
 from step3rt.model.config import Step3Config
-from step3rt.model.gpu_layer import LayerBuffers, LayerRunner
+from step3rt.model.gpu_layer import AttentionWork, LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import Fp8Matrix
 from step3rt.model.random_weights import random_gpu_weights
 from step3rt.ops.kv_cache import fp8_cache_shape
@@ -64,6 +64,7 @@ def attention_layer_rows() -> Iterator[Row]:
         schedule = allocate_schedule(device)
         mfa_schedule(seq_lens, schedule)
         batch = MfaBatch(order.view(num_sequences, blocks_each), seq_lens, schedule)
+        work = AttentionWork(batch)
         positions = seq_lens - 1
         last_block = batch.block_table[:, -1]
         slots = last_block * BLOCK_SIZE_TOKENS + positions % BLOCK_SIZE_TOKENS
@@ -80,11 +81,11 @@ def attention_layer_rows() -> Iterator[Row]:
         def launch(
             runner: LayerRunner,
             buffers: LayerBuffers = buffers,
-            batch: MfaBatch = batch,
+            work: AttentionWork = work,
             places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = places,
         ) -> None:
             runner.launch_next_norm(buffers, layer.input_norm)
-            runner.launch_attention(buffers, batch, places)
+            runner.launch_attention(buffers, work, places)
 
         launches = [partial(launch, runner) for runner in runners]
         us = measure_us(launches * LAUNCHES_PER_CACHE)

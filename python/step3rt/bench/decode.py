@@ -2,7 +2,7 @@
 
 Owns the load and the arithmetic; the figures come from the coordinator's own log, where a line says
 when each lane's step was done and how many tokens it gave. A client that timed 10,000 streams would
-measure itself.
+measure itself. What a step consists of, devices record themselves: see `decode_stages`.
 """
 
 import asyncio
@@ -24,12 +24,23 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.aio import AsyncClient
-from step3rt.config import COLOCATED, REFERENCE_DEVICE, ServeConfig, resolve_model
-from step3rt.errors import InvalidArgument, Unavailable
+from step3rt.bench.decode_stages import MAX_STEPS, stage_report
+from step3rt.bench.decode_work import Shape, sizes_of
+from step3rt.bench.progress import ProgressLine, warn
+from step3rt.config import (
+    COLOCATED,
+    MAX_TRACE_STEPS,
+    REFERENCE_DEVICE,
+    ServeConfig,
+    resolve_model,
+)
+from step3rt.errors import InvalidArgument, Step3Error, Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.model.config import Step3Config
 from step3rt.placement import HostConfig, num_gpus
+from step3rt.plan.hardware import card_of_machine, load_hardware
 from step3rt.timing import percentile
+from step3rt.trace.recording import Recording, load_all
 
 BLOCK_SIZE_TOKENS = 64
 _SLACK_STEPS = 48
@@ -56,6 +67,11 @@ class DecodeLoad:
     steps: int = 200
     warmup_steps: int = 20
     seed: int = 0
+
+    @property
+    def trace_steps(self) -> int:
+        """Steps of a lane that devices record: what stages are means of, and those that follow."""
+        return min(MAX_TRACE_STEPS, min(self.steps, MAX_STEPS) + 2 * _SLACK_STEPS)
 
     @property
     def max_new_tokens(self) -> int:
@@ -108,6 +124,8 @@ def measure(
     host = host or HostConfig()
     devices = host.used_devices(serve)
     gpus = num_gpus(devices)
+    # Instances of the device pipeline record their times.
+    is_on_devices = REFERENCE_DEVICE not in devices
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
     _check(load, num_lanes, config.max_model_len)
@@ -131,25 +149,41 @@ def measure(
         if log_dir is None:
             directory = tempfile.TemporaryDirectory(prefix="step3rt-bench-")
             log_dir = Path(stack.enter_context(directory))
+        if trace_dir is None and is_on_devices:
+            trace_dir = log_dir / "trace"
+        progress = ProgressLine("tokens of each stream", load.max_new_tokens)
+        stack.callback(progress.close)
         with LocalCluster(
-            settings, **host.options(), trace_dir=trace_dir, log_dir=log_dir
+            settings,
+            **host.options(),
+            trace_dir=trace_dir,
+            trace_steps=load.trace_steps,
+            log_dir=log_dir,
+            on_status=progress.say,
         ) as cluster:
-            asyncio.run(_decode(cluster.address, load, config.vocab_size))
+            asyncio.run(_decode(cluster.address, load, config.vocab_size, progress))
             fabrics = _fabrics(cluster)
+        recordings = _recordings(trace_dir)
         lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
     figures = summarise(read_steps(lines), load, num_lanes, config.num_layers)
     if gpus:
         per_gpu = figures["tokens_per_s"] / gpus
         figures["tokens_per_s_per_gpu"] = round(per_gpu, 1)
+    machine = _machine(gpus)
+    if recordings is not None:
+        shape = _shape(serve, load, config)
+        figures |= _stages(recordings, shape, load, machine, figures["stages"])
     return {
         "run": _run_name(serve, host),
-        "machine": _machine(gpus),
+        "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "command": shlex.join(["step3rt", *sys.argv[1:]]),
         "gpus": gpus,
         "devices": devices,
         "instances": serve.attention + serve.ffn,
+        "attention": serve.attention,
+        "ffn": serve.ffn,
         "placement": host.placement,
         "fabrics": fabrics,
         "context": load.context_tokens,
@@ -158,8 +192,10 @@ def measure(
         "batch": load.batch,
         "lanes": serve.lanes,
         "layers": config.num_layers,
+        "experts": config.num_experts,
+        "model": sizes_of(config),
         "kv_dtype": serve.wire_dtypes()[2],
-        "weight_dtype": serve.dtype if devices[0] == REFERENCE_DEVICE else "fp8",
+        "weight_dtype": "fp8" if is_on_devices else serve.dtype,
         "random_weights": host.random_weights,
         "natural_routing": True,
         "scheduler_in_loop": True,
@@ -215,15 +251,13 @@ def summarise(
         for lane in lanes
     )
     measured = [step for lane in lanes for step in lane[1:]]
-    p50, p99 = percentile(weighted, 0.5), percentile(weighted, 0.99)
+    step_ms = _quantiles([gap for gap, _ in gaps_ms])
     return {
         "steps": load.steps,
         "tokens_per_s": round(tokens_per_s, 1),
-        "tpot_ms": {
-            "p50": round(p50 or 0.0, 3),
-            "p99": round(p99 or 0.0, 3),
-            "max": round(max(weighted), 3),
-        },
+        "tpot_ms": _quantiles(weighted),
+        "step_ms": step_ms,
+        "jitter_ms": round(step_ms["p99"] - step_ms["p50"], 3),
         "stages": {
             "attention": {"us": _per_layer_us(measured, "compute_ns", num_layers)},
             "wait": {"us": _per_layer_us(measured, "wait_ns", num_layers)},
@@ -252,25 +286,75 @@ def _full_steps(steps: Sequence[LaneStep], load: DecodeLoad) -> list[list[LaneSt
     return list(lanes.values())
 
 
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    shares = {"p50": percentile(values, 0.5), "p99": percentile(values, 0.99), "max": max(values)}
+    return {name: round(value or 0.0, 3) for name, value in shares.items()}
+
+
+def _recordings(directory: Path | None) -> list[Recording] | Step3Error | None:
+    """What the instances recorded; or why there is nothing, when they should have."""
+    if directory is None:
+        return None
+    try:
+        return load_all(directory)
+    except Step3Error as error:
+        return error
+
+
+def _stages(
+    recordings: list[Recording] | Step3Error,
+    shape: Shape,
+    load: DecodeLoad,
+    machine: str,
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """The result's keys of stages. Without them the run is still worth its figures."""
+    try:
+        if isinstance(recordings, Step3Error):
+            raise recordings
+        card = card_of_machine(machine, load_hardware())
+        report = stage_report(recordings, shape, card, min(MAX_STEPS, load.steps))
+    except Step3Error as error:
+        warn(f"the result has no stages: {error}")
+        return {"stages": {"lane_step": known["lane_step"]}, "stages_missing": str(error)}
+    # The coordinator knows how long a step took, but not what it was spent on.
+    report["stages"]["lane_step"] = known["lane_step"]
+    return report
+
+
+def _shape(serve: ServeConfig, load: DecodeLoad, config: Step3Config) -> Shape:
+    return Shape(
+        config=config,
+        num_attention=serve.attention,
+        num_ffn=serve.ffn,
+        num_lanes=serve.lanes,
+        batch=load.batch,
+        context_tokens=load.context_tokens,
+        kv_dtype=serve.wire_dtypes()[2],
+    )
+
+
 def _per_layer_us(steps: Sequence[LaneStep], name: str, num_layers: int) -> float:
     return round(statistics.fmean(getattr(step, name) for step in steps) / num_layers / 1e3, 2)
 
 
-async def _decode(address: str, load: DecodeLoad, vocab_size: int) -> None:
+async def _decode(address: str, load: DecodeLoad, vocab_size: int, progress: ProgressLine) -> None:
     draw = random.Random(load.seed + 1)
     async with AsyncClient(address) as client:
 
-        async def stream(num_tokens: int) -> None:
+        async def stream(num_tokens: int, *, is_last: bool) -> None:
             prompt = draw.choices(range(vocab_size), k=num_tokens)
             events = client.generate(
                 prompt, max_tokens=load.max_new_tokens, temperature=0.0, ignore_eos=True
             )
-            async for _ in events:
-                pass
+            async for event in events:
+                if is_last:
+                    progress.add(len(event.token_ids))
 
+        lengths = load.prompt_lengths()
         async with asyncio.TaskGroup() as group:
-            for num_tokens in load.prompt_lengths():
-                group.create_task(stream(num_tokens))
+            for index, num_tokens in enumerate(lengths):
+                group.create_task(stream(num_tokens, is_last=index == len(lengths) - 1))
 
 
 def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:
@@ -320,9 +404,9 @@ def _fabrics(cluster: LocalCluster) -> list[str]:
 
 
 def _commit() -> str:
-    """What is checked out where the package lies, or its version."""
+    """What is checked out where the package lies, else STEP3RT_COMMIT, else its version."""
     found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -330,6 +414,8 @@ def _commit() -> str:
     )
     if found.returncode == 0:
         return found.stdout.strip()
+    if "STEP3RT_COMMIT" in os.environ:  # a copy without its history
+        return os.environ["STEP3RT_COMMIT"]
     import step3rt
 
     return f"step3rt {step3rt.__version__}"

@@ -29,6 +29,7 @@ from step3rt.ops.stream import Event
 CONTEXT_TOKENS = 4096
 VOCAB_SIZE = 128_815
 NUM_WARM_UP_STEPS = 16
+NUM_SMS = 132  # of the H200 that is not there: they decide which chunks the prefill kernel takes
 
 
 class _DoneEvent:
@@ -62,8 +63,13 @@ class _NoSession:
         self.outputs = report[2]
 
 
-def measure(num_sequences: int, num_steps: int) -> dict[str, Any]:
+def measure(num_sequences: int, num_steps: int, chunk_tokens: int = 0) -> dict[str, Any]:
     """Decodes `num_sequences` sequences of 4,096 tokens, of which all but one are computed.
+
+    Args:
+        num_sequences: Decode in every step.
+        num_steps: That are measured.
+        chunk_tokens: Prompt of one more sequence, which joins for a step and leaves after it.
 
     Returns:
         Microseconds per step, from a plan's arrival to the report of its tokens, by the clock and
@@ -71,14 +77,16 @@ def measure(num_sequences: int, num_steps: int) -> dict[str, Any]:
     """
     max_blocks = -(-(CONTEXT_TOKENS + num_steps + NUM_WARM_UP_STEPS + 2) // BLOCK_SIZE_TOKENS)
     table = SequenceTable(
-        num_slots=num_sequences,
-        num_blocks=num_sequences * max_blocks,
+        num_slots=num_sequences + 1,
+        num_blocks=(num_sequences + 1) * max_blocks,
         max_model_len=max_blocks * BLOCK_SIZE_TOKENS,
         vocab_size=VOCAB_SIZE,
     )
-    hosts = [HostStep(num_sequences, MAX_TOP, torch.device("cpu")) for _ in range(2)]
+    num_rows = num_sequences + chunk_tokens
+    device = torch.device("cpu")
+    hosts = [HostStep(num_rows, MAX_TOP, device, prefill_ctas=NUM_SMS) for _ in range(2)]
     lane = DeviceLane(0, table, cast(AttentionLane, _NoDevice()), hosts)
-    session = _NoSession(num_sequences)
+    session = _NoSession(num_rows)
     links = cast(FfnLinks, SimpleNamespace(is_ready=True, are_coming=True))
     loop = DeviceStepLoop(
         cast(_core.NodeSession, session), cast(AttentionSlots, _NoErrors()), links, [lane]
@@ -86,16 +94,19 @@ def measure(num_sequences: int, num_steps: int) -> dict[str, Any]:
     times_us, cpu_us = [], []
     for step in range(NUM_WARM_UP_STEPS + num_steps):
         plan = _plan(step, num_sequences, max_blocks)
+        if chunk_tokens:
+            _add_chunk(plan, step, num_sequences, chunk_tokens)
         begun_ns, begun_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         loop.launch(plan)
         loop.collect()
         cpu_us.append((time.thread_time_ns() - begun_cpu_ns) / 1e3)
         times_us.append((time.perf_counter_ns() - begun_ns) / 1e3)
-        if len(session.outputs) != num_sequences:
+        if len(session.outputs) != num_sequences + (chunk_tokens > 0):
             raise RuntimeError(f"step {step} gave {len(session.outputs)} outputs")
     measured = sorted(times_us[NUM_WARM_UP_STEPS:])
     return {
         "sequences": num_sequences,
+        "chunk": chunk_tokens,
         "steps": num_steps,
         "p50_us": round(statistics.median(measured)),
         "p90_us": round(measured[len(measured) * 9 // 10]),
@@ -107,7 +118,10 @@ def _plan(step: int, num_sequences: int, max_blocks: int) -> _core.StepPlan:
     """The next token of every sequence; each has KV blocks of its own, one after the other."""
     joined: Iterable[Any] = ()
     if step == 0:
-        joined = [_join(sequence) for sequence in range(num_sequences)]
+        joined = [
+            _join(sequence, CONTEXT_TOKENS - sequence % BLOCK_SIZE_TOKENS)
+            for sequence in range(num_sequences)
+        ]
     # Lengths differ, so that about as many sequences need a block in every step.
     firsts = [
         CONTEXT_TOKENS - 1 - sequence % BLOCK_SIZE_TOKENS for sequence in range(num_sequences)
@@ -131,8 +145,23 @@ def _plan(step: int, num_sequences: int, max_blocks: int) -> _core.StepPlan:
     return cast(_core.StepPlan, plan)
 
 
-def _join(sequence: int) -> Any:
-    length = CONTEXT_TOKENS - sequence % BLOCK_SIZE_TOKENS
+def _add_chunk(plan: Any, step: int, num_sequences: int, chunk_tokens: int) -> None:
+    """A whole prompt; its sequence goes by the step's number."""
+    sequence = num_sequences + step
+    plan.left = [sequence - 1] if step else []
+    plan.joined = [*plan.joined, _join(sequence, chunk_tokens)]
+    plan.chunks.append(
+        SimpleNamespace(
+            sequence_id=sequence,
+            num_computed_tokens=0,
+            num_new_tokens=chunk_tokens,
+            new_block_ids=list(range(-(-chunk_tokens // BLOCK_SIZE_TOKENS))),
+            samples=True,
+        )
+    )
+
+
+def _join(sequence: int, length: int) -> Any:
     sampling = SimpleNamespace(
         temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, min_tokens=0, top_logprobs=None,
         prompt_logprobs=None, stop_token_ids=[], adjustments=None,
@@ -147,9 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt in every step")
     arguments = parser.parse_args()
     for num_sequences in arguments.sequences:
-        print(json.dumps(measure(num_sequences, arguments.steps)))  # noqa: T201
+        print(json.dumps(measure(num_sequences, arguments.steps, arguments.chunk)))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""Times MFA prefill beside torch's attention, on one GPU."""
+"""Times MFA prefill beside torch's attention, on one GPU.
+
+A row's shape is `1xTOKENS`, a whole prompt, or `1xTOKENS+BEFORE`, a chunk of one with so many
+tokens before it. Peers take contiguous K and V in BF16; `mfa_decode_rows` is our decode kernel,
+which gives every token of the chunk a row of its own.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from step3rt.bench.graph_timing import Row, measure_us
+from step3rt.bench.graph_timing import Launch, Row, measure_us
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
+from step3rt.ops.mfa_decode import MfaBatch, mfa_decode_bf16, mfa_decode_fp8
 from step3rt.ops.mfa_prefill import (
     PrefillBatch,
     PrefillChunk,
@@ -16,39 +22,63 @@ from step3rt.ops.mfa_prefill import (
     prefill_items,
     reference_mfa_prefill,
 )
-from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM, PADDED_HEADS
+from step3rt.ops.mfa_schedule import (
+    BLOCK_SIZE_TOKENS,
+    HEAD_DIM,
+    MAX_SEQUENCES,
+    PADDED_HEADS,
+    allocate_schedule,
+    mfa_schedule,
+)
 
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 LAUNCHES = 8
 NUM_CHECKED_TOKENS = 4
 ERROR_BOUNDS = {"bf16": 5e-3, "fp8": 3e-2}
-SHAPES = ((512, 0), (1024, 0), (2048, 0), (4096, 0), (512, 4096), (2048, 30_000))
-"""Tokens of one sequence's chunk, and those before it. K and V fit in L2, as they do in a step."""
+PEER_BOUND = 2e-2
+SHAPES = (
+    *((num_tokens, 0) for num_tokens in (512, 1024, 2048, 4096)),
+    *((num_tokens, 8192) for num_tokens in (64, 128, 256, 512, 1024, 2048, 4096)),
+)
+"""Tokens of one sequence's chunk, and those before it. K and V fit in L2, as they do in a step. The
+short ones are there for `mfa_prefill_choice.PAIR_COST_ROWS`: with which does prefill begin to win?
+"""
 
 
-def prefill_rows(kv_format: str, *, has_peers: bool) -> Iterator[Row]:
-    """Checks and times every shape; peers take whole prompts, K and V contiguous, in BF16.
+def prefill_rows(
+    kv_format: str,
+    *,
+    has_peers: bool,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    device: torch.device | None = None,
+) -> Iterator[Row]:
+    """Checks and times every shape.
 
     Raises:
         RuntimeError: a result is wrong.
     """
-    for num_tokens, num_before in SHAPES:
-        bench = _Bench(kv_format, num_tokens, num_before)
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    for num_tokens, num_before in shapes:
+        bench = _Bench(kv_format, num_tokens, num_before, device)
         row = bench.row()
-        if has_peers and kv_format == "bf16" and num_before == 0:
-            row.peers = _peers(num_tokens)
+        row.peers["mfa_decode_rows"] = bench.decode_us()
+        if has_peers and kv_format == "bf16":
+            row.peers |= _Peers(num_tokens, num_before, device).times_us()
         yield row
         del bench
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class _Bench:
     """One chunk over a shuffled KV cache of one format."""
 
-    def __init__(self, kv_format: str, num_tokens: int, num_before: int) -> None:
+    def __init__(
+        self, kv_format: str, num_tokens: int, num_before: int, device: torch.device
+    ) -> None:
         self.kv_format = kv_format
         self.num_tokens, self.num_before = num_tokens, num_before
-        device = torch.device("cuda", torch.cuda.current_device())
         num_blocks = -(-(num_before + num_tokens) // BLOCK_SIZE_TOKENS)
         q = torch.randn(num_tokens, PADDED_HEADS, HEAD_DIM, device=device)
         self.q_scale = q.abs().amax(dim=-1) / 448
@@ -71,15 +101,38 @@ class _Bench:
     def row(self) -> Row:
         """Checks a launch, then times several."""
         self._launch()
-        self._check()
+        self._check("mfa_prefill")
         us = measure_us([self._launch] * LAUNCHES)
         seen = self.num_tokens * self.num_before + self.num_tokens * (self.num_tokens + 1) / 2
         flops = 4.0 * seen * PADDED_HEADS * HEAD_DIM
         name = f"mfa_prefill_{self.kv_format}"
-        shape = f"{self.num_tokens} after {self.num_before}"
+        shape = f"1x{self.num_tokens}"
+        if self.num_before:
+            shape += f"+{self.num_before}"
         moved = self.q.numel() * self.q.element_size() + self.out.numel() * 2
         moved += self.cache.numel() * self.cache.element_size()
         return Row(name, shape, round(us, 1), round(moved / us / 1e3), flops / us / 1e6)
+
+    def decode_us(self) -> float:
+        """Checks and times the decode kernel on the same rows, as many at a time as it takes."""
+        device = self.q.device
+        launches = []
+        for start in range(0, self.num_tokens, MAX_SEQUENCES):
+            rows = slice(start, min(start + MAX_SEQUENCES, self.num_tokens))
+            lengths = torch.arange(rows.start + 1, rows.stop + 1, device=device) + self.num_before
+            schedule = allocate_schedule(device)
+            batch = MfaBatch(
+                block_table=self.batch.block_table.expand(len(lengths), -1).contiguous(),
+                seq_lens=lengths.int(),
+                schedule=schedule,
+            )
+            mfa_schedule(batch.seq_lens, schedule)
+            launches.append(self._decode(rows, batch))
+        self.out.fill_(float("nan"))
+        for launch in launches:
+            launch()
+        self._check("mfa_decode")
+        return round(measure_us(launches * LAUNCHES) * len(launches), 1)
 
     def _launch(self) -> None:
         if self.kv_format == "bf16":
@@ -87,7 +140,18 @@ class _Bench:
         else:
             mfa_prefill_fp8(self.q, self.q_scale, self.cache, self.batch, self.out, SOFTMAX_SCALE)
 
-    def _check(self) -> None:
+    def _decode(self, rows: slice, batch: MfaBatch) -> Launch:
+        q, q_scale, out = self.q[rows], self.q_scale[rows], self.out[rows]
+
+        def launch() -> None:
+            if self.kv_format == "bf16":
+                mfa_decode_bf16(q, self.cache, batch, out, SOFTMAX_SCALE)
+            else:
+                mfa_decode_fp8(q, q_scale, self.cache, batch, out, SOFTMAX_SCALE)
+
+        return launch
+
+    def _check(self, kernel: str) -> None:
         """Compares a few tokens with the reference.
 
         Raises:
@@ -104,34 +168,85 @@ class _Bench:
             error = float((self.out[row].double() - want[0]).norm() / want.norm())
             if not error < ERROR_BOUNDS[self.kv_format]:
                 raise RuntimeError(
-                    f"mfa_prefill_{self.kv_format} is wrong: relative error {error:.2e} in token "
+                    f"{kernel}_{self.kv_format} is wrong: relative error {error:.2e} in token "
                     f"{row} of {self.num_tokens} after {self.num_before}. Times of a wrong kernel "
                     "mean nothing. Run `pytest -m gpu tests/kernels`."
                 )
 
 
-def _peers(num_tokens: int) -> dict[str, float]:
-    """Times torch's SDPA on a whole prompt, causal, 64 query heads on one of K and V."""
-    device = torch.device("cuda", torch.cuda.current_device())
+class _Peers:
+    """torch's attention on one chunk: 64 query heads on one of K and V, contiguous, in BF16."""
 
-    def heads(count: int) -> torch.Tensor:
-        return torch.randn(1, count, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    def __init__(self, num_tokens: int, num_before: int, device: torch.device) -> None:
+        self.num_before = num_before
 
-    q, keys, values = heads(PADDED_HEADS), heads(1), heads(1)
+        def heads(count: int, length: int) -> torch.Tensor:
+            shape = (1, count, length, HEAD_DIM)
+            return torch.randn(shape, dtype=torch.bfloat16, device=device)
 
-    def launch() -> None:
-        torch.nn.functional.scaled_dot_product_attention(
-            q, keys, values, is_causal=True, enable_gqa=True
-        )
+        self.q = heads(PADDED_HEADS, num_tokens)
+        self.keys, self.values = (heads(1, num_before + num_tokens) for _ in range(2))
 
-    results = {}
-    for name, backend in (
-        ("sdpa_cudnn_contiguous", SDPBackend.CUDNN_ATTENTION),
-        ("sdpa_flash_contiguous", SDPBackend.FLASH_ATTENTION),
-    ):
+    def times_us(self) -> dict[str, float]:
+        """Times what this build of torch has; says of the rest why it did not run.
+
+        Behind a context, cuDNN's causal mask would begin at the context's start. It gets two calls,
+        the context without a mask and the chunk; what would merge their results is left out.
+        """
+        results: dict[str, float] = {}
+        cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+        if self.num_before:
+            results |= self._time("sdpa_cudnn_two_calls", cudnn, self._two_calls)
+            results |= self._time("sdpa_flash_contiguous", flash, self._lower_right)
+        else:
+            results |= self._time("sdpa_cudnn_contiguous", cudnn, self._whole)
+            results |= self._time("sdpa_flash_contiguous", flash, self._whole)
+        return results
+
+    def _time(
+        self, name: str, backend: SDPBackend, attend: Callable[[], torch.Tensor]
+    ) -> dict[str, float]:
+        def launch() -> None:
+            attend()
+
         try:
             with sdpa_kernel(backend):
-                results[name] = round(measure_us([launch] * LAUNCHES), 1)
+                if attend != self._two_calls:
+                    self._check(name, attend())
+                return {name: round(measure_us([launch] * LAUNCHES), 1)}
         except RuntimeError as error:  # a torch build without that backend
             sys.stderr.write(f"{name} did not run: {error}\n")
-    return results
+            return {}
+
+    def _whole(self) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.q, self.keys, self.values, is_causal=True, enable_gqa=True
+        )
+
+    def _lower_right(self) -> torch.Tensor:
+        # Not SDPA, which takes its causal mask to begin at the context's start; this one ends at
+        # the context's end.
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out: torch.Tensor = attend(self.q, self.keys, self.values, 0.0, True, False)[0]
+        return out
+
+    def _two_calls(self) -> torch.Tensor:
+        context, chunk = slice(None, self.num_before), slice(self.num_before, None)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        attend(self.q, self.keys[:, :, context], self.values[:, :, context], enable_gqa=True)
+        keys, values = self.keys[:, :, chunk], self.values[:, :, chunk]
+        return attend(self.q, keys, values, is_causal=True, enable_gqa=True)
+
+    def _check(self, name: str, out: torch.Tensor) -> None:
+        """Looks whether the first token sees what is before it and itself, and nothing else.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        keys = self.keys[0, 0, : self.num_before + 1].double()
+        values = self.values[0, 0, : self.num_before + 1].double()
+        scores = self.q[0, :, 0].double() @ keys.T * SOFTMAX_SCALE
+        want = scores.softmax(dim=-1) @ values
+        error = float((out[0, :, 0].double() - want).norm() / want.norm())
+        if not error < PEER_BOUND:
+            raise RuntimeError(f"{name} computes something else: relative error {error:.2e}")

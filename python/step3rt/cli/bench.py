@@ -87,13 +87,19 @@ def _add_kernels(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _add_engine(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = parts.add_parser("engine", help="decoding a whole model on this host's GPU")
+    parser = parts.add_parser("engine", help="prefill and decoding of a whole model, one GPU")
     parser.add_argument(
         "--model", default="nano", help="checkpoint directory, or nano (default: nano)"
     )
     parser.add_argument("--sequences", type=int, default=64, help="decoded together (default: 64)")
     parser.add_argument(
         "--context", type=int, default=1024, help="tokens of each at the start (default: 1024)"
+    )
+    parser.add_argument(
+        "--prefill-tokens", type=int, default=1024, help="of a step of prefill (default: 1024)"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="make weights up, of the sizes in config.json"
     )
     parser.set_defaults(run=run_engine)
 
@@ -136,7 +142,7 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
     )
-    parser.add_argument("--log-dir", type=Path, help="keep the processes' logs here")
+    parser.add_argument("--log-dir", type=Path, help="keep the processes' logs and recordings here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     flags.add_config_file_flag(parser)
     flags.add_config_flags(parser, HostConfig, skip=("kv_blocks",), title="placement")
@@ -244,7 +250,12 @@ def run_engine(arguments: argparse.Namespace) -> int:
     from step3rt.config import resolve_model
 
     model = resolve_model(Path(arguments.model))
-    print(json.dumps(engine.measure(model, arguments.sequences, arguments.context)))
+    load = engine.EngineLoad(
+        num_sequences=arguments.sequences,
+        num_context_tokens=arguments.context,
+        prefill_tokens=arguments.prefill_tokens,
+    )
+    print(json.dumps(engine.measure(model, load, has_random_weights=arguments.random_weights)))
     return 0
 
 

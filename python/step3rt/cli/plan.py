@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from step3rt.plan.cost import Precision
     from step3rt.plan.deployment import Deployment
     from step3rt.plan.hardware import Hardware
+    from step3rt.plan.measurement import Measurement
 
 _DESCRIPTION = """\
 Plan a deployment: cost per token, simulated throughput and TPOT, the best placement on given
@@ -28,7 +30,8 @@ examples:
   step3rt plan search --gpus h200:4 --profile peers-h200 --emit cluster.toml
   step3rt plan kernels docs/results/kernels-h200-2026-11-22.json \\
       --profile peers-h200 --hardware h200 --save h200.toml
-  step3rt plan compare docs/results/decode-*.json --save fitted.toml
+  step3rt plan plot docs/results --plot docs/plots/decode.svg --into README.md
+  step3rt plan compare docs/results --profile h200.toml --save fitted.toml
 """
 
 
@@ -47,6 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_search(commands)
     _add_compare(commands)
     _add_kernels(commands)
+    _add_plot(commands)
 
 
 def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -119,15 +123,18 @@ def _add_search(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("compare", help="predicted beside measured, and a fitted profile")
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json|DIR")
     _add_common(parser, has_context=False)
     _add_profile(parser)
     parser.add_argument("--hardware", metavar="CARD", help="default: what the file's machine names")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="fit, and write the profile")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the fitted profile")
     parser.add_argument(
-        "--holdout", action="store_true", help="fit to every other file, compare with the rest"
+        "--fit-all",
+        action="store_true",
+        help="fit to all runs and test on none; default: of several runs, one half each",
     )
-    parser.set_defaults(run=_run_compare)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the halves")
+    parser.set_defaults(run=_run_compare, model=None)
 
 
 def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -138,6 +145,17 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--hardware-file", type=Path, metavar="TOML", help="more cards or prices")
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the profile")
     parser.set_defaults(run=_run_kernels)
+
+
+def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("plot", help="measured decode runs as a table and a plot")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json|DIR")
+    parser.add_argument("--tpot-ms", type=float, default=50.0, metavar="MS", help="(default: 50)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (.svg, .png)")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE.md", help="put table and plot between the page's marks"
+    )
+    parser.set_defaults(run=_run_plot)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, has_context: bool = True) -> None:
@@ -292,36 +310,51 @@ def _run_search(arguments: argparse.Namespace) -> int:
 
 def _run_compare(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
-    from step3rt.plan.compare import compare, fit
-    from step3rt.plan.hardware import pick_hardware
-    from step3rt.plan.measurement import load_measurement
+    from step3rt.plan.compare import compare, fit, split
     from step3rt.plan.profile import load_profile, save_profile
 
-    cards, model, profile = _cards(arguments), _model(arguments), load_profile(arguments.profile)
-    card = pick_hardware(arguments.hardware, cards) if arguments.hardware else None
-    measurements = [load_measurement(path, cards, card) for path in arguments.results]
-    seen = measurements
-    if arguments.holdout:
-        if len(measurements) < 2:
-            raise InvalidArgument(
-                "--holdout needs two result files: one to fit to and one to compare with. Give more"
-            )
-        seen, measurements = measurements[::2], measurements[1::2]
-    is_fitted = arguments.save is not None or arguments.holdout
-    fitted = fit(model, seen, profile) if is_fitted else None
-    profiles = {"stated": profile} | ({"fitted": fitted} if fitted is not None else {})
-    rows = {name: compare(model, measurements, each) for name, each in profiles.items()}
+    measurements, model = _measurements(arguments), _model(arguments)
+    stated = load_profile(arguments.profile)
+    rows = {"stated": compare(model, measurements, stated)}
+    fitted_to, tested_on = measurements, list[Any]()
+    if len(measurements) > 1 and not arguments.fit_all:
+        fitted_to, tested_on = split(measurements, arguments.seed)
+    fitted = None
+    if tested_on or arguments.fit_all or arguments.save is not None:
+        fitted = fit(model, fitted_to, stated)
+        rows["fitted"] = compare(model, tested_on or fitted_to, fitted)
+    values: dict[str, Any] = {name: report.comparison_values(each) for name, each in rows.items()}
+    if tested_on:
+        values["test"] = report.holdout_values(
+            [each.name for each in fitted_to],
+            compare(model, tested_on, stated),
+            rows["fitted"],
+        )
     if arguments.json:
-        values = {name: report.comparison_values(each) for name, each in rows.items()}
         print(json.dumps(values, indent=2))
     else:
-        for name, each in rows.items():
-            print(f"{name} profile: {profiles[name].source}")
-            print(report.comparison_text(each))
+        print(f"stated profile: {stated.source}\n{report.comparison_text(rows['stated'])}")
+        if fitted is not None:
+            print(f"fitted profile: {fitted.source}\n{report.comparison_text(rows['fitted'])}")
+        if tested_on:
+            print(report.holdout_text(values["test"]))
     if fitted is not None and arguments.save is not None:
         save_profile(fitted, arguments.save)
         print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
     return 0
+
+
+def _measurements(arguments: argparse.Namespace) -> "list[Measurement]":
+    """The runs of the given files; of a `--model`, if one is given, else of their own."""
+    from dataclasses import replace
+
+    from step3rt.plan.hardware import pick_hardware
+    from step3rt.plan.measurement import load_measurement, result_files
+
+    cards = _cards(arguments)
+    card = pick_hardware(arguments.hardware, cards) if arguments.hardware else None
+    found = [load_measurement(path, cards, card) for path in result_files(arguments.results)]
+    return found if arguments.model is None else [replace(each, model=None) for each in found]
 
 
 def _run_kernels(arguments: argparse.Namespace) -> int:
@@ -343,6 +376,26 @@ def _run_kernels(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_plot(arguments: argparse.Namespace) -> int:
+    from step3rt.plan.decode_table import load_points, put_into, table
+    from step3rt.plan.measurement import result_files
+
+    points = load_points(result_files(arguments.results))
+    text = table(points, Path() if arguments.into is None else arguments.into.parent)
+    if arguments.plot is not None:
+        from step3rt.plan.plots import draw_decode
+
+        draw_decode(arguments.plot, points, arguments.tpot_ms)
+    if arguments.into is None:
+        print(text)
+        return 0
+    if arguments.plot is not None:
+        place = os.path.relpath(arguments.plot, arguments.into.parent)
+        text += f"\n\n![Decoding, measured: throughput and TPOT]({place})"
+    put_into(arguments.into, text)
+    return 0
+
+
 def _cards(arguments: argparse.Namespace) -> "dict[str, Hardware]":
     from step3rt.plan.hardware import load_hardware
 
@@ -352,7 +405,7 @@ def _cards(arguments: argparse.Namespace) -> "dict[str, Hardware]":
 def _model(arguments: argparse.Namespace) -> "Model":
     from step3rt.plan.hf_config import load_model
 
-    return load_model(arguments.model)
+    return load_model(arguments.model or "step3")
 
 
 def _check_context(context: int) -> None:

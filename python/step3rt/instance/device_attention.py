@@ -138,6 +138,7 @@ class DeviceAttentionRole:
         num_blocks = self._node.kv_blocks or (self._node.kv_memory_mb << 20) // block_bytes
         device = self._model.device
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading weights left over is free, too
             max_bytes = torch.cuda.mem_get_info(device)[0]
         else:
             max_bytes = available_memory_bytes()

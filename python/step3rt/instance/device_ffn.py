@@ -35,8 +35,11 @@ logger = logging.getLogger(__name__)
 QUEUED_STEPS = 2
 """Replays of a lane that are queued: the next step's first layer finds its graph on the device."""
 
-LOOK_S = 0.004
-"""Between looks at the ends of steps; less than the shortest step, two of which are queued."""
+RANK_SHARE_OF_LIMIT = 0.4
+"""Of an attention instance's limit: two of a rank's waits for a dead source end within it."""
+
+LOOK_S = 0.001
+"""Between looks at the ends of steps; less than two steps of a model of eight layers."""
 
 
 @dataclass(slots=True)
@@ -79,8 +82,9 @@ class DeviceFfnRole:
             self._model.config.num_experts,
             groups.experts.start,
         )
-        traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots)
-        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes)
+        tables = [lane.group_tables for lane in ends.lanes]
+        traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots, tables)
+        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes, traces)
         try:
             return loop.run()
         finally:
@@ -100,12 +104,13 @@ class DeviceFfnRole:
         if ends is None or (ends.shape, ends.rank) != (shape, rank):
             device = self._model.device
             stop = StopWord(device)
+            limit_ns = int(wait_limit_ns(device) * RANK_SHARE_OF_LIMIT)
             slots = FfnSlots(
                 shape,
                 rank,
                 device,
                 stop,
-                wait_limit_ns(device),
+                limit_ns,
                 idle_limit_ns=self._share.idle_limit_ns(device),
             )
             # Nothing is linked: what a capture launches sends and awaits nothing.
@@ -134,6 +139,7 @@ class DeviceFfnLoop:
     slots: FfnSlots
     stop_word: StopWord
     lanes: list[FfnLane]
+    traces: LaneTraces | None = None
     _peers: dict[int, _Peer] = field(default_factory=dict)
     _replays: list[deque[Event]] = field(default_factory=list)
     _is_draining: bool = False
@@ -151,6 +157,8 @@ class DeviceFfnLoop:
                     return Outcome.LOST
                 self._handle(event)
             self._look_for_errors()
+            if self.traces is not None:
+                self.traces.look()
 
     def stop(self) -> None:
         """Ends every wait and returns when the lanes are idle, without links."""

@@ -10,6 +10,8 @@ from step3rt import _core
 from step3rt.instance.sequence_table import Bools, PlannedStep, SequenceTable
 from step3rt.model.device_attention import PromptScores, StepOrder
 from step3rt.model.device_inputs import UNKNOWN_TOKEN_ID, HostStep
+from step3rt.ops.mfa_prefill import PrefillChunk, prefill_items
+from step3rt.ops.mfa_prefill_choice import is_for_prefill
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS
 
 
@@ -27,6 +29,7 @@ def fill_step(planned: PlannedStep, table: SequenceTable, host: HostStep) -> Ste
     host.sequence_slots[:num_rows] = slots
     host.positions[:num_rows] = positions
     host.num_context_tokens[:num_rows] = positions + 1
+    has_prefill = _fill_prefill(planned, host, (starts, lengths))
     blocks = table.blocks[slots, positions // BLOCK_SIZE_TOKENS]
     host.kv_slots[:num_rows] = blocks * BLOCK_SIZE_TOKENS + positions % BLOCK_SIZE_TOKENS
     _fill_token_ids(planned, table, host, (starts, lengths))
@@ -50,6 +53,7 @@ def fill_step(planned: PlannedStep, table: SequenceTable, host: HostStep) -> Ste
         edits=edits,
         is_greedy=edits is None and not has_logprobs and not rows["temperature"].any(),
         has_logprobs=has_logprobs,
+        has_prefill=has_prefill,
     )
 
 
@@ -103,6 +107,27 @@ def _fill_token_ids(
         host.token_ids[start : start + len(known)] = known
         # The last one may be on the device alone.
         host.token_ids[start + len(known) : start + length] = UNKNOWN_TOKEN_ID
+
+
+def _fill_prefill(
+    planned: PlannedStep, host: HostStep, places: tuple[np.ndarray, np.ndarray]
+) -> bool:
+    """Writes the work of the prefill kernel; for the decode kernel its rows are empty sequences."""
+    starts, lengths = places
+    host.num_prefill_items[0] = 0
+    if (lengths == 1).all():
+        return False
+    chosen = np.flatnonzero(is_for_prefill(planned.first, lengths, host.prefill_ctas))
+    chunks = []
+    for index in chosen:
+        row, length = int(starts[index]), int(lengths[index])
+        first, slot = int(planned.first[index]), int(planned.slots[index])
+        chunks.append(PrefillChunk(row, length, first, slot))
+        host.num_context_tokens[row : row + length] = 0
+    items = prefill_items(chunks).numpy()
+    host.num_prefill_items[0] = len(items)
+    host.prefill_items[: len(items)] = items
+    return bool(len(chosen))
 
 
 def _fill_edits(planned: PlannedStep, table: SequenceTable, host: HostStep) -> torch.Tensor | None:

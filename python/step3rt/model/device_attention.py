@@ -6,27 +6,34 @@ computes, its caller decides. A step of one lane, all on the lane's stream:
     copy inputs | graph of the bucket                                          | sampler | copy back
                 | embed -> 61 x (attention -> send -> wait -> add, norm) -> head |
 
+A bucket has a graph for steps without chunks of prompts, and a second one, with the prefill kernel
+behind the decode kernel, for steps with them. How many chunks there are, and of which rows, the
+kernel reads from device memory.
+
 The sampler is launched behind the graph, not inside: its kernel depends on what requests ask for,
 and a graph of every combination would be many. The host launches a step while the one before runs,
 so that no time passes between the two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from step3rt.errors import InvalidArgument
 from step3rt.model.device_inputs import HostStep, StepInputs, StepResults
-from step3rt.model.gpu_decoder import BUCKETS, rotation_table_of
-from step3rt.model.gpu_layer import LayerBuffers, LayerRunner
+from step3rt.model.gpu_decoder import rotation_table_of
+from step3rt.model.gpu_layer import AttentionWork, LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import GpuWeights
+from step3rt.model.graph_shapes import GraphShape, graph_shapes
 from step3rt.ops.afd_link import AttentionSlots
 from step3rt.ops.graph import StepGraph
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear import linear_bf16
 from step3rt.ops.mfa_decode import MfaBatch
+from step3rt.ops.mfa_prefill import PrefillBatch
+from step3rt.ops.mfa_prefill_choice import prefill_ctas_of
 from step3rt.ops.mfa_schedule import (
     BLOCK_SIZE_TOKENS,
     MAX_SEQUENCES,
@@ -36,9 +43,6 @@ from step3rt.ops.mfa_schedule import (
 from step3rt.ops.sample import MAX_TOP, Samples, SamplingBatch, sample_on_device
 from step3rt.ops.sampling import score_tokens
 from step3rt.ops.stream import Event, Stream
-
-FEW_LOGIT_ROWS = 16
-"""A step that wants logits of no more rows than this does not compute them for its whole bucket."""
 
 MAX_SCORED_ROWS = 64
 """Rows of logits that are scored at a time: in float32 they take 33 MB at Step-3's vocabulary."""
@@ -56,13 +60,14 @@ class DevicePoolOptions:
 
     `num_blocks` KV blocks of 64 tokens; `max_model_len` tokens of a sequence; `max_tokens` rows of
     a lane's step, which is also the number of sequences that a lane holds; `is_fp8_kv` stores K and
-    V in e4m3.
+    V in e4m3. `prefill_ctas` is what `ops.mfa_prefill_choice` goes by; None: that of the device.
     """
 
     num_blocks: int
     max_model_len: int
     max_tokens: int
     is_fp8_kv: bool = True
+    prefill_ctas: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -96,6 +101,7 @@ class DevicePool:
             shape, dtype = fp8_cache_shape(options.num_blocks), torch.uint8
         self.kv = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in weights.layers]
         self.rotation = rotation_table_of(weights, options.max_model_len)
+        self.prefill_ctas = options.prefill_ctas or prefill_ctas_of(self.device)
         self.runners = [
             LayerRunner(self.config, layer, kv, is_fp8_kv=options.is_fp8_kv)
             for layer, kv in zip(weights.layers, self.kv, strict=True)
@@ -124,7 +130,8 @@ class StepOrder:
     The first `num_samples` of the logit rows sample; the others predict `scored_token_ids`, each of
     which is scored beside the `num_top` most likely tokens. `table_changes` i32[2, N]: new entries
     of the block tables, their places (sequence slot * max_blocks + index) and KV blocks.
-    `edits` u8[E, 16]: `ops.sample`'s, None if no row has one.
+    `edits` u8[E, 16]: `ops.sample`'s, None if no row has one. `has_prefill`: whether the prefill
+    kernel has work.
     """
 
     num_rows: int
@@ -135,6 +142,7 @@ class StepOrder:
     edits: torch.Tensor | None
     is_greedy: bool
     has_logprobs: bool
+    has_prefill: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,29 +198,32 @@ class AttentionLane:
         # Rows that are all unused: what a capture computes is kept nowhere.
         self._inputs.kv_slots.fill_(-1)
         self._graphs = {
-            shape: StepGraph.capture(device, partial(self._launch, *shape), self._stream)
-            for shape in _shapes(max_tokens)
+            shape: StepGraph.capture(device, partial(self._launch, shape), self._stream)
+            for shape in graph_shapes(max_tokens, pool.prefill_ctas)
         }
         self._warm_up()
 
     def new_host_step(self) -> HostStep:
         """Allocates what the host fills; as many are in use as steps are in flight."""
-        return HostStep(self._pool.options.max_tokens, MAX_TOP, self._pool.device)
+        pool = self._pool
+        return HostStep(pool.options.max_tokens, MAX_TOP, pool.device, pool.prefill_ctas)
 
     def launch(self, host: HostStep, order: StepOrder) -> tuple[Event, PromptScores | None]:
         """Queues a step and returns at once.
 
         `host` belongs to the step until the event is done; then it has the results.
         """
-        bucket = bucket_of(order.num_rows, self._pool.options.max_tokens)
         num_logits = order.num_samples + len(order.scored_token_ids)
-        host.pad(order.num_rows, bucket)
-        host.logit_rows[num_logits:bucket] = 0
+        shape = GraphShape.of_step(
+            order.num_rows, num_logits, self._pool.options.max_tokens, has_prefill=order.has_prefill
+        )
+        host.pad(order.num_rows, shape.num_rows)
+        host.logit_rows[num_logits : shape.num_rows] = 0
         step = _QueuedStep(host, order)
         if self._pool.device.type == "cuda":
             step.pin()
         self._stream.run(lambda: self._copy_in(step))
-        self._graphs[bucket, _logit_bucket(num_logits, bucket)].replay()
+        self._graphs[shape].replay()
         self._stream.run(lambda: self._finish(step))
         return self._stream.record(), step.scores
 
@@ -245,7 +256,11 @@ class AttentionLane:
     @torch.inference_mode()
     def _copy_in(self, step: "_QueuedStep") -> None:
         device = self._pool.device
-        self._inputs_buffer.copy_(step.host.inputs_buffer, non_blocking=True)
+        num_bytes = len(self._inputs_buffer)
+        if not step.order.has_prefill:
+            num_bytes = StepInputs.row_bytes(self._pool.options.max_tokens)
+        host_buffer = step.host.inputs_buffer[:num_bytes]
+        self._inputs_buffer[:num_bytes].copy_(host_buffer, non_blocking=True)
         if step.table_changes is not None:
             places, blocks = step.table_changes.to(device, non_blocking=True)
             self._tables.view(-1).index_copy_(0, places.long(), blocks)
@@ -254,7 +269,8 @@ class AttentionLane:
             step.edits = step.edits.to(device, non_blocking=True)
 
     @torch.inference_mode()
-    def _launch(self, bucket: int, num_logit_rows: int) -> None:
+    def _launch(self, shape: GraphShape) -> None:
+        bucket = shape.num_rows
         pool, slots, lane, inputs = self._pool, self._slots, self._lane, self._inputs
         config = pool.config
         buffers = self._buffers.rows(bucket)
@@ -263,7 +279,10 @@ class AttentionLane:
         row_tables = self._row_tables[:bucket]
         torch.index_select(self._tables, 0, sequence_slots, out=row_tables)
         mfa_schedule(contexts, self._schedule)
-        batch = MfaBatch(row_tables, contexts, self._schedule)
+        work = AttentionWork(MfaBatch(row_tables, contexts, self._schedule))
+        if shape.has_prefill:
+            items = (inputs.prefill_items, inputs.num_prefill_items)
+            work = replace(work, prefill=PrefillBatch(*items, self._tables))
         places = (inputs.positions[:bucket], inputs.kv_slots[:bucket], pool.rotation)
         token_ids = inputs.token_ids[:bucket]
         token_ids = torch.where(
@@ -272,7 +291,7 @@ class AttentionLane:
         torch.index_select(pool.weights.embed_tokens, 0, token_ids, out=buffers.residual)
         buffers.norm_only(pool.first_norm, config.rms_norm_eps)
         for index, layer in enumerate(config.layers):
-            pool.runners[index].launch_attention(buffers, batch, places)
+            pool.runners[index].launch_attention(buffers, work, places)
             slots.send(
                 lane,
                 buffers.hidden,
@@ -284,8 +303,8 @@ class AttentionLane:
             slots.wait(lane, is_first_layer=index == 0)
             sums = (slots.sums(lane), slots.present(lane))
             buffers.add_sums_and_norm(*sums, pool.next_norms[index], config.rms_norm_eps)
-        final, logits = self._final[:num_logit_rows], self._logits[:num_logit_rows]
-        torch.index_select(buffers.normed, 0, inputs.logit_rows[:num_logit_rows], out=final)
+        final, logits = self._final[: shape.num_logits], self._logits[: shape.num_logits]
+        torch.index_select(buffers.normed, 0, inputs.logit_rows[: shape.num_logits], out=final)
         linear_bf16(final, pool.weights.lm_head, logits)
 
     @torch.inference_mode()
@@ -352,30 +371,11 @@ class _QueuedStep:
 
     def pin(self) -> None:
         """Pins what is copied: a copy of other memory would wait for the stream."""
-        self.scored_token_ids = self.scored_token_ids.pin_memory()
         if self.table_changes is not None:
             self.table_changes = self.table_changes.pin_memory()
         if self.edits is not None:
             self.edits = self.edits.pin_memory()
         if self.scores is not None:
+            self.scored_token_ids = self.scored_token_ids.pin_memory()
             names = ("logprobs", "top_ids", "top_logprobs")
             self.scores = PromptScores(*(getattr(self.scores, name).pin_memory() for name in names))
-
-
-def bucket_of(num_rows: int, max_tokens: int) -> int:
-    """The smallest batch that has a graph and holds `num_rows`."""
-    return min(next(bucket for bucket in BUCKETS if bucket >= num_rows), max_tokens)
-
-
-def _logit_bucket(num_logits: int, bucket: int) -> int:
-    return FEW_LOGIT_ROWS if num_logits <= FEW_LOGIT_ROWS < bucket else bucket
-
-
-def _shapes(max_tokens: int) -> list[tuple[int, int]]:
-    """(rows, logit rows) of every graph, largest first: later ones fit in what those allocated."""
-    buckets = sorted({min(bucket, max_tokens) for bucket in BUCKETS}, reverse=True)
-    return [
-        (bucket, num_logits)
-        for bucket in buckets
-        for num_logits in sorted({bucket, min(bucket, FEW_LOGIT_ROWS)}, reverse=True)
-    ]

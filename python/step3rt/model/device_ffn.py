@@ -6,6 +6,8 @@ and never learns how many rows came.
     per layer   wait for the step's sources -> sort by group, GEMMs -> sums into the sources' slots
 """
 
+from dataclasses import replace
+
 import torch
 
 from step3rt.model.ffn_groups import FfnGroups
@@ -29,6 +31,8 @@ class FfnLane:
         """Allocates the lane's scratch and captures its step; the slots are not connected yet.
 
         `num_ctas`: SMs that its GEMMs may fill, even; by default all but those of waiting lanes.
+        `group_tables` i32[layers, groups, 2]: first row and rows of each group in the last step. A
+        table for each layer costs nothing and can be read beside the lane.
         """
         self._groups = groups
         self._slots = slots
@@ -43,6 +47,10 @@ class FfnLane:
                 self._workspaces[_shape_of(experts)] = allocate_moe_workspace(
                     experts, shape.num_rows, shape.num_columns, num_ctas
                 )
+        max_groups = max(experts.num_groups for experts in groups.layers)
+        self.group_tables = torch.zeros(
+            len(groups.layers), max_groups, 2, dtype=torch.int32, device=groups.device
+        )
         self._stream = Stream(groups.device)
         slots.run_on(self._stream)
         self._graph = StepGraph.capture(groups.device, self._launch, self._stream)
@@ -60,7 +68,8 @@ class FfnLane:
     def _launch(self) -> None:
         for index, experts in enumerate(self._groups.layers):
             self._slots.wait(self._lane, is_first_layer=index == 0)
-            workspace = self._workspaces[_shape_of(experts)]
+            table = self.group_tables[index, : experts.num_groups]
+            workspace = replace(self._workspaces[_shape_of(experts)], groups=table)
             moe_fp8_push(experts, workspace, self._slots, self._lane)
 
 

@@ -4,7 +4,9 @@ One copy carries all of it: a host buffer, pinned beside a GPU, and a device buf
 sections, each for T rows and aligned to 16 bytes. Computes nothing, and never waits.
 
     | num_rows | token_ids | sequence_slots | positions | kv_slots | num_context_tokens | ...
-    ... logit_rows | sampling_rows | edit_offsets |
+    ... logit_rows | sampling_rows | edit_offsets | num_prefill_items | prefill_items |
+
+A step without chunks for the prefill kernel leaves the last two out of the copy.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from step3rt.ops.mfa_prefill_choice import prefill_ctas_of
 from step3rt.ops.sample import SAMPLING_ROW
 
 _ALIGNMENT_BYTES = 16
@@ -26,13 +29,15 @@ UNUSED_KV_SLOT = -1
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """T rows of one step, views of one buffer; all i32[T] but the last two and `num_rows`, i32[1].
+    """T rows of one step, views of one buffer; i32[T] unless something else is said.
 
-    `token_ids`: `UNKNOWN_TOKEN_ID` for the token that `sequence_slots` sampled last. `kv_slots`: KV
-    block * 64 + offset. `num_context_tokens`: what a row attends to, itself included; 0 in rows
-    that only fill a bucket. `logit_rows`: of which rows the next token's logits are wanted, those
-    that sample first. `sampling_rows` u8[T, 48] and `edit_offsets` i32[T + 1] are `ops.sample`'s,
-    of the rows that sample.
+    `num_rows` i32[1]. `token_ids`: `UNKNOWN_TOKEN_ID` for the token that `sequence_slots` sampled
+    last. `kv_slots`: KV block * 64 + offset. `num_context_tokens`: what a row attends to, itself
+    included; 0 in rows of the prefill kernel and in those that only fill a bucket. `logit_rows`: of
+    which rows the next token's logits are wanted, those that sample first. `sampling_rows` u8[T,
+    48] and `edit_offsets` i32[T + 1] are `ops.sample`'s, of the rows that sample.
+    `num_prefill_items` i32[1] and `prefill_items` i32[T, 4] are `ops.mfa_prefill`'s; an item's
+    sequence is its slot.
     """
 
     num_rows: torch.Tensor
@@ -44,6 +49,8 @@ class StepInputs:
     logit_rows: torch.Tensor
     sampling_rows: torch.Tensor
     edit_offsets: torch.Tensor
+    num_prefill_items: torch.Tensor
+    prefill_items: torch.Tensor
 
     @classmethod
     def view(cls, buffer: torch.Tensor, max_tokens: int) -> "StepInputs":
@@ -67,11 +74,18 @@ class StepInputs:
             logit_rows=section(max_tokens),
             sampling_rows=section(max_tokens, SAMPLING_ROW.itemsize, dtype=torch.uint8),
             edit_offsets=section(max_tokens + 1),
+            num_prefill_items=section(1),
+            prefill_items=section(max_tokens, 4),
         )
 
-    @staticmethod
-    def buffer_bytes(max_tokens: int) -> int:
+    @classmethod
+    def buffer_bytes(cls, max_tokens: int) -> int:
         """Bytes that the sections of `max_tokens` rows take."""
+        return cls.row_bytes(max_tokens) + _aligned(4) + 16 * max_tokens
+
+    @staticmethod
+    def row_bytes(max_tokens: int) -> int:
+        """Bytes up to the work of the prefill kernel: all that a step without it needs."""
         return (
             _aligned(4)
             + 6 * _aligned(4 * max_tokens)
@@ -86,10 +100,18 @@ class HostStep:
     Attributes are numpy views of memory that the device reads and writes, so that filling them
     costs a copy of an array: those of `StepInputs`, `sampling_rows` as records. `token_ids_out` and
     `is_corrupt_out` i32[T] come back, and what else `results` has if it was asked for.
+    `prefill_ctas` is what `ops.mfa_prefill_choice` goes by.
     """
 
-    def __init__(self, max_tokens: int, num_top: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        num_top: int,
+        device: torch.device,
+        prefill_ctas: int | None = None,
+    ) -> None:
         """Allocates for `max_tokens` rows, with `num_top` listed tokens at most."""
+        self.prefill_ctas = prefill_ctas or prefill_ctas_of(device)
         is_pinned = device.type == "cuda"
 
         def host(num_bytes: int) -> torch.Tensor:
@@ -106,6 +128,8 @@ class HostStep:
         self.logit_rows = _numpy(inputs.logit_rows)
         self.sampling_rows = inputs.sampling_rows.numpy().reshape(-1).view(SAMPLING_ROW)
         self.edit_offsets = _numpy(inputs.edit_offsets)
+        self.num_prefill_items = _numpy(inputs.num_prefill_items)
+        self.prefill_items = _numpy(inputs.prefill_items)
 
         self.results_buffer = host(StepResults.buffer_bytes(max_tokens, num_top))
         self.results = StepResults.view(self.results_buffer, max_tokens, num_top)

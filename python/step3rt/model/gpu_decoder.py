@@ -4,23 +4,30 @@ Owns the device buffers and the order of launches; it schedules nothing and free
 same program runs on the CPU, by the references behind the launchers: that is how CI tests it.
 
 A step takes T tokens of any sequences, several of one sequence too: K and V of all of them are
-appended before any is attended to, and each attends to as many tokens as it says. So a prompt is
-computed by the same launches as a decode.
+appended before any is attended to, and each attends to as many tokens as it says. Which rows are
+chunks for the prefill kernel, the caller may say; the decode kernel computes any row. `prefill`
+takes whole prompts, with a graph of its own kind: no decode kernel, logits of last tokens only.
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
+import numpy as np
 import torch
 
 from step3rt.errors import InvalidArgument
-from step3rt.model.gpu_layer import LayerBuffers, LayerRunner
+from step3rt.model.gpu_layer import AttentionWork, LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import GpuWeights
+from step3rt.model.prompt_steps import MAX_ENDS, Prompt, PromptStep, prompt_steps
+from step3rt.model.step_tokens import UNUSED_SLOT, StepTokens
 from step3rt.ops.graph import StepGraph
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear import linear_bf16
 from step3rt.ops.mfa_decode import MfaBatch
+from step3rt.ops.mfa_prefill import PrefillBatch, PrefillChunk, prefill_items
+from step3rt.ops.mfa_prefill_choice import is_for_prefill, prefill_ctas_of
 from step3rt.ops.mfa_schedule import (
     BLOCK_SIZE_TOKENS,
     HEAD_DIM,
@@ -28,15 +35,17 @@ from step3rt.ops.mfa_schedule import (
     allocate_schedule,
     mfa_schedule,
 )
+from step3rt.ops.moe_fp8 import MAX_TOKENS
 from step3rt.ops.rotary import rotary_tables
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 """Batch sizes with a graph of their own; a step runs in the smallest that holds its tokens."""
 
+PREFILL_BUCKETS = (*BUCKETS, 1536, MAX_TOKENS)
+"""Of steps without decode rows, whose number the schedule of decode does not bound."""
+
 MAX_DECODE_STEPS = 1024
 """Tokens of a sequence that one call of `decode` can give."""
-
-UNUSED_SLOT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +53,15 @@ class GpuDecoderOptions:
     """Sizes of a decoder.
 
     `num_blocks` KV blocks of 64 tokens; `max_model_len` tokens of a sequence; `max_tokens` of a
-    step; `is_fp8_kv` stores K and V in e4m3, half of what bf16 takes.
+    step; `is_fp8_kv` stores K and V in e4m3, half of what bf16 takes; `max_prefill_tokens` of a
+    step of `GpuDecoder.prefill`.
     """
 
     num_blocks: int
     max_model_len: int
     max_tokens: int = 256
     is_fp8_kv: bool = True
+    max_prefill_tokens: int = 1024
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -63,37 +74,33 @@ class GpuDecoderOptions:
                 f"max_tokens={self.max_tokens} cannot be used. A step has 1 to {MAX_SEQUENCES} "
                 "tokens. Split larger steps"
             )
+        if not 1 <= self.max_prefill_tokens <= MAX_TOKENS:
+            raise InvalidArgument(
+                f"max_prefill_tokens={self.max_prefill_tokens} cannot be used. The experts take 1 "
+                f"to {MAX_TOKENS} tokens at a time. Prefill in smaller steps"
+            )
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest step of any kind."""
+        return max(self.max_tokens, self.max_prefill_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class StepTokens:
-    """T tokens of one step, on the host or the device.
+class _Kind(Enum):
+    """What a graph computes."""
 
-    `token_ids` i32[T]. `positions` i32[T]. `slots` i32[T]: KV block * 64 + offset, or -1 for a
-    token that is not kept. `num_context_tokens` i32[T]: what each attends to, itself included.
-    `block_table` i32[T, B]: of each token's sequence; B at most that of the decoder.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    num_context_tokens: torch.Tensor
-    block_table: torch.Tensor
-
-    def rows(self, start: int, end: int) -> "StepTokens":
-        """Returns some of the tokens, views of the same memory."""
-        return StepTokens(*(getattr(self, field.name)[start:end] for field in fields(self)))
-
-    @classmethod
-    def concatenate(cls, steps: Sequence["StepTokens"]) -> "StepTokens":
-        """Joins tokens whose block tables are equally wide."""
-        return cls(
-            *(torch.cat([getattr(step, field.name) for step in steps]) for field in fields(cls))
-        )
+    STEP = auto()
+    """Rows of the decode kernel, all logits."""
+    MIXED = auto()
+    """The same with chunks of the prefill kernel."""
+    DECODE = auto()
+    """As `STEP`; the inputs become those of the next one."""
+    PREFILL = auto()
+    """Chunks of the prefill kernel alone, logits of some rows."""
 
 
 class GpuDecoder:
-    """A model, its KV cache, and one captured graph per bucket that was used."""
+    """A model, its KV cache, and a captured graph per bucket and kind of step that was used."""
 
     def __init__(self, weights: GpuWeights, options: GpuDecoderOptions) -> None:
         """Allocates buffers and the cache, which is zero."""
@@ -108,24 +115,40 @@ class GpuDecoder:
         self._kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in weights.layers]
         self._table = rotation_table_of(weights, options.max_model_len)
         self._schedule = allocate_schedule(device)
-        self._buffers = LayerBuffers.allocate(weights, options.max_tokens)
+        self._buffers = LayerBuffers.allocate(weights, options.max_rows)
+        self._prefill_ctas = prefill_ctas_of(device)
         self._runners = [
             LayerRunner(self.config, layer, kv, is_fp8_kv=options.is_fp8_kv)
             for layer, kv in zip(weights.layers, self._kv, strict=True)
         ]
         max_blocks = -(-options.max_model_len // BLOCK_SIZE_TOKENS)
-        self._inputs = _allocate_inputs(options.max_tokens, max_blocks, device)
-        self._logits = torch.empty(
-            options.max_tokens, self.config.vocab_size, dtype=torch.bfloat16, device=device
+        self._inputs = StepTokens.allocate(options.max_rows, max_blocks, device)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._prefill = PrefillBatch(
+            items=zeros(options.max_rows, 4),
+            num_items=zeros(1),
+            block_table=self._inputs.block_table,
         )
+        self._end_rows = zeros(MAX_ENDS)
+        self._ends = zeros(MAX_ENDS, self.config.hidden_size, dtype=torch.bfloat16)
+        num_logits = max(options.max_tokens, MAX_ENDS)
+        self._logits = zeros(num_logits, self.config.vocab_size, dtype=torch.bfloat16)
         self._history = torch.zeros(
             MAX_DECODE_STEPS, options.max_tokens, dtype=torch.int32, device=device
         )
         self._num_decoded = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._graphs: dict[tuple[int, _Kind], StepGraph] = {}
 
-    def step(self, tokens: StepTokens) -> torch.Tensor:
+    def step(self, tokens: StepTokens, chunks: Sequence[PrefillChunk] = ()) -> torch.Tensor:
         """Computes a step; K and V of its tokens are in the cache afterwards.
+
+        Args:
+            tokens: Rows of any sequences.
+            chunks: Those of them that the prefill kernel takes, whatever their
+                `num_context_tokens`; of a chunk, `sequence` is one of its rows.
 
         Returns:
             bf16[T, V] logits, a view that the next step overwrites.
@@ -136,10 +159,67 @@ class GpuDecoder:
         num_tokens = tokens.token_ids.shape[0]
         self._check(tokens)
         bucket = self._bucket(num_tokens)
-        graph = self._graph(bucket, is_decode=False)
+        graph = self._graph(bucket, _Kind.MIXED if chunks else _Kind.STEP)
         self._fill(tokens, bucket)
+        if chunks:
+            self._fill_items(chunks)
+            for chunk in chunks:
+                self._inputs.num_context_tokens[chunk.row : chunk.row + chunk.num_tokens] = 0
         graph.replay()
         return self._logits[:num_tokens]
+
+    def prefill(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Computes whole prompts in steps of up to `max_prefill_tokens` rows.
+
+        Steps whose chunks do not fill the prefill kernel, as `ops.mfa_prefill_choice` tells, run as
+        those of `step` do.
+
+        Args:
+            prompts: P prompts, with blocks of their own but for computed ones.
+
+        Returns:
+            bf16[P, V] logits of their last tokens.
+
+        Raises:
+            InvalidArgument: a prompt has no token to compute, or does not fit blocks or decoder.
+        """
+        for prompt in prompts:
+            if len(prompt.block_ids) > self._inputs.block_table.shape[1]:
+                raise InvalidArgument(
+                    f"A prompt has {len(prompt.block_ids)} KV blocks. The decoder was made for "
+                    f"sequences of {self._inputs.block_table.shape[1]}. Make it with a larger "
+                    "`max_model_len`"
+                )
+        shape = (len(prompts), self.config.vocab_size)
+        logits = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        for step in prompt_steps(prompts, self.options.max_prefill_tokens):
+            ends = self._prefill_step(step)
+            if step.end_prompts:
+                logits[step.end_prompts] = ends
+        return logits
+
+    def _prefill_step(self, step: PromptStep) -> torch.Tensor:
+        """Returns bf16[E, V]: of the rows in which prompts end."""
+        firsts = np.array([chunk.first_position for chunk in step.chunks])
+        lengths = np.array([chunk.num_tokens for chunk in step.chunks])
+        is_chosen = is_for_prefill(firsts, lengths, self._prefill_ctas)
+        num_tokens = step.num_tokens
+        if not is_chosen.all() and num_tokens <= self.options.max_tokens:
+            chosen = [step.chunks[index] for index in np.flatnonzero(is_chosen)]
+            chunks = [replace(chunk, sequence=chunk.row) for chunk in chosen]
+            return self.step(StepTokens.of_prompts(step), chunks)[step.end_rows]
+        fitting = (bucket for bucket in PREFILL_BUCKETS if bucket >= num_tokens)
+        bucket = min(next(fitting), self.options.max_prefill_tokens)
+        graph = self._graph(bucket, _Kind.PREFILL)
+        tokens = replace(StepTokens.of_prompts(step), block_table=step.block_tables)
+        self._fill(tokens, bucket)
+        self._fill_items(step.chunks)
+        num_ends = len(step.end_rows)
+        end_rows = torch.zeros(MAX_ENDS, dtype=torch.int32)
+        end_rows[:num_ends] = torch.tensor(step.end_rows, dtype=torch.int32)
+        self._end_rows.copy_(end_rows, non_blocking=True)
+        graph.replay()
+        return self._logits[:num_ends]
 
     def decode(self, tokens: StepTokens, num_steps: int) -> torch.Tensor:
         """Decodes T sequences greedily, one graph launch a step; the host only launches.
@@ -162,7 +242,7 @@ class GpuDecoder:
                 f"{MAX_DECODE_STEPS} tokens of a sequence. Decode in parts"
             )
         bucket = self._bucket(num_tokens)
-        graph = self._graph(bucket, is_decode=True)
+        graph = self._graph(bucket, _Kind.DECODE)
         self._fill(tokens, bucket)
         self._num_decoded.zero_()
         for _ in range(num_steps):
@@ -170,20 +250,33 @@ class GpuDecoder:
         return self._history[:num_steps, :num_tokens].clone()
 
     @torch.inference_mode()
-    def launch(self, num_tokens: int) -> None:
+    def launch(self, num_tokens: int, *, has_chunks: bool = False) -> None:
         """Launches a step of the tokens in the inputs' first rows on the current stream."""
         inputs = self._inputs.rows(0, num_tokens)
-        buffers = self._buffers.rows(num_tokens)
         mfa_schedule(inputs.num_context_tokens, self._schedule)
         batch = MfaBatch(inputs.block_table, inputs.num_context_tokens, self._schedule)
+        work = AttentionWork(batch, self._prefill if has_chunks else None)
+        buffers = self._launch_layers(num_tokens, work)
+        linear_bf16(buffers.normed, self._weights.lm_head, self._logits[:num_tokens])
+
+    @torch.inference_mode()
+    def launch_prefill(self, num_tokens: int) -> None:
+        """Launches a step of chunks alone; logits are those of `MAX_ENDS` rows."""
+        buffers = self._launch_layers(num_tokens, AttentionWork(None, self._prefill))
+        torch.index_select(buffers.normed, 0, self._end_rows, out=self._ends)
+        linear_bf16(self._ends, self._weights.lm_head, self._logits[:MAX_ENDS])
+
+    def _launch_layers(self, num_tokens: int, work: AttentionWork) -> LayerBuffers:
+        inputs = self._inputs.rows(0, num_tokens)
+        buffers = self._buffers.rows(num_tokens)
         torch.index_select(
             self._weights.embed_tokens, 0, inputs.token_ids.long(), out=buffers.residual
         )
         norms = [layer.input_norm for layer in self._weights.layers] + [self._weights.final_norm]
         buffers.norm_only(norms[0], self.config.rms_norm_eps)
         for runner, next_norm in zip(self._runners, norms[1:], strict=True):
-            runner.launch(buffers, batch, (inputs.positions, inputs.slots, self._table), next_norm)
-        linear_bf16(buffers.normed, self._weights.lm_head, self._logits[:num_tokens])
+            runner.launch(buffers, work, (inputs.positions, inputs.slots, self._table), next_norm)
+        return buffers
 
     @torch.inference_mode()
     def launch_decode(self, num_tokens: int) -> None:
@@ -207,28 +300,40 @@ class GpuDecoder:
         slots = blocks[:, 0] * BLOCK_SIZE_TOKENS + inputs.positions % BLOCK_SIZE_TOKENS
         inputs.slots.copy_(slots.where(is_used, UNUSED_SLOT))
 
-    def _graph(self, bucket: int, *, is_decode: bool) -> StepGraph:
-        graph = self._graphs.get((bucket, is_decode))
+    def _graph(self, bucket: int, kind: _Kind) -> StepGraph:
+        graph = self._graphs.get((bucket, kind))
         if graph is None:
-            launch = self.launch_decode if is_decode else self.launch
+            launches: dict[_Kind, Callable[[int], None]] = {
+                _Kind.STEP: self.launch,
+                _Kind.MIXED: functools.partial(self.launch, has_chunks=True),
+                _Kind.DECODE: self.launch_decode,
+                _Kind.PREFILL: self.launch_prefill,
+            }
             # The call before the capture touches no sequence's K and V.
             self._inputs.slots.fill_(UNUSED_SLOT)
             self._inputs.num_context_tokens.zero_()
-            graph = StepGraph.capture(self.device, functools.partial(launch, bucket))
-            self._graphs[bucket, is_decode] = graph
+            self._prefill.num_items.zero_()
+            graph = StepGraph.capture(self.device, functools.partial(launches[kind], bucket))
+            self._graphs[bucket, kind] = graph
         return graph
 
     def _fill(self, tokens: StepTokens, bucket: int) -> None:
-        num_tokens, width = tokens.block_table.shape
+        num_tokens = tokens.token_ids.shape[0]
+        num_tables, width = tokens.block_table.shape
         inputs = self._inputs
         for name in ("token_ids", "positions", "slots", "num_context_tokens"):
             getattr(inputs, name)[:num_tokens].copy_(getattr(tokens, name), non_blocking=True)
-        inputs.block_table[:num_tokens, :width].copy_(tokens.block_table, non_blocking=True)
+        inputs.block_table[:num_tables, :width].copy_(tokens.block_table, non_blocking=True)
         # Rows that only fill the bucket attend to nothing and are kept nowhere.
         inputs.token_ids[num_tokens:bucket].zero_()
         inputs.positions[num_tokens:bucket].zero_()
         inputs.slots[num_tokens:bucket].fill_(UNUSED_SLOT)
         inputs.num_context_tokens[num_tokens:bucket].zero_()
+
+    def _fill_items(self, chunks: Sequence[PrefillChunk]) -> None:
+        items = prefill_items(chunks)
+        self._prefill.items[: len(items)].copy_(items, non_blocking=True)
+        self._prefill.num_items.fill_(len(items))
 
     def _bucket(self, num_tokens: int) -> int:
         fitting = (bucket for bucket in BUCKETS if bucket >= num_tokens)
@@ -236,7 +341,7 @@ class GpuDecoder:
 
     def _check(self, tokens: StepTokens) -> None:
         num_tokens, width = tokens.block_table.shape
-        max_tokens, max_width = self._inputs.block_table.shape
+        max_tokens, max_width = self.options.max_tokens, self._inputs.block_table.shape[1]
         if not 1 <= num_tokens <= max_tokens or width > max_width:
             raise InvalidArgument(
                 f"A step of {num_tokens} tokens with {width} KV blocks each does not fit. The "
@@ -281,16 +386,3 @@ def rotation_table_of(weights: GpuWeights, num_positions: int) -> torch.Tensor:
     cos = torch.nn.functional.pad(cos, padding, value=1.0)
     sin = torch.nn.functional.pad(sin, padding)
     return torch.cat([cos, sin], dim=1).float().to(weights.embed_tokens.device)
-
-
-def _allocate_inputs(max_tokens: int, max_blocks: int, device: torch.device) -> StepTokens:
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    return StepTokens(
-        token_ids=zeros(max_tokens),
-        positions=zeros(max_tokens),
-        slots=zeros(max_tokens),
-        num_context_tokens=zeros(max_tokens),
-        block_table=zeros(max_tokens, max_blocks),
-    )

@@ -21,6 +21,7 @@ from step3rt.ops import router_topk
 from step3rt.ops.linear import linear_bf16
 from step3rt.ops.linear_fp8 import linear_fp8
 from step3rt.ops.mfa_decode import MfaBatch, mfa_decode_bf16, mfa_decode_fp8
+from step3rt.ops.mfa_prefill import PrefillBatch, mfa_prefill_bf16, mfa_prefill_fp8
 from step3rt.ops.mfa_schedule import HEAD_DIM
 from step3rt.ops.moe_fp8 import Fp8Experts, MoeTokens, MoeWorkspace, allocate_moe_workspace, moe_fp8
 from step3rt.ops.norm import rms_norm
@@ -40,6 +41,18 @@ from step3rt.ops.sums_rmsnorm_quantize import add_sums_rmsnorm_quantize
 
 # Of the tokens of a step: positions i32[T], slots i32[T], and the rotation table f32[P, 256].
 Places = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """What the rows of a step attend to; one of the two at least.
+
+    `decode` has a sequence for every row, those of `prefill` with length 0, and goes first: it sets
+    the rows of empty sequences to 0. Without it, only the rows of `prefill` attend to anything.
+    """
+
+    decode: MfaBatch | None
+    prefill: PrefillBatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +192,14 @@ class LayerRunner:
         ) == (HIDDEN_SIZE, router_topk.NUM_EXPERTS, router_topk.TOP_K)
 
     def launch(
-        self, buffers: LayerBuffers, batch: MfaBatch, places: Places, next_norm: torch.Tensor
+        self, buffers: LayerBuffers, work: AttentionWork, places: Places, next_norm: torch.Tensor
     ) -> None:
         """Computes the layer on the current stream.
 
         `buffers.hidden` is the normed input, `buffers.residual` what it was made from. Afterwards
         they are those of the next layer, whose input norm (or the final norm) is `next_norm`.
         """
-        self.launch_attention(buffers, batch, places)
+        self.launch_attention(buffers, work, places)
         self._compute_ffn(buffers)
         self.launch_next_norm(buffers, next_norm)
 
@@ -195,14 +208,14 @@ class LayerRunner:
         sums = buffers.partial_sums[: len(self._weights.experts)]
         buffers.add_and_norm(sums, next_norm, self._config.rms_norm_eps)
 
-    def launch_attention(self, buffers: LayerBuffers, batch: MfaBatch, places: Places) -> None:
+    def launch_attention(self, buffers: LayerBuffers, work: AttentionWork, places: Places) -> None:
         """Computes the attention side: up to the FFN's quantised input and the router's choice."""
-        self._attend(buffers, batch, places)
+        self._attend(buffers, work, places)
         eps = self._config.rms_norm_eps
         buffers.add_and_norm(buffers.projected, self._weights.post_attention_norm, eps)
         self._route(buffers)
 
-    def _attend(self, buffers: LayerBuffers, batch: MfaBatch, places: Places) -> None:
+    def _attend(self, buffers: LayerBuffers, work: AttentionWork, places: Places) -> None:
         weights, rank = self._weights, self._config.query_rank
         positions, slots, table = places
         _linear(buffers.normed, buffers.hidden, weights.qkv, buffers.qkv)
@@ -211,14 +224,32 @@ class LayerRunner:
         tokens = RopeTokens(buffers.q, buffers.qkv[:, rank:], positions, slots)
         if self._is_fp8_kv:
             rope_append_fp8(tokens, table, buffers.q_fp8, self._kv)
-            values, scales = buffers.q_fp8
-            mfa_decode_fp8(values, scales, self._kv, batch, buffers.attended, self._softmax_scale)
+            self._attend_fp8(buffers, work)
         else:
             rope_append_bf16(tokens, table, buffers.q, self._kv)
-            mfa_decode_bf16(buffers.q, self._kv, batch, buffers.attended, self._softmax_scale)
+            self._attend_bf16(buffers, work)
         attended = buffers.attended.flatten(1)
         quantize_groups_fp8(attended, buffers.rows_fp8)
         _linear(attended, buffers.rows_fp8, weights.o_proj, buffers.projected[0])
+
+    def _attend_bf16(self, buffers: LayerBuffers, work: AttentionWork) -> None:
+        q, kv, out, scale = buffers.q, self._kv, buffers.attended, self._softmax_scale
+        if work.decode is not None:
+            mfa_decode_bf16(q, kv, work.decode, out, scale)
+        if work.prefill is not None:
+            mfa_prefill_bf16(q, kv, work.prefill, out, scale)
+
+    def _attend_fp8(self, buffers: LayerBuffers, work: AttentionWork) -> None:
+        (q, q_scale), kv, out, scale = (
+            buffers.q_fp8,
+            self._kv,
+            buffers.attended,
+            self._softmax_scale,
+        )
+        if work.decode is not None:
+            mfa_decode_fp8(q, q_scale, kv, work.decode, out, scale)
+        if work.prefill is not None:
+            mfa_prefill_fp8(q, q_scale, kv, work.prefill, out, scale)
 
     def _norm_latent(self, buffers: LayerBuffers) -> None:
         rank, eps = self._config.query_rank, self._config.rms_norm_eps

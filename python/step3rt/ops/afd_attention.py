@@ -20,7 +20,9 @@ _MAX_SEND_CTAS = 32
 _ROWS_PER_SEND_CTA = 4
 
 _SEND = launch.Kernel("link/sm90_fp8_afd_send.cu", num_threads=512, is_dependent=True)
-_WAIT = launch.Kernel("link/sm90_u64_afd_wait_sums.cu", num_threads=32, is_dependent=True)
+_WAIT = launch.Kernel(
+    "link/sm90_u64_afd_wait_sums.cu", num_threads=32, is_dependent=True, leaves_shared=True
+)
 
 # struct AfdSendParams of kernels/link/sm90_fp8_afd_send.cu.
 _SEND_DTYPE = np.dtype(

@@ -27,7 +27,9 @@ DEFAULT_JOIN_WINDOW_NS = 2_000_000
 
 _MAX_PUSH_CTAS = 264  # two of 448 threads on every SM of an H200
 
-_WAIT = launch.Kernel("link/sm90_i32_afd_wait_tokens.cu", num_threads=512, is_dependent=True)
+_WAIT = launch.Kernel(
+    "link/sm90_i32_afd_wait_tokens.cu", num_threads=512, is_dependent=True, leaves_shared=True
+)
 _PUSH = launch.Kernel("moe/sm90_bf16_moe_combine_push.cu", num_threads=448, is_dependent=True)
 
 # struct AfdTokensParams of kernels/link/sm90_i32_afd_wait_tokens.cu.

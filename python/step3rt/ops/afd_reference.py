@@ -117,12 +117,14 @@ class HostLane:
         self.state.peers[peer] = PeerState(epoch=epoch)
         self._report[self._first_report + 1 + peer] = LinkError.OK
 
-    def note(self, column: int, begin_ns: int, frame: int, participants: int) -> None:
+    def note(
+        self, column: int, begin_ns: int, frame: int, participants: int, num_rows: int
+    ) -> None:
         """Writes begin and end of a launch into the trace, if there is one."""
         if self.trace is not None:
             row = self.trace[frame % len(self.trace)]
             row[0], row[column], row[column + 1] = frame, begin_ns, time.time_ns()
-            row[5] = participants
+            row[5], row[6] = participants, num_rows
 
     def reset(self) -> None:
         """Forgets all peers and errors."""
@@ -200,7 +202,7 @@ class AttentionHostLane(HostLane):
             if rank == 0 or not is_first_layer:
                 # Of a first layer rank 0 learns who asks; the others, later, who was admitted.
                 self._publish(rank, 1 << self._source if is_first_layer else 0)
-        self.note(_SEND_COLUMN, begin_ns, self.state.frames, 1 << self._source)
+        self.note(_SEND_COLUMN, begin_ns, self.state.frames, 1 << self._source, count)
 
     def _publish(self, rank: int, mask: int) -> None:
         slot, peer = self._linked[rank], self.state.peers[rank]
@@ -226,7 +228,8 @@ class AttentionHostLane(HostLane):
             if self.state.error:
                 return
             peer.received += 1
-        self.note(_WAIT_COLUMN, begin_ns, self.state.frames, 1 << self._source)
+        num_rows = self.state.peers[0].num_rows
+        self.note(_WAIT_COLUMN, begin_ns, self.state.frames, 1 << self._source, num_rows)
         self.state.frames += 1
 
     def _await(self, rank: int, flag: HostFlag, sequence: int, pause: _Pause) -> int:
@@ -317,7 +320,8 @@ class FfnHostLane(HostLane):
                 self._private_ids[source, rows] = self._ids[source, rows]
                 self._private_weights[source, rows] = self._weights[source, rows]
             if state.participants:
-                self.note(_WAIT_COLUMN, begin_ns, state.frames, state.participants)
+                num_rows = self._num_rows()
+                self.note(_WAIT_COLUMN, begin_ns, state.frames, state.participants, num_rows)
                 state.frames += 1
 
     def _admit(self) -> int:
@@ -390,6 +394,9 @@ class FfnHostLane(HostLane):
                     return arrived
             pause.sleep()
 
+    def _num_rows(self) -> int:
+        return sum(self.state.peers[source].num_rows for source in _bits(self.state.participants))
+
     def _may_begin(self, idle_ns: int) -> bool:
         if self._stop():
             self.fail(LinkError.STOPPED)
@@ -448,4 +455,5 @@ class FfnHostLane(HostLane):
                 slot.sums[rows] = by_source[source, rows]
                 peer.sent += 1
                 slot.peer_flag.publish(_number(peer, peer.sent), peer.num_rows)
-            self.note(_SEND_COLUMN, begin_ns, state.frames - 1, state.participants)
+            frame, num_rows = state.frames - 1, self._num_rows()
+            self.note(_SEND_COLUMN, begin_ns, frame, state.participants, num_rows)

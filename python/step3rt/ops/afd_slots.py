@@ -92,7 +92,8 @@ AFD_TRACE_ROW = np.dtype(
         ("wait_begin", np.uint64),
         ("wait_end", np.uint64),
         ("participants", np.uint64),
-        ("reserved", np.uint64, 2),
+        ("num_rows", np.uint64),
+        ("reserved", np.uint64),
     ]
 )
 

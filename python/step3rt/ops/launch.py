@@ -47,6 +47,8 @@ class Kernel:
     `source` is its path below kernels/; `options` go to NVRTC. `num_threads` of every CTA,
     `shared_bytes` of dynamic shared memory. `is_dependent`: the kernel calls griddepcontrol.wait
     before it touches what earlier kernels wrote, so it may start while the previous one drains.
+    `leaves_shared`: an SM that runs it keeps all its shared memory for others; how an SM splits it
+    from L1 changes only while nothing runs there.
     """
 
     source: str
@@ -54,10 +56,18 @@ class Kernel:
     shared_bytes: int = 0
     is_dependent: bool = False
     options: tuple[str, ...] = ()
+    leaves_shared: bool = False
 
     def load(self, device: torch.device) -> None:
         """Loads it now; a first launch might wait for the device, and so for what spins on it."""
-        _load_function(self, torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        function = _load_function(self, index)
+        # The driver puts off the code itself until it is needed; drivers before CUDA 12.4 cannot be
+        # asked for it. A failure is reported by the first launch.
+        finish = getattr(driver(), "cuFuncLoad", None)
+        if finish is not None:
+            with torch.cuda.device(index):
+                finish(ctypes.c_void_p(function.kernel.ptr))
 
     def launch(self, device: torch.device, num_ctas: int, arguments: Sequence[Any]) -> None:
         """Launches on torch's current stream of `device`; capturable after the first launch.
@@ -105,6 +115,8 @@ def _load_function(kernel: Kernel, device_index: int) -> Any:
         function = cupy.RawModule(path=str(compiled.cubin_path)).get_function(compiled.name)
         if kernel.shared_bytes > _STATIC_SHARED_LIMIT_BYTES:
             function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+        if kernel.leaves_shared:
+            function.preferred_shared_memory_carveout = 100  # per cent
         return function
 
 

@@ -4,7 +4,9 @@ Owns peaks, sizes and prices; never how much of a peak a kernel reaches (`profil
 """
 
 import difflib
+import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -108,6 +110,12 @@ def pick_hardware(key: str, cards: dict[str, Hardware]) -> Hardware:
         f"The hardware {key!r} is unknown. Its peaks and price are needed. {hint} "
         "Add cards with --hardware-file"
     )
+
+
+def card_of_machine(machine: str, cards: Mapping[str, Hardware]) -> Hardware | None:
+    """The card that the description of a machine names, e.g. "4 x NVIDIA H200"; None if none."""
+    words = re.findall(r"[a-z]*\d+[a-z]*", machine.lower())
+    return next((cards[word] for word in words if word in cards), None)
 
 
 def parse_inventory(text: str, cards: dict[str, Hardware]) -> tuple[tuple[Hardware, int], ...]:

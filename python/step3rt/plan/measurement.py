@@ -6,17 +6,19 @@ Owns their names for things and what a run's name says about its placement; neve
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from step3rt.errors import ConfigError
+from step3rt.plan.architecture import Model
 from step3rt.plan.cost import DTYPE_BYTES, Precision
 from step3rt.plan.deployment import Deployment
-from step3rt.plan.hardware import Hardware
+from step3rt.plan.hardware import Hardware, card_of_machine
+from step3rt.plan.hf_config import parse_config
 
-STAGES = ("attention", "a2f", "ffn", "f2a", "transfer")
+STAGES = ("attention", "head", "a2f", "ffn", "f2a", "transfer")
 _MAX_FILE_BYTES = 64 << 20
 # A slice carries, on each FFN GPU, what one of the paper's 16 FFN GPUs does of 48 experts.
 _SLICE_EXPERTS_PER_GPU = 3
@@ -34,10 +36,12 @@ class Measurement:
         precision: of the KV cache.
         num_experts: routed experts, if fewer than the model has; else None.
         num_layers: layers that ran; None if the file does not say.
+        model: what ran, from the sizes in the file; None if it has none.
         tpot_ms: p50.
+        tpot_p99_ms: None if the file has none.
         tokens_per_s_per_gpu: over all GPUs.
-        stage_us: mean of one layer and micro-batch, for those of STAGES that the file has;
-            "transfer" is both ways together, latency included.
+        stage_us: mean of one layer and micro-batch, for those of STAGES that the file has; of
+            "head" of one step and micro-batch; "transfer" is both ways together, latency included.
     """
 
     name: str
@@ -47,9 +51,32 @@ class Measurement:
     precision: Precision
     num_experts: int | None
     num_layers: int | None
+    model: Model | None
     tpot_ms: float
+    tpot_p99_ms: float | None
     tokens_per_s_per_gpu: float
     stage_us: dict[str, float]
+
+
+def result_files(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves, and of each directory its decode-*.json; in order, each once.
+
+    Raises:
+        ConfigError: a directory has none.
+    """
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(path.glob("decode-*.json"))
+        if not inside:
+            raise ConfigError(
+                f"The directory {str(path)!r} has no decode-*.json. Those are what `step3rt bench "
+                "decode --out` writes. Give another directory, or the files"
+            )
+        found += inside
+    return list(dict.fromkeys(found))
 
 
 def load_measurement(
@@ -65,11 +92,10 @@ def load_measurement(
     Raises:
         ConfigError: unreadable, not a decode result, or a value is missing or impossible.
     """
-    values = _Values(path)
+    values = ResultValues(path)
     run = values.text("run").lower()
     if card is None:
-        machine = re.findall(r"[a-z]*\d+[a-z]*", values.text("machine").lower())
-        card = next((cards[word] for word in machine if word in cards), None)
+        card = card_of_machine(values.text("machine"), cards)
         if card is None:
             raise values.error("machine", "names no card that the planner knows. Give --hardware")
     gpus = int(values.number("gpus"))
@@ -82,6 +108,10 @@ def load_measurement(
     )
     if dtype not in DTYPE_BYTES:
         raise values.error("kv_dtype", f"is not one of {', '.join(DTYPE_BYTES)}")
+    if values.values.get("weight_dtype", "fp8") != "fp8":
+        raise values.error("weight_dtype", "the planner does not know: weights have one byte")
+    sizes = values.values.get("model")
+    tpot = values.values["tpot_ms"] if isinstance(values.values.get("tpot_ms"), dict) else {}
     return Measurement(
         name=f"{run} ({path.name})",
         deployment=deployment,
@@ -90,14 +120,18 @@ def load_measurement(
         precision=Precision(kv_bytes=DTYPE_BYTES[dtype]),
         num_experts=None if experts is None else int(experts),
         num_layers=int(values.number("layers")) if "layers" in values.values else None,
+        model=parse_config(run, sizes) if isinstance(sizes, Mapping) else None,
+        tpot_p99_ms=float(tpot["p99"]) if is_positive(tpot.get("p99")) else None,
         tpot_ms=values.number("tpot_ms", "p50"),
         tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
         stage_us={name: us for name in STAGES if (us := values.stage_us(name)) is not None},
     )
 
 
-def _placement(values: "_Values", run: str, card: Hardware, gpus: int, lanes: int) -> Deployment:
-    if "colocated" in run:
+def _placement(
+    values: "ResultValues", run: str, card: Hardware, gpus: int, lanes: int
+) -> Deployment:
+    if "colocated" in str(values.values.get("placement", run)) or _is_shared(values, gpus):
         return Deployment(
             placement="colocated",
             attention_card=card,
@@ -106,10 +140,13 @@ def _placement(values: "_Values", run: str, card: Hardware, gpus: int, lanes: in
             num_ffn_gpus=0,
             lanes=lanes,
         )
-    match = re.search(r"(\d+)a(\d+)f", run)
-    if match is None:
-        raise values.error("run", "names neither a colocated run nor one like 2a2f")
-    attention, ffn = int(match[1]), int(match[2])
+    if "attention" in values.values and "ffn" in values.values:
+        attention, ffn = int(values.number("attention")), int(values.number("ffn"))
+    else:
+        match = re.search(r"(\d+)a(\d+)f", run)
+        if match is None:
+            raise values.error("run", "names neither a colocated run nor one like 2a2f")
+        attention, ffn = int(match[1]), int(match[2])
     # "2A2F" counts GPUs here, and hosts of 8 in the paper.
     per_instance = {attention + ffn: 1, (attention + ffn) * card.gpus_per_host: card.gpus_per_host}
     if gpus not in per_instance:
@@ -125,26 +162,43 @@ def _placement(values: "_Values", run: str, card: Hardware, gpus: int, lanes: in
     )
 
 
-class _Values:
-    """A result file's values, checked when they are asked for."""
+def _is_shared(values: "ResultValues", gpus: int) -> bool:
+    """Whether every GPU has an instance of both roles, whatever the placement is called."""
+    roles = [values.values.get(role) for role in ("attention", "ffn")]
+    return roles == [gpus, gpus]
+
+
+class ResultValues:
+    """A decode run's values, checked when they are asked for.
+
+    `number` and `text` raise a ConfigError that names file and key where a value is not usable.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Reads the file.
+
+        Raises:
+            ConfigError: unreadable, too large, or not a JSON object.
+        """
         self.path = path
         self.values = read_json_object(path, "a decode run's JSON object, see docs/planning.md")
 
     def error(self, key: str, what: str) -> ConfigError:
+        """What is wrong with a key, for people."""
         return ConfigError(
             f"The result file {str(self.path)!r} has {key} = {self.values.get(key)!r}, which "
             f"{what}. The run cannot be predicted. Correct the file"
         )
 
     def text(self, key: str) -> str:
+        """A key's text."""
         value = self.values.get(key)
         if not isinstance(value, str):
             raise self.error(key, "is not text")
         return value
 
     def number(self, key: str, inner: str | None = None) -> float:
+        """A key's number above 0, or that of a key inside it."""
         value = self.values.get(key)
         if inner is not None:
             value = value.get(inner) if isinstance(value, dict) else None
@@ -153,10 +207,17 @@ class _Values:
         return float(value)  # type: ignore[arg-type]
 
     def stage_us(self, name: str) -> float | None:
+        """A stage's microseconds; None if the file does not have it."""
+        return self.stage(name, "us")
+
+    def stage(self, name: str, key: str) -> float | None:
+        """A number above 0 that belongs to a stage; None if the file does not have it."""
         stages = self.values.get("stages")
         value = stages.get(name) if isinstance(stages, dict) else None
         if isinstance(value, dict):
-            value = value.get("us")
+            value = value.get(key)
+        elif key != "us":
+            value = None
         return float(value) if is_positive(value) else None  # type: ignore[arg-type]
 
 

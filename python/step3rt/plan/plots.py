@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from step3rt.errors import ConfigError
 from step3rt.plan.cost import afd_cost, token_cost
+from step3rt.plan.decode_table import DecodePoint
 from step3rt.plan.hardware import PAPER_CARDS, Hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.plan.search import Candidate, Target
@@ -105,6 +106,74 @@ def _front_in(points: Sequence[Candidate], merit: str) -> list[Candidate]:
         if not kept or sign * getattr(point, merit) > sign * getattr(kept[-1], merit):
             kept.append(point)
     return kept
+
+
+def draw_decode(path: Path, points: Sequence[DecodePoint], target_ms: float = 50.0) -> None:
+    """Draws measured tokens/s/GPU against context, and TPOT (p50, whisker to p99) against batch.
+
+    Of several batches at one context, the left side shows the best that meets the target at p99, or
+    the best of all where none does.
+
+    Raises:
+        ConfigError: as for `draw_costs`.
+    """
+    canvas, (rates, tpots) = _canvas(path, columns=2, width=11.0, height=4.5)
+    for name in dict.fromkeys(point.series for point in points):
+        series = [point for point in points if point.series == name]
+        best = [_best_at(series, context, target_ms) for context in _contexts(series)]
+        x, y = [point.context for point in best], [p.tokens_per_s_per_gpu for p in best]
+        (line,) = rates.plot(x, y, "o-", markersize=4, label=name)
+        for point in best:
+            rates.annotate(
+                f"{point.batch}",
+                (point.context, point.tokens_per_s_per_gpu),
+                xytext=(3, 4),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        for index, context in enumerate(_contexts(series)):
+            swept = [point for point in series if point.context == context]
+            p50 = [point.tpot_p50_ms for point in swept]
+            whiskers = [point.tpot_p99_ms - point.tpot_p50_ms for point in swept]
+            tpots.errorbar(
+                [point.batch for point in swept],
+                p50,
+                yerr=[[0.0] * len(swept), [max(0.0, each) for each in whiskers]],
+                fmt="o-",
+                markersize=4,
+                capsize=2,
+                color=line.get_color(),
+                alpha=1 - 0.7 * index / len(_contexts(series)),
+            )
+            tpots.annotate(
+                f"{context // 1024}K" if context >= 1024 else f"{context}",
+                (swept[-1].batch, p50[-1]),
+                xytext=(4, -3),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    rates.set_xscale("log", base=2)
+    contexts = _contexts(points)
+    rates.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    rates.set_ylim(bottom=0)
+    rates.set_xlabel("context (tokens); numbers are batches")
+    rates.set_ylabel("tokens/s/GPU, all GPUs counted")
+    rates.legend(fontsize=7, title=", ".join(sorted({p.machine for p in points})), title_fontsize=7)
+    tpots.axhline(target_ms, color="#888888", linestyle="--", linewidth=1)
+    tpots.set_ylim(bottom=0)
+    tpots.set_xlabel("batch (sequences); labels are contexts")
+    tpots.set_ylabel("TPOT p50, whiskers to p99 (ms)")
+    _save(canvas, path)
+
+
+def _contexts(points: Sequence[DecodePoint]) -> list[int]:
+    return sorted({point.context for point in points})
+
+
+def _best_at(points: Sequence[DecodePoint], context: int, target_ms: float) -> DecodePoint:
+    found = [point for point in points if point.context == context]
+    within = [point for point in found if point.tpot_p99_ms <= target_ms]
+    return max(within or found, key=lambda point: point.tokens_per_s_per_gpu)
 
 
 def draw_timeline(path: Path, spans: Sequence[Span], num_layers: int = 4) -> None:

@@ -5,6 +5,7 @@ Owns the keys and the layout; computes nothing. JSON keys are an interface: they
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from typing import Any
 
 from step3rt.plan.architecture import Model
@@ -18,6 +19,7 @@ from step3rt.plan.simulate import Result
 from step3rt.plan.verdict import Choice, Verdict
 
 _MAX_LIMITS = 3
+_QUANTITIES = {"tokens_per_s_per_gpu": "tokens/s/GPU", "tpot_ms": "TPOT", "stages": "stages"}
 
 
 def cost_values(
@@ -250,6 +252,7 @@ def comparison_values(rows: Sequence[Row]) -> dict[str, Any]:
     """What `step3rt plan compare --json` prints for one profile."""
     return {
         "median_error": median_error(rows),
+        "median_errors": _errors(rows),
         "rows": [asdict(row) | {"error": row.error} for row in rows],
     }
 
@@ -262,5 +265,41 @@ def comparison_text(rows: Sequence[Row]) -> str:
         f"{row.error:>+7.1%}"
         for row in rows
     ]
-    lines.append(f"median error in tokens/s/GPU: {median_error(rows):.1%}")
+    lines.append(_errors_text(_errors(rows)))
     return "\n".join(lines)
+
+
+def holdout_values(
+    fitted_to: Sequence[str], stated: Sequence[Row], fitted: Sequence[Row]
+) -> dict[str, Any]:
+    """What a profile that was fitted to some runs is worth on others, which the rows are of."""
+    return {
+        "fitted_to": list(fitted_to),
+        "tested_on": list(dict.fromkeys(row.run for row in fitted)),
+        "median_errors": {"stated": _errors(stated), "fitted": _errors(fitted)},
+    }
+
+
+def holdout_text(values: dict[str, Any]) -> str:
+    """One sentence for people."""
+    errors = values["median_errors"]
+    return (
+        f"fitted to {len(values['fitted_to'])} runs and tested on the other "
+        f"{len(values['tested_on'])}: {_errors_text(errors['fitted'])}; before the fit "
+        f"{_errors_text(errors['stated'])}"
+    )
+
+
+def _errors(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Median errors by quantity; None where no run has a reading."""
+    errors = {quantity: median_error(rows, quantity) for quantity in _QUANTITIES}
+    return {quantity: None if isnan(error) else error for quantity, error in errors.items()}
+
+
+def _errors_text(errors: dict[str, float | None]) -> str:
+    parts = [
+        f"{name} {error:.1%}"
+        for (quantity, name) in _QUANTITIES.items()
+        if (error := errors[quantity]) is not None
+    ]
+    return f"median errors {', '.join(parts)}"

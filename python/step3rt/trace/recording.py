@@ -5,7 +5,7 @@ Owns the file format; clocks are the instance's own, and mean nothing beside ano
 
 import json
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +23,25 @@ ROW = np.dtype(
         ("frame", np.uint64),
         *((name, np.uint64) for name in TIMES),
         ("participants", np.uint64),
-        ("reserved", np.uint64, 2),
+        ("num_rows", np.uint64),
+        ("reserved", np.uint64),
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Who recorded, and in what deployment."""
+    """Who recorded, in what deployment, and on what device.
+
+    `device`: the same for instances that share a GPU, or the CPU, and its clock; "" if unknown.
+    """
 
     role: str
     rank: int
     num_layers: int
     num_sources: int
     num_ranks: int
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +51,30 @@ class Recording:
     `lanes`: ROW[N], one row per layer, by ascending frame without gaps; times in nanoseconds of
     this instance's clock. An attention instance's frame is sent, then waited for; an FFN
     instance's is waited for, then sent back.
+    `group_rows`: i32[S, lanes, layers, groups], rows of each group of experts at S moments, of each
+    lane's last step; S is 0 where nobody looked.
     """
 
     shape: Shape
     lanes: list[npt.NDArray[np.void]]
+    group_rows: npt.NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros((0, 0, 0, 0), dtype=np.int32)
+    )
 
     @classmethod
-    def of_rings(cls, shape: Shape, rings: list[npt.NDArray[np.void]]) -> "Recording":
+    def of_rings(
+        cls,
+        shape: Shape,
+        rings: list[npt.NDArray[np.void]],
+        group_rows: npt.NDArray[np.int32] | None = None,
+    ) -> "Recording":
         """Orders rows as they lie in the instances' rings, and drops what is not complete.
 
         A frame lies at its number modulo the ring's size. The frame in progress has times of the
         frame that lay there before.
         """
-        return cls(shape, [_complete(ring, shape.role) for ring in rings])
+        lanes = [_complete(ring, shape.role) for ring in rings]
+        return cls(shape, lanes) if group_rows is None else cls(shape, lanes, group_rows)
 
     @property
     def name(self) -> str:
@@ -71,7 +87,7 @@ class Recording:
         path = directory / f"{self.shape.role}-{self.shape.rank}.npz"
         meta = np.frombuffer(json.dumps(asdict(self.shape)).encode(), dtype=np.uint8)
         lanes = {f"lane{index}": rows for index, rows in enumerate(self.lanes)}
-        np.savez_compressed(path, meta=meta, **lanes)  # type: ignore[arg-type]
+        np.savez_compressed(path, meta=meta, group_rows=self.group_rows, **lanes)  # type: ignore[arg-type]
         return path
 
     @classmethod
@@ -86,16 +102,18 @@ class Recording:
                 raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 shape = Shape(**json.loads(bytes(file["meta"])))
-                names = sorted((name for name in file.files if name != "meta"), key=_lane_of)
+                names = sorted((name for name in file.files if name[:4] == "lane"), key=_lane_of)
                 lanes = [file[name] for name in names]
-            if shape.role not in ROLES or any(rows.dtype != ROW for rows in lanes):
+                group_rows = file["group_rows"]
+            is_known = shape.role in ROLES and all(rows.dtype == ROW for rows in lanes)
+            if not is_known or group_rows.dtype != np.int32 or group_rows.ndim != 4:
                 raise ValueError("its fields are not those of a recording")
         except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
             raise InvalidArgument(
                 f"{str(path)!r} is not a recording: {error}. Instances with --trace-dir write "
                 "them. Give such a directory"
             ) from error
-        return cls(shape, lanes)
+        return cls(shape, lanes, group_rows)
 
 
 def load_all(directory: Path) -> list[Recording]:

@@ -17,6 +17,10 @@ from step3rt.trace.recording import TIMES, Recording
 
 Rows = npt.NDArray[np.void]
 
+_MAX_PARTS = 8
+_FRAMES_OF_PART = 500
+"""Among so many frames one goes there, and one back, about as fast as any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -36,40 +40,73 @@ class Exchange:
 class Timeline:
     """All recordings with their times on one clock, in nanoseconds from the first event.
 
-    `offsets_ns`: by instance name, what was subtracted from its clock. `exchanges`: what was
-    matched, by lane, source and rank.
+    `exchanges`: what was matched, by lane, source and rank.
     """
 
     recordings: list[Recording]
     exchanges: list[Exchange]
-    offsets_ns: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """How far a clock is ahead of another one: by `offset_ns` when it shows `at_ns`.
+
+    `drift`: by how much more for each nanosecond that it goes on.
+    """
+
+    offset_ns: int
+    at_ns: int
+    drift: float
+
+    def reversed(self) -> "_Apart":
+        """The other clock, ahead of this one."""
+        return _Apart(-self.offset_ns, self.at_ns - self.offset_ns, -self.drift)
+
+    def subtracted_from(self, times: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What the other clock shows at those times of this one."""
+        drifted = np.rint(self.drift * (times - self.at_ns)).astype(np.int64)
+        moved: npt.NDArray[np.int64] = times - self.offset_ns - drifted
+        return moved
+
+
+_SAME = _Apart(0, 0, 0.0)
 
 
 def build(recordings: list[Recording]) -> Timeline:
     """Matches frames and aligns clocks.
 
-    Two clocks are apart by half of the difference between the fastest way there and the fastest way
-    back, since the fastest ways take equally long.
+    Instances on the same device have the same clock. Two others are apart by half of the difference
+    between the fastest way there and the fastest way back, since the fastest ways take equally
+    long; in long recordings of GPUs by more and more, or less and less, as one of them is faster.
 
     Raises:
         InvalidArgument: two instances that are linked have no common frame.
     """
     attention = [each for each in recordings if each.shape.role == "attention"]
     ffn = [each for each in recordings if each.shape.role == "ffn"]
-    offsets: dict[str, int] = {attention[0].name: 0}
     for each in ffn:
-        offsets[each.name] = _apart_ns(attention[0], each)
+        _check_common(attention[0], each)
     for source in attention[1:]:
-        offsets[source.name] = offsets[ffn[0].name] - _apart_ns(source, ffn[0])
-    begin = min(_first_ns(each) - offsets[each.name] for each in recordings)
-    moved = [_moved(each, offsets[each.name] + begin) for each in recordings]
+        _check_common(source, ffn[0])
+    # By clock: how to bring what it shows to the first instance's.
+    clocks = {_clock_of(attention[0]): [_SAME]}
+    for each in ffn:
+        if _clock_of(each) not in clocks:
+            clocks[_clock_of(each)] = [_apart(attention[0], each)]
+    for source in attention[1:]:
+        if _clock_of(source) not in clocks:
+            there = _apart(source, ffn[0]).reversed()
+            clocks[_clock_of(source)] = [there, *clocks[_clock_of(ffn[0])]]
+    aligned = [_moved(each, clocks[_clock_of(each)]) for each in recordings]
+    begin = min(_first_ns(each) for each in aligned)
+    moved = [_moved(each, [_Apart(begin, 0, 0.0)]) for each in aligned]
     exchanges = [
         exchange
         for source in moved[: len(attention)]
         for rank in moved[len(attention) :]
         for exchange in _exchanges(source, rank)
     ]
-    return Timeline(moved, exchanges, {name: offset + begin for name, offset in offsets.items()})
+    return Timeline(moved, exchanges)
 
 
 def layer_of(rows: Rows, num_layers: int) -> npt.NDArray[np.int64]:
@@ -95,20 +132,40 @@ def _exchanges(source: Recording, rank: Recording) -> list[Exchange]:
     return found
 
 
-def _apart_ns(source: Recording, rank: Recording) -> int:
-    """The rank's clock less the source's."""
-    there, back = [], []
-    for exchange in _exchanges(source, rank):
-        if len(exchange.attention):
-            a, f = _times(exchange.attention), _times(exchange.ffn)
-            there.append((f["wait_end"] - a["send_end"]).min())
-            back.append((a["wait_end"] - f["send_end"]).min())
-    if not there:
+def _clock_of(recording: Recording) -> str:
+    """Instances of a host's CPU have one clock, those of a GPU have its own."""
+    return recording.shape.device or recording.name
+
+
+def _check_common(source: Recording, rank: Recording) -> None:
+    if not any(len(exchange.ffn) for exchange in _exchanges(source, rank)):
         raise InvalidArgument(
             f"{source.name} and {rank.name} have recorded no common layer. Their recordings are of "
             "different runs, or too short. Record again, with more --trace-steps"
         )
-    return (int(min(there)) - int(min(back))) // 2
+
+
+def _apart(source: Recording, rank: Recording) -> _Apart:
+    """The rank's clock, ahead of the source's; they have common frames."""
+    at, there, back = [], [], []
+    for exchange in _exchanges(source, rank):
+        a, f = _times(exchange.attention), _times(exchange.ffn)
+        at.append(f["send_end"])
+        there.append(f["wait_end"] - a["send_end"])
+        back.append(a["wait_end"] - f["send_end"])
+    times, ways, ways_back = (np.concatenate(each) for each in (at, there, back))
+    order = np.argsort(times)
+    parts = np.array_split(order, max(1, min(_MAX_PARTS, len(order) // _FRAMES_OF_PART)))
+    offsets = [(int(ways[part].min()) - int(ways_back[part].min())) // 2 for part in parts]
+    middles = [int(times[part[len(part) // 2]]) for part in parts]
+    if len(parts) == 1:
+        return _Apart(offsets[0], middles[0], 0.0)
+    drift, offset = np.polyfit(
+        np.array([middle - middles[0] for middle in middles], dtype=np.float64),
+        np.array([offset - offsets[0] for offset in offsets], dtype=np.float64),
+        1,
+    )
+    return _Apart(offsets[0] + round(float(offset)), middles[0], float(drift))
 
 
 def _times(rows: Rows) -> dict[str, npt.NDArray[np.int64]]:
@@ -120,11 +177,13 @@ def _first_ns(recording: Recording) -> int:
     return min(firsts)
 
 
-def _moved(recording: Recording, offset_ns: int) -> Recording:
+def _moved(recording: Recording, clocks: list[_Apart]) -> Recording:
     lanes = []
     for rows in recording.lanes:
         moved = rows.copy()
         for name, times in _times(rows).items():
-            moved[name] = times - offset_ns
+            for clock in clocks:
+                times = clock.subtracted_from(times)
+            moved[name] = times
         lanes.append(moved)
-    return Recording(recording.shape, lanes)
+    return Recording(recording.shape, lanes, recording.group_rows)
