@@ -1,10 +1,10 @@
-// The router: logits of 48 experts, softmax over all of them, and the 3 most probable.
+// The router: logits of up to 48 experts, softmax over all of them, and the 3 most probable.
 //
 //   params.hidden    bf16[T, 7168]   normed
-//   params.gate      bf16[48, 7168]  older than the previous kernel
+//   params.gate      bf16[E, 7168]   older than the previous kernel; E from 3 to 48
 //   params.topk_ids  i32[T, 3]       best first; of equal probabilities the lower id
 //   params.topk_weights f32[T, 3]    probabilities, divided by their sum if is_normalised
-//   params.logits    bf16[T, 48]     null: not stored
+//   params.logits    bf16[T, E]      null: not stored
 //
 // Tile            16 or 32 tokens a cluster of 8 CTAs along K; warp w of CTA r multiplies columns
 //                 (7r + w) * 128 .. + 128 with tensor cores, the gate's part in 96 registers
@@ -35,7 +35,7 @@
 #endif
 
 constexpr int kHidden = 7168;
-constexpr int kExperts = 48;
+constexpr int kExperts = 48;  // at most; the gate's last row stands for those that are missing
 constexpr int kTopK = 3;
 constexpr int kMmaTokens = 16;
 constexpr int kTiles = STEP3RT_ROUTER_TILES;
@@ -59,6 +59,7 @@ struct RouterParams {
   float* topk_weights;
   uint16_t* logits;
   int num_tokens;
+  int num_experts;  // E
   int is_normalised;
 };
 
@@ -132,7 +133,8 @@ __device__ __forceinline__ float warp_sum(float value) {
 __device__ __forceinline__ void choose(const RouterParams& params, const RouterShared& shared,
                                        int own, int token) {
   const int lane = threadIdx.x % kWarpThreads;
-  const bool has_second = lane < kExperts - kWarpThreads;
+  const bool has_first = lane < params.num_experts;
+  const bool has_second = kWarpThreads + lane < params.num_experts;
   float logits[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int r = 0; r < kCtas; ++r) {
@@ -141,17 +143,17 @@ __device__ __forceinline__ void choose(const RouterParams& params, const RouterS
   }
   const uint32_t rounded = cvt_bf16x2(logits[0], logits[1]);
   if (params.logits != nullptr) {
-    uint16_t* row = params.logits + static_cast<int64_t>(token) * kExperts;
-    row[lane] = static_cast<uint16_t>(rounded);
+    uint16_t* row = params.logits + static_cast<int64_t>(token) * params.num_experts;
+    if (has_first) row[lane] = static_cast<uint16_t>(rounded);
     if (has_second) row[kWarpThreads + lane] = static_cast<uint16_t>(rounded >> 16);
   }
-  logits[0] = bf16_low_to_float(rounded);
+  logits[0] = has_first ? bf16_low_to_float(rounded) : -INFINITY;
   logits[1] = has_second ? bf16_high_to_float(rounded) : -INFINITY;
   const float top = warp_max(fmaxf(logits[0], logits[1]));
   float probabilities[2] = {expf(logits[0] - top), expf(logits[1] - top)};
   const float inverse_sum = rcp_approx(warp_sum(probabilities[0] + probabilities[1]));
   // Positive floats are ordered as their bits are; a chosen expert drops to -1, an integer below.
-  int keys[2] = {__float_as_int(probabilities[0] * inverse_sum),
+  int keys[2] = {has_first ? __float_as_int(probabilities[0] * inverse_sum) : -1,
                  has_second ? __float_as_int(probabilities[1] * inverse_sum) : -1};
   int ids[kTopK];
   float weights[kTopK];
@@ -196,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, STEP3RT_ROUTER_CTAS_PER_S
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int n = 0; n < kExpertTiles; ++n) {
-      gate[c][n] = load_chunk(params.gate, 8 * n + group, column + c * kChunk);
+      const int expert = min(8 * n + group, params.num_experts - 1);
+      gate[c][n] = load_chunk(params.gate, expert, column + c * kChunk);
     }
   }
   griddepcontrol_wait();

@@ -32,7 +32,7 @@ from step3rt.ops.rope_append import (
     rope_append_fp8,
     rotation_table,
 )
-from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk
+from step3rt.ops.router_topk import MAX_EXPERTS, TOP_K, route_topk
 from step3rt.ops.sample import DeviceSamplingRow
 from step3rt.ops.sums_rmsnorm_quantize import add_sums_rmsnorm_quantize
 from tests.kernels.mfa_inputs import (
@@ -143,7 +143,7 @@ def norms() -> None:
 
 def route() -> None:
     hidden = torch.randn(19, HIDDEN_SIZE, device=DEVICE).bfloat16()
-    gate = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, device=DEVICE).bfloat16()
+    gate = torch.randn(MAX_EXPERTS, HIDDEN_SIZE, device=DEVICE).bfloat16()
     ids = torch.empty(19, TOP_K, dtype=torch.int32, device=DEVICE)
     route_topk(hidden, gate, (ids, torch.empty(19, TOP_K, device=DEVICE)), is_normalised=True)
 

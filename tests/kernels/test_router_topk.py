@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
 
 from step3rt.ops.rmsnorm_quantize import HIDDEN_SIZE  # noqa: E402
 from step3rt.ops.router import route  # noqa: E402
-from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk  # noqa: E402
+from step3rt.ops.router_topk import MAX_EXPERTS, TOP_K, route_topk  # noqa: E402
 from tests.kernels.mfa_inputs import DEVICE  # noqa: E402
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -19,7 +19,7 @@ def run(hidden: torch.Tensor, gate: torch.Tensor, *, is_normalised: bool = False
     ids = torch.full((num_tokens, TOP_K), -7, dtype=torch.int32, device=DEVICE)
     weights = torch.full((num_tokens, TOP_K), float("nan"), device=DEVICE)
     logits = torch.full(
-        (num_tokens, NUM_EXPERTS), float("nan"), dtype=torch.bfloat16, device=DEVICE
+        (num_tokens, gate.shape[0]), float("nan"), dtype=torch.bfloat16, device=DEVICE
     )
     route_topk(hidden, gate, (ids, weights), is_normalised=is_normalised, logits=logits)
     return ids, weights, logits
@@ -27,7 +27,7 @@ def run(hidden: torch.Tensor, gate: torch.Tensor, *, is_normalised: bool = False
 
 def random_inputs(num_tokens: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = torch.randn(num_tokens, HIDDEN_SIZE, device=DEVICE)
-    gate = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, device=DEVICE) * spread / HIDDEN_SIZE**0.5
+    gate = torch.randn(MAX_EXPERTS, HIDDEN_SIZE, device=DEVICE) * spread / HIDDEN_SIZE**0.5
     return hidden.bfloat16(), gate.bfloat16()
 
 
@@ -54,12 +54,21 @@ def test_logits_are_rounded_once_and_the_best_experts_follow(
     assert_routed_as_reference(routed, is_normalised=is_normalised)
 
 
+@pytest.mark.parametrize("num_experts", [3, 6, 31, 32, 33, 47])
+def test_fewer_experts_are_chosen_among_themselves(num_experts: int) -> None:
+    hidden, gate = random_inputs(40, spread=3.0)
+    _, _, every_logit = run(hidden, gate)
+    routed = run(hidden, gate[:num_experts].contiguous())
+    assert torch.equal(routed[2], every_logit[:, :num_experts])
+    assert_routed_as_reference(routed)
+
+
 def test_equal_experts_go_to_the_lower_id() -> None:
     hidden, gate = random_inputs(64)
     gate[:] = gate[7]
     ids, weights, _ = routed = run(hidden, gate)
     assert ids.tolist() == [[0, 1, 2]] * 64
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / NUM_EXPERTS))
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / MAX_EXPERTS))
     assert_routed_as_reference(routed)
     gate[:40] = random_inputs(1)[1][:40]  # ties across the two halves of a warp's experts
     gate[20] = gate[45]
@@ -92,7 +101,7 @@ def test_a_corrupt_row_gives_nan_weights_and_spoils_no_other() -> None:
     hidden[11, 5000] = float("nan")
     ids, weights, _ = run(hidden, gate)
     assert bool(weights[11].isnan().all())
-    assert bool(((ids >= 0) & (ids < NUM_EXPERTS)).all())
+    assert bool(((ids >= 0) & (ids < MAX_EXPERTS)).all())
     others = torch.arange(40, device=DEVICE) != 11
     assert torch.equal(weights[others], clean[1][others])
     assert torch.equal(ids[others], clean[0][others])
@@ -105,6 +114,6 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         torch.empty(2, TOP_K, device=DEVICE),
     )
     with pytest.raises(ValueError, match="gate"):
-        route_topk(hidden, gate[:40], topk, is_normalised=False)
+        route_topk(hidden, gate[:2], topk, is_normalised=False)
     with pytest.raises(ValueError, match="0 tokens"):
         route_topk(hidden[:0], gate, topk, is_normalised=False)

@@ -16,7 +16,7 @@ from step3rt.model.config import Step3Config
 from step3rt.model.gpu_layer import AttentionWork, LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import Fp8Matrix
 from step3rt.model.random_weights import random_gpu_weights
-from step3rt.ops.kv_cache import fp8_cache_shape
+from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.mfa_decode import MfaBatch
 from step3rt.ops.mfa_schedule import (
     BLOCK_SIZE_TOKENS,
@@ -26,7 +26,9 @@ from step3rt.ops.mfa_schedule import (
 )
 from step3rt.ops.rope_append import rotation_table
 
-SHAPES = ((128, 4096), (256, 4096))
+SHAPES = (("fp8", 128, 4096), ("fp8", 256, 4096), ("bf16", 64, 8192), ("bf16", 64, 32768))
+"""Format of K and V, sequences, tokens of each; the last two are of table 9 of Step-3's paper."""
+
 LAUNCHES_PER_CACHE = 8
 NUM_CACHES = 2  # 268 MB and more each: what one launch leaves in L2 is gone before it is used again
 ONE_MOE_LAYER = {
@@ -51,12 +53,16 @@ ONE_MOE_LAYER = {
 
 
 def attention_layer_rows() -> Iterator[Row]:
-    """Yields a row per shape, `SEQUENCESxTOKENS`; bytes are those of weights and of K and V."""
+    """Yields a row per shape, `SEQUENCESxTOKENS`; bytes are those of weights and of K and V.
+
+    Weights and the rows that they are multiplied with are FP8 in all of them.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     config = Step3Config.from_json(ONE_MOE_LAYER, Path("config.json"))
     weights = random_gpu_weights(config, device)
     layer = weights.layers[0]
-    for num_sequences, num_tokens in SHAPES:
+    for kv_format, num_sequences, num_tokens in SHAPES:
+        is_fp8_kv = kv_format == "fp8"
         blocks_each = -(-num_tokens // BLOCK_SIZE_TOKENS)
         num_blocks = num_sequences * blocks_each
         order = torch.randperm(num_blocks, dtype=torch.int32, device=device)
@@ -74,9 +80,11 @@ def attention_layer_rows() -> Iterator[Row]:
         buffers.partial_sums.normal_()
         runners = []
         for _ in range(NUM_CACHES):
-            cache = torch.randn(fp8_cache_shape(num_blocks), device=device, dtype=torch.bfloat16)
-            cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
-            runners.append(LayerRunner(config, layer, cache, is_fp8_kv=True))
+            shape = fp8_cache_shape(num_blocks) if is_fp8_kv else bf16_cache_shape(num_blocks)
+            cache = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            if is_fp8_kv:
+                cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
+            runners.append(LayerRunner(config, layer, cache, is_fp8_kv=is_fp8_kv))
 
         def launch(
             runner: LayerRunner,
@@ -91,10 +99,11 @@ def attention_layer_rows() -> Iterator[Row]:
         us = measure_us(launches * LAUNCHES_PER_CACHE)
         matrices = (layer.qkv, layer.wq, layer.o_proj)
         num_bytes = sum(m.values.numel() for m in matrices if isinstance(m, Fp8Matrix))
-        kv_bytes = 2 * num_sequences * num_tokens * HEAD_DIM
-        products = 2.0 * num_bytes * num_sequences + 2.0 * kv_bytes * config.num_heads
+        kv_values = 2 * num_sequences * num_tokens * HEAD_DIM
+        kv_bytes = kv_values * (1 if is_fp8_kv else 2)
+        products = 2.0 * num_bytes * num_sequences + 2.0 * kv_values * config.num_heads
         yield Row(
-            "attention_layer_fp8",
+            f"attention_layer_{kv_format}",
             f"{num_sequences}x{num_tokens}",
             round(us, 1),
             round((num_bytes + kv_bytes) / us / 1e3),

@@ -110,7 +110,7 @@ def _measure(options: argparse.Namespace) -> Iterator[Row]:
             for num_tokens in ROPE_TOKENS:
                 yield _rope_row(kv_format, num_tokens, f"T{num_tokens}", ROPE_L2_BATCHES)
             yield _rope_row(kv_format, num_tokens, f"T{num_tokens} from HBM", ROPE_HBM_BATCHES)
-    if options.only in "attention_layer_fp8":
+    if any(options.only in f"attention_layer_{name}" for name in ("fp8", "bf16")):
         yield from attention_layer_rows()
     if options.only in "proj_fp8":
         yield from linear_rows(has_peers=not options.no_peers)

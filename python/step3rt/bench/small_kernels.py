@@ -21,7 +21,7 @@ from step3rt.ops.rmsnorm_quantize import (
     rmsnorm_quantize,
 )
 from step3rt.ops.router import route
-from step3rt.ops.router_topk import NUM_EXPERTS, TOP_K, route_topk
+from step3rt.ops.router_topk import MAX_EXPERTS, TOP_K, route_topk
 from step3rt.ops.sample import (
     DeviceSamplingRow,
     Samples,
@@ -170,10 +170,10 @@ def _quantize(num_tokens: int, device: torch.device) -> Iterator[_Bench]:
 def _router(num_tokens: int, device: torch.device) -> Iterator[_Bench]:
     def make() -> tuple[Launch, Callable[[], bool]]:
         hidden = _normal(num_tokens, HIDDEN_SIZE, device=device)
-        gate = _normal(NUM_EXPERTS, HIDDEN_SIZE, device=device)
+        gate = _normal(MAX_EXPERTS, HIDDEN_SIZE, device=device)
         ids = torch.empty(num_tokens, TOP_K, dtype=torch.int32, device=device)
         weights = torch.empty(num_tokens, TOP_K, device=device)
-        logits = torch.empty(num_tokens, NUM_EXPERTS, dtype=torch.bfloat16, device=device)
+        logits = torch.empty(num_tokens, MAX_EXPERTS, dtype=torch.bfloat16, device=device)
         topk = (ids, weights)
 
         def is_right() -> bool:
@@ -185,7 +185,7 @@ def _router(num_tokens: int, device: torch.device) -> Iterator[_Bench]:
 
         return lambda: route_topk(hidden, gate, topk, is_normalised=False), is_right
 
-    moved_bytes = (num_tokens + NUM_EXPERTS) * HIDDEN_SIZE * 2
+    moved_bytes = (num_tokens + MAX_EXPERTS) * HIDDEN_SIZE * 2
     yield _Bench(f"T{num_tokens}", moved_bytes, make)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from step3rt import _core
-from step3rt.model.device_ffn import SMS_PER_WAITING_LANE
+from step3rt.model.device_attention import SMS_PER_WAITING_LANE as ATTENTION_SMS
+from step3rt.model.device_ffn import SMS_PER_WAITING_LANE as FFN_SMS
 from step3rt.ops.launch import num_sms
 
 IDLE_LIMIT_NS = 50_000_000
@@ -47,22 +48,26 @@ class DeviceShare:
     def attention_ctas(
         self, device: torch.device, num_lanes: int, wanted: int | None = None
     ) -> int | None:
-        """CTAs of the attention kernel, each of which fills an SM; None: as many as there are SMs.
+        """CTAs of attention's kernels that fill an SM each; None: as `AttentionLane` has it.
 
-        An FFN lane that waits holds a part of an SM, on which none of them fits.
+        Another lane that waits, the experts' ones too, holds a part of an SM where none fits.
         """
-        if device.type != "cuda" or (wanted is None and not self.is_colocated):
-            return None
-        return min(wanted or num_sms(device) - num_lanes, num_sms(device))
+        return self._ctas(device, num_lanes, ATTENTION_SMS, wanted)
 
     def ffn_ctas(
         self, device: torch.device, num_lanes: int, wanted: int | None = None
     ) -> int | None:
         """CTAs of the experts' kernels, an even number; None: as `FfnLane` has it.
 
-        They come in pairs, and each lane that waits, of attention too, takes a pair's place.
+        They come in pairs, and each other lane that waits, attention's too, takes a pair's place.
         """
+        num_ctas = self._ctas(device, num_lanes, FFN_SMS, wanted)
+        return None if num_ctas is None else max(2, num_ctas // 2 * 2)
+
+    def _ctas(
+        self, device: torch.device, num_lanes: int, sms_per_waiting_lane: int, wanted: int | None
+    ) -> int | None:
         if device.type != "cuda" or (wanted is None and not self.is_colocated):
             return None
-        left = num_sms(device) - SMS_PER_WAITING_LANE * (2 * num_lanes - 1)
-        return max(2, min(wanted or left, num_sms(device)) // 2 * 2)
+        left = num_sms(device) - sms_per_waiting_lane * (2 * num_lanes - 1)
+        return max(1, min(wanted or left, num_sms(device)))

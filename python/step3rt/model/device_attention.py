@@ -28,8 +28,10 @@ from step3rt.model.gpu_layer import AttentionWork, LayerBuffers, LayerRunner
 from step3rt.model.gpu_weights import GpuWeights
 from step3rt.model.graph_shapes import GraphShape, graph_shapes
 from step3rt.ops.afd_link import AttentionSlots
+from step3rt.ops.blas import blas_sms
 from step3rt.ops.graph import StepGraph
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.ops.launch import num_sms
 from step3rt.ops.linear import linear_bf16
 from step3rt.ops.mfa_decode import MfaBatch
 from step3rt.ops.mfa_prefill import PrefillBatch
@@ -46,6 +48,10 @@ from step3rt.ops.stream import Event, Stream
 
 MAX_SCORED_ROWS = 64
 """Rows of logits that are scored at a time: in float32 they take 33 MB at Step-3's vocabulary."""
+
+SMS_PER_WAITING_LANE = 1
+"""A wait holds a part of one SM, where a CTA that takes all registers finds no room: it would begin
+when the others have ended, and take as long again."""
 
 _RANDOM_BLOCKS = 4096
 """KV blocks that are filled at a time, to bound what is drawn."""
@@ -166,7 +172,8 @@ class AttentionLane:
         """Allocates buffers and captures a graph per bucket; the slots are not connected yet.
 
         Their stop word is set: nothing waits, and errors are to be reset afterwards.
-        `num_ctas`: SMs that the attention kernel may fill, by default all.
+        `num_ctas`: SMs that attention and the head may fill; by default all but those of waiting
+        lanes.
         """
         self._pool = pool
         self._slots = slots
@@ -188,6 +195,10 @@ class AttentionLane:
         self._last_token_ids = zeros(max_tokens)
         self._row_tables = zeros(max_tokens, options.max_blocks)
         self._buffers = LayerBuffers.allocate(pool.weights, max_tokens)
+        # Kernels of a CTA per SM leave out those that other lanes wait on.
+        if num_ctas is None:
+            left = num_sms(device) - SMS_PER_WAITING_LANE * (slots.shape.num_lanes - 1)
+            num_ctas = max(1, left)
         self._schedule = allocate_schedule(device, num_ctas)
         width = -(-vocab_size // _LOGIT_ALIGNMENT) * _LOGIT_ALIGNMENT
         self._final = zeros(max_tokens, pool.config.hidden_size, dtype=torch.bfloat16)
@@ -197,10 +208,11 @@ class AttentionLane:
         slots.run_on(self._stream)
         # Rows that are all unused: what a capture computes is kept nowhere.
         self._inputs.kv_slots.fill_(-1)
-        self._graphs = {
-            shape: StepGraph.capture(device, partial(self._launch, shape), self._stream)
-            for shape in graph_shapes(max_tokens, pool.prefill_ctas)
-        }
+        with blas_sms(device, num_ctas):
+            self._graphs = {
+                shape: StepGraph.capture(device, partial(self._launch, shape), self._stream)
+                for shape in graph_shapes(max_tokens, pool.prefill_ctas)
+            }
         self._warm_up()
 
     def new_host_step(self) -> HostStep:
@@ -282,7 +294,8 @@ class AttentionLane:
         work = AttentionWork(MfaBatch(row_tables, contexts, self._schedule))
         if shape.has_prefill:
             items = (inputs.prefill_items, inputs.num_prefill_items)
-            work = replace(work, prefill=PrefillBatch(*items, self._tables))
+            prefill = PrefillBatch(*items, self._tables, self._schedule.num_ctas)
+            work = replace(work, prefill=prefill)
         places = (inputs.positions[:bucket], inputs.kv_slots[:bucket], pool.rotation)
         token_ids = inputs.token_ids[:bucket]
         token_ids = torch.where(

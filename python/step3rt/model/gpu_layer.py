@@ -185,11 +185,10 @@ class LayerRunner:
         self._kv = kv
         self._is_fp8_kv = is_fp8_kv
         self._softmax_scale = config.head_dim**-0.5
-        self._has_fused_router = (
-            config.hidden_size,
-            config.num_experts,
-            config.top_k,
-        ) == (HIDDEN_SIZE, router_topk.NUM_EXPERTS, router_topk.TOP_K)
+        self._has_fused_router = (config.hidden_size, config.top_k) == (
+            HIDDEN_SIZE,
+            router_topk.TOP_K,
+        ) and config.num_experts <= router_topk.MAX_EXPERTS
 
     def launch(
         self, buffers: LayerBuffers, work: AttentionWork, places: Places, next_norm: torch.Tensor

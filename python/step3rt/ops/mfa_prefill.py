@@ -79,12 +79,14 @@ class PrefillBatch:
     """The chunks of one launch, on the device.
 
     `items` i32[W, 4], `num_items` i32[1]: the first rows of `items` that count, from
-    `prefill_items`. `block_table` i32[S, max blocks], contiguous.
+    `prefill_items`. `block_table` i32[S, max blocks], contiguous. `num_ctas`: one for each SM that
+    the kernels may use; None: all.
     """
 
     items: torch.Tensor
     num_items: torch.Tensor
     block_table: torch.Tensor
+    num_ctas: int | None = None
 
 
 def prefill_items(chunks: Sequence[PrefillChunk]) -> torch.Tensor:
@@ -136,7 +138,7 @@ def mfa_prefill_bf16(
         return
     params = _params(q, batch, out, softmax_scale, 1.0)
     arguments = (query_map(q), bf16_kv_map(kv_cache), params)
-    _BF16_KERNEL.launch(q.device, _num_ctas(q.device), arguments)
+    _BF16_KERNEL.launch(q.device, batch.num_ctas or launch.num_sms(q.device), arguments)
 
 
 def mfa_prefill_fp8(
@@ -174,7 +176,7 @@ def mfa_prefill_fp8(
         return
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
     arguments = (query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
-    _FP8_KERNEL.launch(q.device, _num_ctas(q.device), arguments)
+    _FP8_KERNEL.launch(q.device, batch.num_ctas or launch.num_sms(q.device), arguments)
 
 
 def reference_mfa_prefill(
@@ -215,10 +217,6 @@ def _as_decode(batch: PrefillBatch) -> tuple[torch.Tensor, MfaBatch]:
     seq_lens = torch.cat([firsts[:, 2], seconds[:, 2] + 1]).int()
     table = batch.block_table[torch.cat([firsts[:, 3], seconds[:, 3]])]
     return rows, MfaBatch(table, seq_lens, allocate_schedule(rows.device, 1))
-
-
-def _num_ctas(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(

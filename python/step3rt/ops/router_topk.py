@@ -1,4 +1,4 @@
-"""Launches the router: logits of 48 experts, softmax, and the 3 most probable, in one kernel.
+"""Launches the router: logits of up to 48 experts, softmax, and the 3 most probable, in one kernel.
 
 On the CPU it runs `ops.router.route` instead. Counts no tokens per expert: an FFN instance serves
 several sources and counts over all of them.
@@ -14,7 +14,7 @@ from step3rt.ops.linear import linear_bf16
 from step3rt.ops.rmsnorm_quantize import HIDDEN_SIZE
 from step3rt.ops.router import route
 
-NUM_EXPERTS = 48
+MAX_EXPERTS = 48
 TOP_K = 3
 
 _CLUSTER_CTAS = 8
@@ -52,6 +52,7 @@ _PARAMS_DTYPE = np.dtype(
         ("topk_weights", np.uint64),
         ("logits", np.uint64),
         ("num_tokens", np.int32),
+        ("num_experts", np.int32),
         ("is_normalised", np.int32),
     ],
     align=True,
@@ -74,10 +75,11 @@ def route_topk(
 
     Args:
         hidden: bf16[T, 7168], normed, contiguous; T at least 1.
-        gate: bf16[48, 7168], contiguous; older than the previous kernel of the stream.
+        gate: bf16[E, 7168], E from 3 to 48, contiguous; older than the previous kernel of the
+            stream.
         topk: i32[T, 3] ids and f32[T, 3] weights, contiguous, best first.
         is_normalised: Whether a token's weights are divided by their sum.
-        logits: bf16[T, 48], contiguous: also stored if not None.
+        logits: bf16[T, E], contiguous: also stored if not None.
         variant: For measurements; chosen by T if None.
 
     Raises:
@@ -89,12 +91,18 @@ def route_topk(
     if num_tokens == 0:
         raise ValueError("The batch has 0 tokens. A launch needs one. Skip it for an empty batch.")
     ids, weights = topk
-    launch.check_tensor("gate", gate, (NUM_EXPERTS, HIDDEN_SIZE), torch.bfloat16, device)
+    launch.check_tensor("gate", gate, (-1, HIDDEN_SIZE), torch.bfloat16, device)
+    num_experts = gate.shape[0]
+    if not TOP_K <= num_experts <= MAX_EXPERTS:
+        raise ValueError(
+            f"`gate` has {num_experts} experts. The kernel chooses {TOP_K} of {TOP_K} to "
+            f"{MAX_EXPERTS}. Use `ops.router.route` for others."
+        )
     launch.check_tensor("topk[0]", ids, (num_tokens, TOP_K), torch.int32, device)
     launch.check_tensor("topk[1]", weights, (num_tokens, TOP_K), torch.float32, device)
     params = np.zeros(1, dtype=_PARAMS_DTYPE)
     if logits is not None:
-        launch.check_tensor("logits", logits, (num_tokens, NUM_EXPERTS), torch.bfloat16, device)
+        launch.check_tensor("logits", logits, (num_tokens, num_experts), torch.bfloat16, device)
         params["logits"] = logits.data_ptr()
     if device.type == "cpu":
         rounded = linear_bf16(hidden, gate)
@@ -109,6 +117,7 @@ def route_topk(
     params["topk_ids"] = ids.data_ptr()
     params["topk_weights"] = weights.data_ptr()
     params["num_tokens"] = num_tokens
+    params["num_experts"] = num_experts
     params["is_normalised"] = is_normalised
     if variant is None:
         variant = VARIANTS[num_tokens > _MAX_NARROW_TOKENS]
