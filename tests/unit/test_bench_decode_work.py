@@ -11,6 +11,7 @@ from step3rt.bench.decode_work import (
     Shape,
     attention_work,
     ffn_work,
+    head_work,
     model_of,
     sizes_of,
     transfer_work,
@@ -62,6 +63,16 @@ def test_attention_reads_keys_values_and_weights() -> None:
     wide = attention_work(shape(kv_dtype="bfloat16"), H200)
     assert wide.num_bytes == pytest.approx(2 * kv + params + router)
     assert attention_work(shape(), None).peak_us is None
+
+
+def test_the_head_reads_its_table_once_a_step() -> None:
+    work = head_work(shape(), H200)
+    assert work.num_bytes == 2 * 128815 * 7168
+    assert work.peak_us == pytest.approx(2 * 256 * 128815 * 7168 / 9.89e8)
+    assert work.limit == "flops"
+    few = head_work(shape(batch=64), H200)
+    assert few.peak_us == pytest.approx(2 * 128815 * 7168 / 4.8e6)
+    assert few.limit == "bytes"
 
 
 def looks(groups: dict[int, list[int]], num_looks: int = 2) -> np.ndarray:

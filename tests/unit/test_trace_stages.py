@@ -109,6 +109,14 @@ def test_steps_without_all_rows_do_not_count() -> None:
     assert last_two.num_steps == pytest.approx(2, abs=0.11)
 
 
+def test_steps_are_counted_from_when_the_first_lane_ends() -> None:
+    # The second lane goes on for 10 steps: its last two are long after the first one's.
+    sources = [lane_of(frames, 100, 40, 100, 8) for frames in (10 * LAYERS, 20 * LAYERS)]
+    found = stages_of(recordings_of(sources, ffn_us=10), max_steps=2)
+    assert found.num_steps == pytest.approx(2, abs=0.11)
+    assert found.stages["attention"].elapsed_us == pytest.approx(39, abs=0.01)
+
+
 def test_lanes_that_were_never_full_together_have_no_steady_state() -> None:
     sources = [lane_of(20, 100, 40, first, 8) for first in (100, 50_000)]
     with pytest.raises(Unavailable, match="at the same time"):

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from step3rt.bench.decode_work import Shape, Work, attention_work, ffn_work, transfer_work
+from step3rt.bench.decode_work import (
+    Shape,
+    Work,
+    attention_work,
+    ffn_work,
+    head_work,
+    transfer_work,
+)
 from step3rt.model.placement import expert_range
 from step3rt.plan.hardware import Hardware
 from step3rt.trace.recording import Recording
@@ -46,7 +53,13 @@ def stage_report(
     devices = {role: _devices(recordings, role) for role in ("attention", "ffn")}
     is_apart = not devices["attention"] & devices["ffn"]
     there, back = transfer_work(shape, card if is_apart else None)
-    works = {"attention": attention, "ffn": ffn, "a2f": there, "f2a": back}
+    works = {
+        "attention": attention,
+        "head": head_work(shape, card),
+        "ffn": ffn,
+        "a2f": there,
+        "f2a": back,
+    }
     report: dict[str, Any] = {
         "stages": _stages(steady, works),
         "bubble_share": {"mean": steady.shares["wait"], "by_gpu": steady.bubbles},
@@ -157,10 +170,10 @@ def _max_over_mean(rows: npt.NDArray[np.float64]) -> float:
 
 def _bytes_per_step(works: dict[str, Work | None], shape: Shape) -> dict[str, int]:
     """Of all GPUs and lanes in one step: read from memory by a stage, or sent."""
-    micro_batches = shape.num_lanes * shape.config.num_layers
-    senders = {"ffn": shape.num_ffn}
-    return {
-        name: round(work.num_bytes * micro_batches * senders.get(name, shape.num_attention))
-        for name, work in works.items()
-        if work is not None
-    }
+    values = {}
+    for name, work in works.items():
+        if work is not None:
+            gpus = shape.num_ffn if name == "ffn" else shape.num_attention
+            layers = 1 if name == "head" else shape.config.num_layers
+            values[name] = round(work.num_bytes * shape.num_lanes * gpus * layers)
+    return values

@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one layer and micro-batch on one GPU, the mean over layers and GPUs.
+    """Of one layer (the head: of one step) and micro-batch on one GPU; the mean over both.
 
     `num_bytes` out of memory, or over the link; `flops`; `peak_us`: the larger of both at the
     card's peaks, layer by layer; None where the card is not known. `limit`: which of both it is, on
@@ -108,6 +108,15 @@ def attention_work(shape: Shape, card: Hardware | None) -> Work:
         parts.append((group.count, kv + params, core + linear, bytes_us, flops_us))
     counts, num_bytes, flops, bytes_us_, flops_us_ = np.array(parts).T
     return _work(num_bytes, flops, bytes_us_, flops_us_, counts, card)
+
+
+def head_work(shape: Shape, card: Hardware | None) -> Work:
+    """The LM head in BF16, of one step; sampling reads what it wrote, which is little beside it."""
+    params = model_of(shape.config).embedding_params
+    num_bytes, flops = np.array([2.0 * params]), np.array([2.0 * shape.rows * params])
+    bytes_us = 1e6 * num_bytes / card.bytes_per_s if card else num_bytes
+    flops_us = 1e6 * flops / card.bf16_flops if card else flops
+    return _work(num_bytes, flops, bytes_us, flops_us, np.ones(1), card)
 
 
 def ffn_work(

@@ -56,9 +56,6 @@ when the others have ended, and take as long again."""
 _RANDOM_BLOCKS = 4096
 """KV blocks that are filled at a time, to bound what is drawn."""
 
-_LOGIT_ALIGNMENT = 8
-"""The sampler reads rows of logits that begin at multiples of so many."""
-
 
 @dataclass(frozen=True, slots=True)
 class DevicePoolOptions:
@@ -200,9 +197,10 @@ class AttentionLane:
             left = num_sms(device) - SMS_PER_WAITING_LANE * (slots.shape.num_lanes - 1)
             num_ctas = max(1, left)
         self._schedule = allocate_schedule(device, num_ctas)
-        width = -(-vocab_size // _LOGIT_ALIGNMENT) * _LOGIT_ALIGNMENT
         self._final = zeros(max_tokens, pool.config.hidden_size, dtype=torch.bfloat16)
-        self._logits = zeros(max_tokens, width, dtype=torch.bfloat16)[:, :vocab_size]
+        padded_size = pool.weights.lm_head.shape[0]
+        self._padded_logits = zeros(max_tokens, padded_size, dtype=torch.bfloat16)
+        self._logits = self._padded_logits[:, :vocab_size]
         self._no_edits = zeros(1, 16, dtype=torch.uint8)
         self._stream = Stream(device)
         slots.run_on(self._stream)
@@ -316,7 +314,7 @@ class AttentionLane:
             slots.wait(lane, is_first_layer=index == 0)
             sums = (slots.sums(lane), slots.present(lane))
             buffers.add_sums_and_norm(*sums, pool.next_norms[index], config.rms_norm_eps)
-        final, logits = self._final[: shape.num_logits], self._logits[: shape.num_logits]
+        final, logits = self._final[: shape.num_logits], self._padded_logits[: shape.num_logits]
         torch.index_select(buffers.normed, 0, inputs.logit_rows[: shape.num_logits], out=final)
         linear_bf16(final, pool.weights.lm_head, logits)
 

@@ -135,7 +135,8 @@ class GpuDecoder:
         self._end_rows = zeros(MAX_ENDS)
         self._ends = zeros(MAX_ENDS, self.config.hidden_size, dtype=torch.bfloat16)
         num_logits = max(options.max_tokens, MAX_ENDS)
-        self._logits = zeros(num_logits, self.config.vocab_size, dtype=torch.bfloat16)
+        self._padded_logits = zeros(num_logits, weights.lm_head.shape[0], dtype=torch.bfloat16)
+        self._logits = self._padded_logits[:, : self.config.vocab_size]
         self._history = torch.zeros(
             MAX_DECODE_STEPS, options.max_tokens, dtype=torch.int32, device=device
         )
@@ -257,14 +258,14 @@ class GpuDecoder:
         batch = MfaBatch(inputs.block_table, inputs.num_context_tokens, self._schedule)
         work = AttentionWork(batch, self._prefill if has_chunks else None)
         buffers = self._launch_layers(num_tokens, work)
-        linear_bf16(buffers.normed, self._weights.lm_head, self._logits[:num_tokens])
+        linear_bf16(buffers.normed, self._weights.lm_head, self._padded_logits[:num_tokens])
 
     @torch.inference_mode()
     def launch_prefill(self, num_tokens: int) -> None:
         """Launches a step of chunks alone; logits are those of `MAX_ENDS` rows."""
         buffers = self._launch_layers(num_tokens, AttentionWork(None, self._prefill))
         torch.index_select(buffers.normed, 0, self._end_rows, out=self._ends)
-        linear_bf16(self._ends, self._weights.lm_head, self._logits[:MAX_ENDS])
+        linear_bf16(self._ends, self._weights.lm_head, self._padded_logits[:MAX_ENDS])
 
     def _launch_layers(self, num_tokens: int, work: AttentionWork) -> LayerBuffers:
         inputs = self._inputs.rows(0, num_tokens)

@@ -163,7 +163,7 @@ def draw_decode(path: Path, points: Sequence[DecodePoint], target_ms: float = 50
     tpots.set_ylim(bottom=0)
     tpots.set_xlabel("batch (sequences); labels are contexts")
     tpots.set_ylabel("TPOT p50, whiskers to p99 (ms)")
-    _save(canvas, path)
+    _save(canvas, path, font="none")  # many numbers: as paths they would be most of the file
 
 
 def _contexts(points: Sequence[DecodePoint]) -> list[int]:
@@ -285,10 +285,14 @@ def _canvas(
     return canvas, list(axes[0])
 
 
-def _save(canvas: "Figure", path: Path) -> None:
+def _save(canvas: "Figure", path: Path, font: str = "path") -> None:
+    """Writes the file; `font`: SVG's text as paths ("path"), or as text ("none")."""
+    import matplotlib as mpl
+
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
     try:
-        canvas.savefig(path, dpi=110, metadata=metadata)
+        with mpl.rc_context({"svg.fonttype": font}):
+            canvas.savefig(path, dpi=110, metadata=metadata)
     except OSError as error:
         raise ConfigError(
             f"The plot cannot be written to {str(path)!r}: {error.strerror}. Nothing was drawn. "

@@ -132,7 +132,7 @@ class _SharedClock:
 
 
 def _window(timeline: Timeline, max_steps: int) -> tuple[float, float]:
-    begins, ends = [], []
+    full = []
     for recording in timeline.recordings:
         if not _is_source(recording):
             continue
@@ -142,11 +142,12 @@ def _window(timeline: Timeline, max_steps: int) -> tuple[float, float]:
                     f"Lane {lane} of {recording.name} has recorded nothing. Its steps were not "
                     "among the last. Measure more steps"
                 )
-            full = rows[rows["num_rows"] == rows["num_rows"].max()]
-            full = full[-max_steps * recording.shape.num_layers :]
-            begins.append(float(full["send_begin"][0]))
-            ends.append(float(full["wait_end"][-1]))
-    begin, end = max(begins), min(ends)
+            full.append(rows[rows["num_rows"] == rows["num_rows"].max()])
+    # Lanes neither begin nor end together: steps are counted from when the first one ends.
+    end = min(float(rows["wait_end"][-1]) for rows in full)
+    max_rows = max_steps * timeline.recordings[0].shape.num_layers
+    kept = [rows[rows["wait_end"] <= end][-max_rows:] for rows in full]
+    begin = max((float(rows["send_begin"][0]) if len(rows) else end) for rows in kept)
     if begin >= end:
         raise Unavailable(
             "No two lanes have all their rows at the same time in what was recorded. Stages are "
