@@ -125,7 +125,7 @@ struct AfdLane {
   uint32_t trace_rows;
   uint64_t frames;  // layers awaited
   uint64_t steps;
-  uint64_t reserved;
+  uint64_t idle_limit_ns;  // a step that nobody begins ends then; 0: never. FFN ranks
   AfdPeer peers[kMaxPeers];
 };
 static_assert(sizeof(AfdLane) == 128 * (1 + kMaxPeers), "AFD_LANE of ops/afd_slots.py");

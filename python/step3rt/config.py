@@ -4,22 +4,23 @@ Owns names, defaults, help texts and validation; starts nothing. A value comes f
 line, else from the TOML file, else from the default here.
 """
 
-import difflib
 import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from step3rt.errors import ConfigError
+from step3rt.setting import build_part, setting
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("exact", "production")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 FABRICS = ("auto", "cuda_ipc", "shm", "rdma", "tcp")
-ROLES = ("attention", "ffn")
+DISAGGREGATED = "disaggregated"
+COLOCATED = "colocated"
+PLACEMENTS = (DISAGGREGATED, COLOCATED)
+ROLES = ("attention", "ffn", COLOCATED)
 REFERENCE_DEVICE = "reference"
 LOG_FORMATS = ("text", "json")
 DEFAULT_TRACE_STEPS = 64
@@ -28,21 +29,6 @@ MAX_TRACE_STEPS = 4096
 C = TypeVar("C")
 
 _TLS_SETTINGS = ("tls_cert", "tls_key", "tls_ca")
-
-
-def setting(
-    help_text: str,
-    default: Any = MISSING,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A dataclass field that a user may set, with all that a flag and a check need to know."""
-    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "maximum": maximum}
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +175,10 @@ class ServeConfig:
 class NodeConfig:
     """Settings of one instance; everything else comes from the coordinator."""
 
-    role: str = setting("what this instance does", choices=ROLES)
+    role: str = setting(
+        "what this instance does; colocated: both, on one device, as two instances of one process",
+        choices=ROLES,
+    )
     model: Path = setting("checkpoint directory, or the name of a model that ships (nano)")
     coordinator: str = setting("the coordinator's --control-listen", "127.0.0.1:50052")
     device: str = setting(
@@ -201,6 +190,18 @@ class NodeConfig:
         "make weights up, of the sizes in the model's config.json, instead of reading them; needs "
         "a --device other than reference",
         False,
+    )
+    attention_sms: int | None = setting(
+        "SMs of a GPU that the attention kernel fills; default: all but those that waits hold",
+        None,
+        minimum=1,
+        maximum=256,
+    )
+    ffn_sms: int | None = setting(
+        "SMs of a GPU that the experts' kernels fill; default: all but those that waits hold",
+        None,
+        minimum=2,
+        maximum=256,
     )
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
     kv_blocks: int | None = setting(
@@ -274,25 +275,6 @@ def resolve_model(model: Path) -> Path:
     )
 
 
-def load_toml(path: Path) -> dict[str, Any]:
-    """Reads a TOML file.
-
-    Raises:
-        ConfigError: the file is unreadable or not TOML; the message has file and line.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"The configuration file {str(path)!r} cannot be read: {error.strerror}. "
-            "Correct the path or its permissions"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The configuration file {str(path)!r} is not valid TOML: {error}. Correct the file"
-        ) from error
-
-
 def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
     """Makes a `kind` of `values`, checking every key, type and range, and what goes together.
 
@@ -311,29 +293,6 @@ def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
     if isinstance(config, ServeConfig | NodeConfig):
         _check_tls(config, source)
     return config
-
-
-def build_part(kind: type[C], values: Mapping[str, Any], source: str) -> C:
-    """As `build`, but other values may still change what goes together.
-
-    Raises:
-        ConfigError: as `build`, one value at a time.
-    """
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
-    checked = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise ConfigError(_unknown_key(key, known, source))
-        checked[name] = _check(name, known[name], hints[name], value, source)
-    for name, item in known.items():
-        if item.default is MISSING and name not in checked:
-            raise ConfigError(
-                f"The setting '{name}' is missing ({source}). It has no default: "
-                f"{item.metadata['help']}. Give it"
-            )
-    return kind(**checked)
 
 
 def _check_timeouts(config: ServeConfig, source: str) -> None:
@@ -356,44 +315,6 @@ def _check_tls(config: ServeConfig | NodeConfig, source: str) -> None:
             "cluster shows a certificate, and checks those of its peers. Set tls_cert, tls_key and "
             "tls_ca, or none of them"
         )
-
-
-def _unknown_key(key: str, known: Mapping[str, object], source: str) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"Known are: {', '.join(sorted(known))}"
-    return f"The setting '{key}' does not exist ({source}). Nothing would read it. {hint}"
-
-
-def _check(name: str, item: "Field[Any]", hint: Any, value: Any, source: str) -> Any:
-    """The value in its declared type and range, or a ConfigError."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    wanted = next(kind for kind in kinds if kind is not type(None))
-    if wanted is Path and isinstance(value, str | Path):
-        value = Path(value).expanduser()
-    elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(
-            f"The setting '{name}' is {value!r} ({source}). It must be of type "
-            f"{wanted.__name__}. Correct it"
-        )
-    limits = item.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        near = difflib.get_close_matches(str(value), limits["choices"], n=1)
-        hint_text = f"Did you mean {near[0]!r}?" if near else "Take one of them"
-        raise ConfigError(
-            f"The setting '{name}' is {value!r} ({source}). Known values are "
-            f"{', '.join(limits['choices'])}. {hint_text}"
-        )
-    low, high = limits["minimum"], limits["maximum"]
-    if low is not None and not (low <= value and (high is None or value <= high)):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(
-            f"The setting '{name}' is {value} ({source}). It must be {allowed}. Correct it"
-        )
-    return value
 
 
 def describe(config: ServeConfig | NodeConfig) -> dict[str, str | int | float | bool | None]:

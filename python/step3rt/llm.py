@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from step3rt.client import Client, GenerationStream
 from step3rt.codec import Prompt
-from step3rt.config import ServeConfig, build
+from step3rt.config import DISAGGREGATED, ServeConfig, build
 from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.local_cluster import LocalCluster
+from step3rt.placement import HostConfig
 from step3rt.results import RequestOutput
 from step3rt.sampling import SamplingParams
 
@@ -40,14 +41,18 @@ class LLM:
 
     Args:
         model: checkpoint directory, or "nano".
-        attention: attention instances.
-        ffn: FFN instances, which share the experts.
+        attention: attention instances; default: one, or colocated, one for each device.
+        ffn: FFN instances, which share the experts; default: one, or as many.
         lanes: micro-batch lanes per attention instance.
         dtype: "float32" (exact) or "bfloat16".
         precision: "exact" or "production"; see `ServeConfig`.
         fabric: "auto", "cuda_ipc", "shm", "rdma" or "tcp".
         max_model_len: longest sequence; default: the model's.
         threads: threads for one instance's computation.
+        placement: "disaggregated" or "colocated"; see `HostConfig`.
+        devices: what the processes compute on, e.g. ["cuda:0", "cuda:1"]; other devices than
+            "reference" need dtype="bfloat16" and precision="production".
+        random_weights: weights are made up, of the sizes in the model's config.json.
         use_progress: progress bars on stderr; default: when it is a terminal.
 
     Raises:
@@ -59,21 +64,32 @@ class LLM:
         self,
         model: str | Path = "nano",
         *,
-        attention: int = 1,
-        ffn: int = 1,
+        attention: int | None = None,
+        ffn: int | None = None,
         lanes: int = 3,
         dtype: str = "float32",
         precision: str = "exact",
         fabric: str = "auto",
         max_model_len: int | None = None,
         threads: int = 1,
+        placement: str = DISAGGREGATED,
+        devices: Sequence[str] = (),
+        random_weights: bool = False,
         use_progress: bool | None = None,
     ) -> None:
+        placed = {
+            "placement": placement,
+            "devices": tuple(devices),
+            "random_weights": random_weights,
+            "threads": threads,
+        }
+        host = build(HostConfig, placed, "LLM")
+        counts = {"attention": attention, "ffn": ffn}
         settings = {
             "model": model,
             "listen": "127.0.0.1:0",
-            "attention": attention,
-            "ffn": ffn,
+            **host.counts(),
+            **{role: count for role, count in counts.items() if count is not None},
             "lanes": lanes,
             "dtype": dtype,
             "precision": precision,
@@ -87,7 +103,7 @@ class LLM:
         ) as bar:
             self._cluster = LocalCluster(
                 serve,
-                threads=threads,
+                **host.options(),
                 on_status=lambda text: bar.set_description_str(text),
             )
         # Never by TLS: it speaks to its own children on this host.

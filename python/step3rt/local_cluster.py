@@ -7,30 +7,37 @@ of it is left when it closes, when this process dies, or when a child fails.
 import contextlib
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from step3rt.config import (
+    COLOCATED,
     DEFAULT_TRACE_STEPS,
+    DISAGGREGATED,
     REFERENCE_DEVICE,
-    NodeConfig,
     ServeConfig,
     resolve_model,
 )
 from step3rt.errors import ConfigError, Step3Error, Unavailable
+from step3rt.local_instances import (
+    EX_CONFIG,
+    STOP_TIMEOUT_S,
+    exits_with_this_process,
+    flags_of,
+    node_command,
+    node_config,
+)
+from step3rt.placement import HostConfig, devices_of
 
-_EX_CONFIG = 78
 _POLL_S = 0.05
-_STOP_TIMEOUT_S = 10.0
 _MAX_LOG_TAIL_CHARS = 4000
 
 
@@ -44,13 +51,19 @@ class _Child:
 class LocalCluster:
     """Starts `attention` + `ffn` instances and a coordinator, and stops them on `close()`.
 
+    Placed "disaggregated", each instance is a process of its own; "colocated", each process has one
+    of either role, on one device, so that there are as many of both.
+
     Args:
         serve: the coordinator's settings; addresses and ready file are chosen here. Instances
             share its certificate, which must be for 127.0.0.1.
         threads: threads for one instance's computation.
         kv_blocks: KV blocks of 64 tokens per attention instance; default: by memory.
-        devices: what the instances compute on, attention instances first, see `NodeConfig.device`;
+        placement: "disaggregated" or "colocated".
+        devices: what the processes compute on, attention instances first, see `NodeConfig.device`;
             the list begins anew where it ends.
+        attention_sms: see `NodeConfig.attention_sms`.
+        ffn_sms: see `NodeConfig.ffn_sms`.
         random_weights: see `NodeConfig.random_weights`.
         trace_dir, trace_steps: see `NodeConfig`.
         log_dir: where the children's logs go; default: a temporary directory, shown on failure.
@@ -58,7 +71,8 @@ class LocalCluster:
         start_timeout_s: time until the cluster must serve.
 
     Raises:
-        ConfigError: a child refused its configuration or the checkpoint; the message is its own.
+        ConfigError: a child refused its configuration or the checkpoint; the message is its own. Or
+            the placement does not fit the instances.
         Unavailable: the cluster did not come up in time, with what it was doing.
     """
 
@@ -68,7 +82,10 @@ class LocalCluster:
         *,
         threads: int = 1,
         kv_blocks: int | None = None,
+        placement: str = DISAGGREGATED,
         devices: Sequence[str] = (REFERENCE_DEVICE,),
+        attention_sms: int | None = None,
+        ffn_sms: int | None = None,
         random_weights: bool = False,
         trace_dir: Path | None = None,
         trace_steps: int = DEFAULT_TRACE_STEPS,
@@ -77,11 +94,16 @@ class LocalCluster:
         start_timeout_s: float = 300.0,
     ) -> None:
         self._serve = serve
-        self._model = resolve_model(serve.model)
-        self._threads = threads
-        self._kv_blocks = kv_blocks
-        self._devices = list(devices)
-        self._random_weights = random_weights
+        self._host = HostConfig(
+            placement=placement,
+            devices=tuple(devices),
+            random_weights=random_weights,
+            threads=threads,
+            kv_blocks=kv_blocks,
+            attention_sms=attention_sms,
+            ffn_sms=ffn_sms,
+        )
+        self._devices = devices_of(serve, placement, devices)
         self._trace_dir = trace_dir
         self._trace_steps = trace_steps
         self._children: list[_Child] = []
@@ -128,7 +150,7 @@ class LocalCluster:
                 raise self._failure(child, code)
 
     def start_instance(self, role: str) -> int:
-        """Starts one more instance and returns its process id."""
+        """Starts one more instance, or "colocated" one of each role; returns its process id."""
         names = {child.name for child in self._children}
         number = next(number for number in itertools.count() if f"{role}-{number}" not in names)
         return self._spawn_node(role, number)
@@ -136,7 +158,7 @@ class LocalCluster:
     def forget(self, pid: int) -> None:
         """Stops watching a child that was ended on purpose, and reaps it."""
         for child in [child for child in self._children if child.process.pid == pid]:
-            child.process.wait(_STOP_TIMEOUT_S)
+            child.process.wait(STOP_TIMEOUT_S)
             self._children.remove(child)
 
     def close(self) -> None:
@@ -147,7 +169,7 @@ class LocalCluster:
             running = [child for child in self._children if child.process.poll() is None]
             for child in running:
                 child.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            deadline = time.monotonic() + STOP_TIMEOUT_S
             for child in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -164,7 +186,10 @@ class LocalCluster:
         addresses = json.loads(ready_file.read_text(encoding="utf-8"))
         self.address = addresses["address"]
         self.control_address = addresses["control_address"]
-        for role, count in (("ffn", self._serve.ffn), ("attention", self._serve.attention)):
+        counts = {"ffn": self._serve.ffn, "attention": self._serve.attention}
+        if self._host.placement == COLOCATED:
+            counts = {COLOCATED: len(self._devices)}
+        for role, count in counts.items():
             for number in range(count):
                 self._spawn_node(role, number)
         self._wait(self._is_serving, "starting the instances", deadline)
@@ -193,36 +218,24 @@ class LocalCluster:
     def _serve_command(self, ready_file: Path) -> list[str]:
         return [
             "serve",
-            *_flags(self._serve, skip=("model", "ready_file", "listen", "control_listen")),
+            *flags_of(self._serve, skip=("model", "ready_file", "listen", "control_listen")),
             f"--listen={self._serve.listen}",
             "--control-listen=127.0.0.1:0",
             f"--ready-file={ready_file}",
-            str(self._model),
+            exits_with_this_process(),
+            str(resolve_model(self._serve.model)),
         ]
 
     def _spawn_node(self, role: str, number: int) -> int:
-        place = number if role == "attention" else self._serve.attention + number
-        config = NodeConfig(
-            role=role,
-            model=self._model,
-            coordinator=self.control_address,
-            threads=self._threads,
-            kv_blocks=self._kv_blocks,
-            device=self._devices[place % len(self._devices)],
-            random_weights=self._random_weights,
-            trace_dir=self._trace_dir,
-            trace_steps=self._trace_steps,
-            tls_cert=self._serve.tls_cert,
-            tls_key=self._serve.tls_key,
-            tls_ca=self._serve.tls_ca,
-            # Who assumes that prompts are computed needs something in their place.
-            random_kv=self._serve.assume_computed_prompts and role == "attention",
-        )
-        return self._spawn(f"{role}-{number}", ["node", role, *_flags(config, skip=("role",))])
+        place = self._serve.attention + number if role == "ffn" else number
+        device = self._devices[place % len(self._devices)]
+        config = node_config(self._serve, self._host, role, device, self.control_address)
+        config = replace(config, trace_dir=self._trace_dir, trace_steps=self._trace_steps)
+        return self._spawn(f"{role}-{number}", node_command(config))
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> int:
         log = self._log_dir / f"{name}.log"
-        command = [sys.executable, "-m", "step3rt", *arguments, f"--exit-with-parent={os.getpid()}"]
+        command = [sys.executable, "-m", "step3rt", *arguments]
         with log.open("ab") as output, _interrupts_held():
             # A group of its own: Ctrl-C reaches this process alone, which then stops the
             # children in order.
@@ -239,7 +252,7 @@ class LocalCluster:
     def _failure(self, child: _Child, code: int) -> Step3Error:
         tail = _tail(child.log)
         last_line = tail.strip().rpartition("\n")[2]
-        if code == _EX_CONFIG and last_line:
+        if code == EX_CONFIG and last_line:
             # The child's last line is its error message, already in the form of ours.
             return ConfigError(last_line.removeprefix("error: "))
         return Unavailable(
@@ -250,18 +263,6 @@ class LocalCluster:
 
 def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-_MAX_LOG_TAIL_CHARS:]
-
-
-def _flags(config: ServeConfig | NodeConfig, skip: Sequence[str]) -> list[str]:
-    """The command line that gives `config`, defaults left out."""
-    flags = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in skip or value is None or value == item.default:
-            continue
-        name = f"--{item.name.replace('_', '-')}"
-        flags.append(name if value is True else f"{name}={value}")
-    return flags
 
 
 def _make_log_dir(directory: Path) -> None:

@@ -25,11 +25,14 @@ def running_cluster(
     kv_blocks: int = 64,
     log_dir: Path | None = None,
     devices: Sequence[str] = ("reference",),
+    placement: str = "disaggregated",
     **settings: Any,
 ) -> Iterator[LocalCluster]:
     """A cluster that serves `model` on `devices`; `settings` are those of `ServeConfig`."""
     serve = ServeConfig(model=model, listen="127.0.0.1:0", **settings)
-    with LocalCluster(serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=devices) as cluster:
+    with LocalCluster(
+        serve, kv_blocks=kv_blocks, log_dir=log_dir, devices=devices, placement=placement
+    ) as cluster:
         yield cluster
 
 

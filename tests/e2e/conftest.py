@@ -27,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> "Iterator[None]":
+    """Has torch compute in one thread, beside the instances of the module's clusters."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def chat_cluster(chat_checkpoint: "Checkpoint") -> "Iterator[LocalCluster]":
     """1A1F with a tokenizer, 64 KV blocks and a context of 1,024 tokens, for any good use."""

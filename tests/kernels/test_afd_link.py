@@ -36,6 +36,7 @@ from step3rt.ops.afd_slots import (
 )
 from step3rt.ops.quantize import quantize_groups
 from step3rt.ops.rmsnorm_quantize import QuantizedRows
+from step3rt.ops.stream import Stream
 from tests.kernels.afd_party import (
     NUM_EXPERTS,
     PARTIES,
@@ -298,11 +299,17 @@ def test_memory_that_is_gone_or_something_else_now_is_not_mapped() -> None:
 class Bench:
     """Sources and one rank in this process, whose calls are made one after the other."""
 
-    def __init__(self, kind: str, num_sources: int = 2, wait_limit_ns: int = 300_000_000) -> None:
+    def __init__(
+        self,
+        kind: str,
+        num_sources: int = 2,
+        wait_limit_ns: int = 300_000_000,
+        idle_limit_ns: int = 0,
+    ) -> None:
         self.device = device_of(kind)
         self.shape = AfdShape(1, num_sources, 1, 5, 256, 3)
         self.stop = StopWord(self.device)
-        limits = (wait_limit_ns, 0)
+        limits = (wait_limit_ns, 0, idle_limit_ns)
         self.rank = FfnSlots(self.shape, 0, self.device, self.stop, *limits)
         self.sources = [
             AttentionSlots(self.shape, index, self.device, self.stop, wait_limit_ns)
@@ -434,6 +441,63 @@ def test_a_paused_rank_begins_no_step_and_loses_nothing(bench: Bench) -> None:
     bench.rank.resume()
     bench.compute()
     assert bench.receive(0) == [2.0] * 2
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_an_idle_rank_with_a_limit_ends_its_step_and_takes_who_comes_later(kind: str) -> None:
+    bench = Bench(kind, idle_limit_ns=20_000_000)
+    for _ in range(2):
+        begin_s = time.monotonic()
+        bench.compute()  # nobody comes: a wait without a limit would not end
+        assert bench.state().steps == 0
+        assert 0.02 <= time.monotonic() - begin_s < 5.0
+    assert bool((bench.rank.tokens(0).topk_ids == -1).all())
+    assert bench.errors()[0].is_ok
+    bench.send(0, 4.0)
+    bench.compute()
+    assert bench.receive(0) == [2.0] * 2
+    assert bench.state().steps == 1
+    bench.close()
+
+
+def test_a_link_that_is_made_anew_keeps_the_peers_memory_mapped(bench: Bench) -> None:
+    """To map memory of a GPU may take one that is idle; after a lane's error it need not be."""
+    source = bench.sources[0]
+    before = source._mapped[0][1]
+    source.reset()
+    bench.rank.reset()
+    bench.link(0)
+    assert source._mapped[0][1] is before
+    bench.send(0, 4.0)
+    bench.compute()
+    assert bench.receive(0) == [2.0] * 2
+    other = FfnSlots(bench.shape, 0, bench.device, bench.stop)
+    source.reset()
+    source.connect(0, other.handle, next(EPOCHS))
+    assert source._mapped[0][1] is not before
+    other.close()
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_an_end_that_knows_its_streams_waits_for_no_other_ones(kind: str) -> None:
+    """Another end of this process may be parked in a wait without a limit meanwhile."""
+    bench = Bench(kind, num_sources=1)
+    own, parked = Stream(bench.device), Stream(bench.device)
+    bench.sources[0].run_on(own)
+    bench.rank.run_on(parked)
+    bench.send(0, 4.0)
+    bench.compute()  # loads the kernels
+    assert bench.receive(0) == [2.0] * 2
+    parked.run(lambda: bench.rank.wait(0, True))
+    ended = parked.record()
+    bench.sources[0].reset()
+    bench.sources[0].connect(0, bench.rank.handle, next(EPOCHS))
+    assert not ended.is_done()
+    bench.stop.set()
+    ended.wait()
+    for stream in (own, parked):
+        stream.close()
+    bench.close()
 
 
 def test_a_source_that_is_given_up_leaves_and_comes_back_under_a_new_epoch(bench: Bench) -> None:

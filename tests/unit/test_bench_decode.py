@@ -110,6 +110,19 @@ def test_a_real_cluster_is_measured() -> None:
     assert report["tokens_per_s"] > 0.99 * 4e3 / tpot["max"]
 
 
+def test_a_colocated_cluster_is_measured_as_such() -> None:
+    result = run_bench(
+        "--batch=4", "--context=200", "--steps=10", "--warmup-steps=2", "--lanes=2",
+        "--placement=colocated", "--devices=cpu", "--dtype=bfloat16", "--precision=production",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["run"], report["placement"]) == ("colocated-1-nano", "colocated")
+    assert (report["gpus"], report["devices"], report["instances"]) == (0, ["cpu"], 2)
+    assert (report["fabrics"], report["weight_dtype"]) == (["cuda_ipc"], "fp8")
+    assert report["tokens_per_s"] > 0
+
+
 def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     result = run_bench(
         "--batch=4", "--context=256", "--steps=4", "--warmup-steps=1", "--devices=cpu",
@@ -179,6 +192,7 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
         (("--batch=6", "--context=4096"), "would reach"),
         (("--batch=6", "--spread=1"), "spread"),
         (("--batch=6", "--steps=0"), "steps=0"),
+        (("--placement=colocated",), "a device is 'reference'"),
     ],
 )
 def test_loads_that_cannot_be_measured_are_refused(flags: tuple[str, ...], message: str) -> None:

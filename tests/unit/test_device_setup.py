@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from step3rt.cli.exit_codes import end_process
 from step3rt.config import NodeConfig
 from step3rt.errors import ConfigError
 from step3rt.instance import run_instance
@@ -72,4 +73,4 @@ def test_made_up_weights_need_sizes_alone_and_a_device(tmp_path: Path) -> None:
     )
     assert model.fingerprint() == MadeUpModel.open(tmp_path).fingerprint()
     with pytest.raises(ConfigError, match=r"random_weights.*--device cpu"):
-        run_instance(NodeConfig(role="ffn", model=tmp_path, random_weights=True))
+        run_instance(NodeConfig(role="ffn", model=tmp_path, random_weights=True), end_process)

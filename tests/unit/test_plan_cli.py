@@ -1,5 +1,6 @@
 """`step3rt plan` as a user runs it: its JSON keys, its files, its refusals."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from step3rt.cli import EX_CONFIG, EX_USAGE, main
-from step3rt.config import ServeConfig, build, load_toml
+from step3rt.cli.flags import cluster_from
+from step3rt.config import ServeConfig, build
 from step3rt.plan.cost import token_cost
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model
+from step3rt.setting import load_toml
 
 RESULT = {
     "run": "full-colocated-4",
@@ -106,7 +109,7 @@ def test_simulate_prints_what_the_search_emits(
     assert again["tokens_per_s"] == pytest.approx(rate, rel=0.02)
 
 
-def test_emit_takes_what_serve_runs_when_the_best_is_colocated(
+def test_a_colocated_plan_is_emitted_with_its_placement(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "cluster.toml"
@@ -115,9 +118,10 @@ def test_emit_takes_what_serve_runs_when_the_best_is_colocated(
         "--emit", str(file),
     )  # fmt: skip
     assert found["advice"] == "colocate"
-    config = build(ServeConfig, load_toml(file), str(file))
-    assert (config.attention, config.ffn) == (1, 3)
-    assert "1,2" in file.read_text()  # the prediction, in tokens/s/GPU, as a comment
+    arguments = argparse.Namespace(config=file)
+    settings, host = cluster_from(arguments)
+    assert (settings.attention, settings.ffn, host.placement) == (4, 4, "colocated")
+    assert "step3rt node colocated" in file.read_text()
 
 
 def test_nothing_is_emitted_when_nothing_fits(

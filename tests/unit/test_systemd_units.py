@@ -54,7 +54,8 @@ def test_services_stay_down_after_bad_configuration_only(units: list[Path]) -> N
 
 
 def test_example_configurations_are_accepted() -> None:
-    from step3rt.config import NodeConfig, ServeConfig, build, load_toml
+    from step3rt.config import NodeConfig, ServeConfig, build
+    from step3rt.setting import load_toml
 
     build(ServeConfig, load_toml(UNITS / "serve.toml"), "serve.toml")
     for name in ("ffn0", "attention0"):

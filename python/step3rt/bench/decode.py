@@ -27,10 +27,17 @@ from step3rt.aio import AsyncClient
 from step3rt.bench.decode_stages import MAX_STEPS, stage_report
 from step3rt.bench.decode_work import Shape, sizes_of
 from step3rt.bench.progress import ProgressLine, warn
-from step3rt.config import MAX_TRACE_STEPS, REFERENCE_DEVICE, ServeConfig, resolve_model
+from step3rt.config import (
+    COLOCATED,
+    MAX_TRACE_STEPS,
+    REFERENCE_DEVICE,
+    ServeConfig,
+    resolve_model,
+)
 from step3rt.errors import InvalidArgument, Step3Error, Unavailable
 from step3rt.local_cluster import LocalCluster
 from step3rt.model.config import Step3Config
+from step3rt.placement import HostConfig, num_gpus
 from step3rt.plan.hardware import card_of_machine, load_hardware
 from step3rt.timing import percentile
 from step3rt.trace.recording import Recording, load_all
@@ -92,40 +99,33 @@ class LaneStep:
     total_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hosting:
-    """How the instances are started; see `LocalCluster`."""
-
-    threads: int = 1
-    devices: Sequence[str] = (REFERENCE_DEVICE,)
-    random_weights: bool = False
-    trace_dir: Path | None = None
-    log_dir: Path | None = None
-
-    @property
-    def is_on_devices(self) -> bool:
-        """Whether the instances are those of the device pipeline, which record their times."""
-        return self.devices[0] != REFERENCE_DEVICE
-
-    @property
-    def num_gpus(self) -> int:
-        """Different GPUs among the devices."""
-        return len({device for device in self.devices if device.startswith("cuda")})
-
-
-def measure(serve: ServeConfig, load: DecodeLoad, hosting: Hosting | None = None) -> dict[str, Any]:
+def measure(
+    serve: ServeConfig,
+    load: DecodeLoad,
+    host: HostConfig | None = None,
+    *,
+    trace_dir: Path | None = None,
+    log_dir: Path | None = None,
+) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
     Args:
         serve: the cluster; its limits are set for the load.
         load: what decodes.
-        hosting: how the instances are started.
+        host: how the instances are started.
+        trace_dir: see `LocalCluster`.
+        log_dir: see `LocalCluster`.
 
     Raises:
+        ConfigError: the placement does not fit the cluster.
         InvalidArgument: the load does not fit the cluster or the model.
         Unavailable: the streams did not all decode at the same time for long enough.
     """
-    hosting = hosting or Hosting()
+    host = host or HostConfig()
+    devices = host.used_devices(serve)
+    gpus = num_gpus(devices)
+    # Instances of the device pipeline record their times.
+    is_on_devices = REFERENCE_DEVICE not in devices
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
     _check(load, num_lanes, config.max_model_len)
@@ -143,24 +143,19 @@ def measure(serve: ServeConfig, load: DecodeLoad, hosting: Hosting | None = None
     )
     blocks_each = -(-(longest + 1) // BLOCK_SIZE_TOKENS)
     # A sixteenth more: newcomers leave some blocks to those that grow.
-    kv_blocks = per_lane * serve.lanes * blocks_each * 17 // 16 + 1
+    host = replace(host, kv_blocks=per_lane * serve.lanes * blocks_each * 17 // 16 + 1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment("STEP3RT_LOG", _LOG_FILTER))
-        log_dir = hosting.log_dir
         if log_dir is None:
             directory = tempfile.TemporaryDirectory(prefix="step3rt-bench-")
             log_dir = Path(stack.enter_context(directory))
-        trace_dir = hosting.trace_dir
-        if trace_dir is None and hosting.is_on_devices:
+        if trace_dir is None and is_on_devices:
             trace_dir = log_dir / "trace"
         progress = ProgressLine("tokens of each stream", load.max_new_tokens)
         stack.callback(progress.close)
         with LocalCluster(
             settings,
-            threads=hosting.threads,
-            kv_blocks=kv_blocks,
-            devices=hosting.devices,
-            random_weights=hosting.random_weights,
+            **host.options(),
             trace_dir=trace_dir,
             trace_steps=load.trace_steps,
             log_dir=log_dir,
@@ -171,25 +166,25 @@ def measure(serve: ServeConfig, load: DecodeLoad, hosting: Hosting | None = None
         recordings = _recordings(trace_dir)
         lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
     figures = summarise(read_steps(lines), load, num_lanes, config.num_layers)
-    if hosting.num_gpus:
-        per_gpu = figures["tokens_per_s"] / hosting.num_gpus
+    if gpus:
+        per_gpu = figures["tokens_per_s"] / gpus
         figures["tokens_per_s_per_gpu"] = round(per_gpu, 1)
-    machine = _machine(hosting.num_gpus)
+    machine = _machine(gpus)
     if recordings is not None:
         shape = _shape(serve, load, config)
         figures |= _stages(recordings, shape, load, machine, figures["stages"])
     return {
-        "run": f"{serve.attention}a{serve.ffn}f-{resolve_model(serve.model).name}",
+        "run": _run_name(serve, host),
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "command": shlex.join(["step3rt", *sys.argv[1:]]),
-        "gpus": hosting.num_gpus,
-        "devices": list(hosting.devices),
+        "gpus": gpus,
+        "devices": devices,
         "instances": serve.attention + serve.ffn,
         "attention": serve.attention,
         "ffn": serve.ffn,
-        "placement": "disaggregated",
+        "placement": host.placement,
         "fabrics": fabrics,
         "context": load.context_tokens,
         "context_spread": load.spread,
@@ -200,12 +195,19 @@ def measure(serve: ServeConfig, load: DecodeLoad, hosting: Hosting | None = None
         "experts": config.num_experts,
         "model": sizes_of(config),
         "kv_dtype": serve.wire_dtypes()[2],
-        "weight_dtype": "fp8" if hosting.is_on_devices else serve.dtype,
-        "random_weights": hosting.random_weights,
+        "weight_dtype": "fp8" if is_on_devices else serve.dtype,
+        "random_weights": host.random_weights,
         "natural_routing": True,
         "scheduler_in_loop": True,
         **figures,
     }
+
+
+def _run_name(serve: ServeConfig, host: HostConfig) -> str:
+    model = resolve_model(serve.model).name
+    if host.placement == COLOCATED:
+        return f"colocated-{serve.attention}-{model}"
+    return f"{serve.attention}a{serve.ffn}f-{model}"
 
 
 def read_steps(lines: Sequence[str]) -> list[LaneStep]:

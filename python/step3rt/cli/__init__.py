@@ -1,19 +1,14 @@
-"""The `step3rt` command: one module per subcommand, errors and exit codes in one place.
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 69 not available, 78 bad configuration, 130 Ctrl-C.
-"""
+"""The `step3rt` command: one module per subcommand."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from step3rt.cli import bench, chat, doctor, generate, node, plan, serve, sim, trace, version
-from step3rt.errors import ConfigError, InvalidArgument, Step3Error, Unavailable
+from step3rt.cli.exit_codes import EX_CONFIG, EX_FAILED, EX_INTERRUPTED, EX_USAGE, report
+from step3rt.errors import Step3Error
 
-EX_USAGE = 2
-EX_UNAVAILABLE = 69
-EX_CONFIG = 78
-EX_INTERRUPTED = 130
+__all__ = ["EX_CONFIG", "EX_USAGE", "main"]
 
 _DESCRIPTION = """\
 Serve Step-3 with attention and FFN on separate processes.
@@ -42,22 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except ConfigError as error:
-        return _fail(error, EX_CONFIG)
-    except InvalidArgument as error:
-        return _fail(error, EX_USAGE)
-    except Unavailable as error:
-        return _fail(error, EX_UNAVAILABLE)
     except Step3Error as error:
-        return _fail(error, 1)
+        return report(error)
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say or to whom.
         sys.stderr.close()
-        return 1
-
-
-def _fail(error: Step3Error, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+        return EX_FAILED

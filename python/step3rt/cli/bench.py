@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.cli import flags
-from step3rt.config import REFERENCE_DEVICE, ServeConfig
+from step3rt.config import ServeConfig
 from step3rt.errors import InvalidArgument
+from step3rt.placement import HostConfig
 
 _SET_BY_LOAD = (
     "listen",
@@ -138,24 +139,15 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     parser.add_argument("--steps", type=int, default=200, help="measured steps of each lane")
     parser.add_argument("--warmup-steps", type=int, default=20, help="before them (default: 20)")
-    parser.add_argument("--threads", type=int, default=1, help="of each instance (default: 1)")
-    parser.add_argument(
-        "--devices",
-        type=lambda text: text.split(","),
-        default=[REFERENCE_DEVICE],
-        metavar="D,D,…",
-        help="what each instance computes on, attention instances first: see step3rt node --device",
-    )
-    parser.add_argument(
-        "--random-weights", action="store_true", help="make weights up; needs --devices"
-    )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
     )
     parser.add_argument("--log-dir", type=Path, help="keep the processes' logs and recordings here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    flags.add_config_file_flag(parser)
+    flags.add_config_flags(parser, HostConfig, skip=("kv_blocks",), title="placement")
     flags.add_config_flags(parser, ServeConfig, skip=_SET_BY_LOAD)
-    parser.set_defaults(run=run_decode, model=Path("nano"))
+    parser.set_defaults(run=run_decode)
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
@@ -173,16 +165,15 @@ def run_decode(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         warmup_steps=arguments.warmup_steps,
     )
-    serve = flags.config_from(arguments, ServeConfig)
+    serve, host = flags.cluster_from(arguments, {"model": Path("nano")})
     with tempfile.TemporaryDirectory(prefix="step3rt-trace-") as directory:
-        hosting = decode.Hosting(
-            threads=arguments.threads,
-            devices=arguments.devices,
-            random_weights=arguments.random_weights,
+        values = decode.measure(
+            serve,
+            load,
+            host,
             trace_dir=Path(directory) if arguments.trace is not None else None,
             log_dir=arguments.log_dir,
         )
-        values = decode.measure(serve, load, hosting)
         if arguments.trace is not None:
             values["trace"] = _write_trace(Path(directory), arguments.trace)
     report = json.dumps(values)

@@ -4,14 +4,16 @@ import argparse
 import ctypes
 import os
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from step3rt.config import TlsPaths, build, build_part, load_toml
+from step3rt.config import ServeConfig, TlsPaths, build
 from step3rt.errors import InvalidArgument, Unavailable
+from step3rt.placement import HostConfig
+from step3rt.setting import build_part, load_toml
 
 C = TypeVar("C")
 
@@ -19,11 +21,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def add_config_flags(
-    parser: argparse.ArgumentParser, kind: type[Any], *, skip: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    kind: type[Any],
+    *,
+    skip: Collection[str] = (),
+    title: str = "settings",
 ) -> None:
     """Adds a flag for every setting of `kind`, with help and default from its field."""
     hints = get_type_hints(kind)
-    group = parser.add_argument_group("settings")
+    group = parser.add_argument_group(title)
     for item in fields(kind):
         if item.name in skip:
             continue
@@ -34,8 +40,13 @@ def add_config_flags(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
             continue
-        if item.default is not MISSING and item.default not in (None, ""):
+        if item.default is not MISSING and item.default not in (None, "", ()):
             text += f" (default: {item.default})"
+        if get_origin(hints[item.name]) is tuple:
+            group.add_argument(
+                flag, type=_texts, metavar="A,B,…", default=argparse.SUPPRESS, help=text
+            )
+            continue
         group.add_argument(
             flag,
             type=_plain_type(hints[item.name]),
@@ -58,8 +69,20 @@ def add_config_file_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_from(arguments: argparse.Namespace, kind: type[C]) -> C:
+def config_from(
+    arguments: argparse.Namespace,
+    kind: type[C],
+    *,
+    takes: Callable[[str], bool] = lambda _: True,
+    defaults: Mapping[str, Any] | None = None,
+) -> C:
     """The settings that flags, file and defaults give together.
+
+    Args:
+        arguments: what the flags gave.
+        kind: a dataclass of settings.
+        takes: whether a setting of the file is `kind`'s, if the file has others too.
+        defaults: values of settings that are given nowhere, instead of the dataclass's.
 
     Raises:
         ConfigError: from `config.build`; the message says which source is wrong.
@@ -68,13 +91,37 @@ def config_from(arguments: argparse.Namespace, kind: type[C]) -> C:
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     from_flags = {name: value for name, value in given.items() if name in names}
     file: Path | None = given.get("config")
+    defaults = defaults or {}
     if file is None:
-        return build(kind, from_flags, "command line")
-    from_file = load_toml(file)
+        return build(kind, {**defaults, **from_flags}, "command line")
+    from_file = {
+        name: value for name, value in load_toml(file).items() if takes(name.replace("-", "_"))
+    }
     # Checked by itself first, so that a mistake in the file is not blamed on the command line.
-    required = {name: from_flags[name] for name in from_flags if name not in from_file}
-    build_part(kind, {**from_file, **required}, str(file))
-    return build(kind, {**from_file, **from_flags}, "command line")
+    required = {**defaults, **from_flags}
+    build_part(kind, {**required, **from_file}, str(file))
+    return build(kind, {**defaults, **from_file, **from_flags}, "command line")
+
+
+def cluster_from(
+    arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None
+) -> tuple[ServeConfig, HostConfig]:
+    """The settings of a cluster: its coordinator's, and where its instances run.
+
+    `defaults` are of the coordinator's settings.
+
+    Raises:
+        ConfigError: as `config_from`.
+    """
+    of_host = {item.name for item in fields(HostConfig)}
+    host = config_from(arguments, HostConfig, takes=lambda name: name in of_host)
+    serve = config_from(
+        arguments,
+        ServeConfig,
+        takes=lambda name: name not in of_host,
+        defaults={**(defaults or {}), **host.counts()},
+    )
+    return serve, host
 
 
 def add_tenant_flag(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +192,10 @@ def exit_with_parent(parent: int | None) -> None:
             f"Process {parent}, which started this one, has ended. Nobody would stop this "
             "process. Start it without --exit-with-parent to run it alone"
         )
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _plain_type(hint: Any) -> type[Any]:

@@ -18,10 +18,11 @@ from step3rt.cli import flags
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
 from step3rt.client import Client
 from step3rt.codec import Prompt
-from step3rt.config import REFERENCE_DEVICE, ServeConfig, describe
+from step3rt.config import ServeConfig, describe
 from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.llm import shows_progress
 from step3rt.local_cluster import LocalCluster
+from step3rt.placement import HostConfig
 from step3rt.results import CompletionOutput, GenerationEvent, RequestOutput, TokenLogprob
 from step3rt.sampling import SamplingParams
 from step3rt.timing import StreamTimer, summarise
@@ -41,7 +42,7 @@ examples:
 
 _MODEL = Path("nano")
 # Flags besides the settings that shape a cluster of its own.
-_CLUSTER_FLAGS = ("model", "threads", "kv_blocks", "log_dir", "devices", "random_weights")
+_CLUSTER_FLAGS = ("config", "log_dir", *(item.name for item in fields(HostConfig)))
 _SKIPPED_SETTINGS = ("model", "listen", "control_listen", "ready_file", "insecure_bind")
 
 
@@ -93,32 +94,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=argparse.SUPPRESS,
         help="keep the logs of the cluster's processes here",
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="threads for one instance (default: 1)",
-    )
-    parser.add_argument(
-        "--kv-blocks",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="KV blocks of 64 tokens per attention instance",
-    )
-    parser.add_argument(
-        "--devices",
-        type=_devices,
-        default=argparse.SUPPRESS,
-        metavar="D,D,…",
-        help="what the instances compute on, attention instances first: reference, cpu or cuda:N "
-        "(default: reference for all)",
-    )
-    parser.add_argument(
-        "--random-weights",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="make weights up, of the sizes in the model's config.json; needs --devices",
-    )
+    flags.add_config_file_flag(parser)
+    flags.add_config_flags(parser, HostConfig, title="placement")
     flags.add_config_flags(parser, ServeConfig, skip=_SKIPPED_SETTINGS)
     parser.set_defaults(run=run)
 
@@ -129,10 +106,6 @@ def _add_logprob_flags(group: "argparse._ArgumentGroup") -> None:
         ("--prompt-logprobs", "the same for the prompt's tokens"),
     ):
         group.add_argument(flag, type=int, metavar="INT", help=text)
-
-
-def _devices(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
 
 
 def _token_ids(text: str) -> list[int]:
@@ -159,9 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.address is not None:
         _refuse_cluster_flags(arguments)
-    serve = flags.config_from(
-        argparse.Namespace(**{"model": _MODEL, **vars(arguments), "listen": "127.0.0.1:0"}),
-        ServeConfig,
+    serve, host = flags.cluster_from(
+        argparse.Namespace(**{**vars(arguments), "listen": "127.0.0.1:0"}), {"model": _MODEL}
     )
     params = replace(
         sampling_from(arguments),
@@ -177,10 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             cluster = stack.enter_context(
                 LocalCluster(
                     serve,
-                    threads=getattr(arguments, "threads", 1),
-                    kv_blocks=getattr(arguments, "kv_blocks", None),
-                    devices=getattr(arguments, "devices", (REFERENCE_DEVICE,)),
-                    random_weights=getattr(arguments, "random_weights", False),
+                    **host.options(),
                     log_dir=getattr(arguments, "log_dir", None),
                     on_status=_show_status,
                 )
@@ -231,7 +200,7 @@ def _refuse_cluster_flags(arguments: argparse.Namespace) -> None:
     """Flags of a cluster of its own have no effect on a running one, and are not passed over."""
     names = [*_CLUSTER_FLAGS, *(item.name for item in fields(ServeConfig))]
     for name in names:
-        if name in vars(arguments):
+        if getattr(arguments, name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InvalidArgument(
                 f"{flag} was given with --address. It shapes a cluster that generate starts, and "

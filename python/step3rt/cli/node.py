@@ -1,12 +1,11 @@
 """`step3rt node`: one attention or FFN instance."""
 
 import argparse
-import logging
-import os
-import time
 
 from step3rt.cli import flags
-from step3rt.config import ROLES, NodeConfig
+from step3rt.cli.exit_codes import end_process
+from step3rt.cli.log import log_to_stderr
+from step3rt.config import COLOCATED, ROLES, NodeConfig
 from step3rt.errors import ConfigError
 
 _WORKER_PACKAGES = ("torch", "safetensors")
@@ -14,11 +13,13 @@ _WORKER_PACKAGES = ("torch", "safetensors")
 _DESCRIPTION = """\
 Run one instance. An attention instance holds embedding, attention, KV cache and sampler; an FFN
 instance holds dense FFNs and its share of the experts. Either may start before the coordinator.
+`colocated` runs one of each in one process, on one --device.
 """
 
 _EPILOG = """\
 example:
   step3rt node ffn --model nano --coordinator 127.0.0.1:50052
+  step3rt node colocated --model DIR --device cuda:0
 """
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.role is None:
         del arguments.role
     config = flags.config_from(arguments, NodeConfig)
-    _log_to_stderr()
+    log_to_stderr()
     try:
         from step3rt.instance import run_instance
     except ModuleNotFoundError as error:
@@ -55,21 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"The Python package '{error.name}' is not installed. An instance computes with it. "
             "Install it with: pip install 'step3rt[worker]'"
         ) from error
-    return run_instance(config)
-
-
-def _log_to_stderr() -> None:
-    """Lines as the Rust side of the process writes them: the journal adds the time, else UTC."""
-    handler = logging.StreamHandler()
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        logging.addLevelName(logging.WARNING, "WARN")
-        formatter = logging.Formatter(
-            "%(asctime)s.%(msecs)03dZ %(levelname)5s %(message)s", "%Y-%m-%dT%H:%M:%S"
-        )
-        formatter.converter = time.gmtime
-        handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # Ours alone: torch has things to say at this level that no operator acts on.
-    logging.getLogger("step3rt").setLevel(logging.INFO)
+    if config.role != COLOCATED:
+        return run_instance(config, end_process)
+    try:
+        return run_instance(config, end_process)
+    except BaseException as error:
+        end_process(error)  # with the role in the other thread

@@ -288,8 +288,8 @@ def _run_search(arguments: argparse.Namespace) -> int:
         )
         write_text(arguments.report, text)
     if arguments.emit is not None:
-        # `serve` runs one placement; what it runs best need not be what is best.
-        served = replace(target, placement="disaggregated", ffn_parallelism="ep")
+        # Instances have whole experts; what runs best with those need not be what is best.
+        served = replace(target, ffn_parallelism="ep")
         if served != target:
             verdict = decide(model, inventory, served, profile, precision, seed=arguments.seed)
         if not verdict.choices:

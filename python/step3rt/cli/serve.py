@@ -3,17 +3,23 @@
 import argparse
 
 from step3rt.cli import flags
+from step3rt.cli.log import log_to_stderr
 from step3rt.config import ServeConfig
+from step3rt.local_instances import LocalInstances
+from step3rt.placement import HostConfig
 
 _DESCRIPTION = """\
 Run the coordinator: it takes requests over gRPC, schedules them, and leads the attention and FFN
 instances, which connect to --control-listen by themselves and may come and go. It answers
-requests once --attention and --ffn instances are ready.
+requests once --attention and --ffn instances are ready. With --devices it starts them itself, on
+this host, and starts those that die again.
 """
 
 _EPILOG = """\
-example:
+examples:
   step3rt serve nano --attention 1 --ffn 2
+  step3rt serve DIR --placement colocated --devices cuda:0,cuda:1 --dtype bfloat16 \\
+    --precision production
 Send SIGTERM to drain: running streams finish, new requests are refused, then it exits with 0.
 """
 
@@ -32,6 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     flags.add_config_file_flag(parser)
     flags.add_exit_with_parent_flag(parser)
+    flags.add_config_flags(parser, HostConfig, title="instances of its own")
     flags.add_config_flags(parser, ServeConfig, skip=("model",))
     parser.set_defaults(run=run)
 
@@ -39,7 +46,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal; returns the exit code."""
     flags.exit_with_parent(arguments.exit_with_parent)
-    config = flags.config_from(arguments, ServeConfig)
+    serve, host = flags.cluster_from(arguments)
     from step3rt import _core
 
-    return _core.serve(config.to_json())
+    if not host.devices:
+        host.check_unused()
+        return _core.serve(serve.to_json())
+    log_to_stderr()
+    with LocalInstances(serve, host) as instances:
+        code = _core.serve(instances.serve.to_json())
+    return instances.refusal or code

@@ -24,6 +24,7 @@ from step3rt.instance.device_setup import (
     report_loading,
     wait_limit_ns,
 )
+from step3rt.instance.device_share import DeviceShare
 from step3rt.instance.device_trace import LaneTraces
 from step3rt.instance.node import Outcome
 from step3rt.instance.sequence_table import SequenceTable
@@ -53,10 +54,13 @@ class _Ends:
 class DeviceAttentionRole:
     """A device attention instance over all its sessions."""
 
-    def __init__(self, node: NodeConfig, model: DeviceModel) -> None:
-        """Loads nothing yet."""
+    def __init__(
+        self, node: NodeConfig, model: DeviceModel, share: DeviceShare | None = None
+    ) -> None:
+        """Loads nothing yet; `share`: with the FFN role of this process, if there is one."""
         self._node = node
         self._model = model
+        self._share = share or DeviceShare()
         self._weights: GpuWeights | None = None
         self._pool: DevicePool | None = None
         self._ends: _Ends | None = None
@@ -73,11 +77,12 @@ class DeviceAttentionRole:
                 f"{shape.num_sources}. The FFN instances have slots for no more. Wait until one "
                 "leaves, or start the cluster with a larger `attention`"
             )
-        if self._weights is None:
-            tensors = report_loading(self._model.tensors, session)
-            self._weights = build_attention_weights(tensors)
-        pool = self._allocate(settings, self._weights)
-        ends = self._prepare(shape, session.role_rank, pool)
+        with self._share.turn(session):
+            if self._weights is None:
+                tensors = report_loading(self._model.tensors, session)
+                self._weights = build_attention_weights(tensors)
+            pool = self._allocate(settings, self._weights)
+            ends = self._prepare(shape, session.role_rank, pool)
         session.bind(SLOT_BYTES, SLOT_BYTES, device_offer=ends.slots.handle)
         session.ready(pool.options.num_blocks)
         logger.info("Ready on %s with %d KV blocks", pool.device, pool.options.num_blocks)
@@ -155,7 +160,10 @@ class DeviceAttentionRole:
             slots = AttentionSlots(shape, source, pool.device, stop, limit_ns)
             # Nothing is linked: what a capture launches sends and awaits nothing.
             stop.set()
-            lanes = [AttentionLane(pool, slots, lane) for lane in range(shape.num_lanes)]
+            num_ctas = self._share.attention_ctas(
+                pool.device, shape.num_lanes, self._node.attention_sms
+            )
+            lanes = [AttentionLane(pool, slots, lane, num_ctas) for lane in range(shape.num_lanes)]
             slots.reset()
             stop.clear()
             self._ends = _Ends(key, slots, stop, lanes)

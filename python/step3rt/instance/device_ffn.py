@@ -20,6 +20,7 @@ from step3rt.instance.device_setup import (
     report_loading,
     wait_limit_ns,
 )
+from step3rt.instance.device_share import DeviceShare
 from step3rt.instance.device_trace import LaneTraces
 from step3rt.instance.node import IDLE_TIMEOUT_S, Outcome
 from step3rt.model.device_ffn import FfnLane
@@ -55,10 +56,13 @@ class _Ends:
 class DeviceFfnRole:
     """A device FFN instance over all its sessions."""
 
-    def __init__(self, node: NodeConfig, model: DeviceModel) -> None:
-        """Loads nothing yet."""
+    def __init__(
+        self, node: NodeConfig, model: DeviceModel, share: DeviceShare | None = None
+    ) -> None:
+        """Loads nothing yet; `share`: with the attention role of this process, if there is one."""
         self._node = node
         self._model = model
+        self._share = share or DeviceShare()
         self._groups: tuple[tuple[int, int], FfnGroups] | None = None
         self._ends: _Ends | None = None
 
@@ -66,8 +70,9 @@ class DeviceFfnRole:
         """Loads the experts of the session's rank unless they are at hand, and serves arrivals."""
         settings, rank = session.settings, session.role_rank
         check_settings(settings)
-        groups = self._load(session, (rank, settings.ep_size))
-        ends = self._prepare(link_shape(settings, self._model.config), rank, groups)
+        with self._share.turn(session):
+            groups = self._load(session, (rank, settings.ep_size))
+            ends = self._prepare(link_shape(settings, self._model.config), rank, groups)
         session.bind(SLOT_BYTES, SLOT_BYTES, device_offer=ends.slots.handle)
         session.ready(0)
         logger.info(
@@ -100,10 +105,18 @@ class DeviceFfnRole:
             device = self._model.device
             stop = StopWord(device)
             limit_ns = int(wait_limit_ns(device) * RANK_SHARE_OF_LIMIT)
-            slots = FfnSlots(shape, rank, device, stop, limit_ns)
+            slots = FfnSlots(
+                shape,
+                rank,
+                device,
+                stop,
+                limit_ns,
+                idle_limit_ns=self._share.idle_limit_ns(device),
+            )
             # Nothing is linked: what a capture launches sends and awaits nothing.
             stop.set()
-            lanes = [FfnLane(groups, slots, lane) for lane in range(shape.num_lanes)]
+            num_ctas = self._share.ffn_ctas(device, shape.num_lanes, self._node.ffn_sms)
+            lanes = [FfnLane(groups, slots, lane, num_ctas) for lane in range(shape.num_lanes)]
             slots.reset()
             stop.clear()
             ends = self._ends = _Ends(shape, rank, slots, stop, lanes)
@@ -163,7 +176,10 @@ class DeviceFfnLoop:
         for lane, replays in zip(self.lanes, self._replays, strict=True):
             while replays and replays[0].is_done():
                 replays.popleft()
-            while len(replays) < QUEUED_STEPS and not self._is_draining:
+            # Nobody can begin a step yet: a parked lane would only be in the way of who loads.
+            if self._is_draining or not self._peers:
+                continue
+            while len(replays) < QUEUED_STEPS:
                 replays.append(lane.replay())
 
     def _handle(self, event: _core.Event) -> None:

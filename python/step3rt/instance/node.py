@@ -68,14 +68,31 @@ def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
         ConfigError: the checkpoint cannot be used, or the coordinator refuses this instance.
         Unavailable: no coordinator answers within `connect_timeout_s`.
     """
+    prepare_process(config)
+    model = open_model(config)
+    serve_sessions(config, model, make_role(model))
+    return 0
+
+
+def prepare_process(config: NodeConfig) -> None:
+    """Sets what belongs to the process, before anything is loaded."""
     torch.set_num_threads(config.threads)
     # torch leaves 190,000 objects; looking through them takes the collector 0.1 s and more, in the
     # middle of some step. Frozen objects are not looked at.
     gc.collect()
     gc.freeze()
-    model = _open(config)
-    role = make_role(model)
-    while True:
+
+
+def serve_sessions(
+    config: NodeConfig, model: Model, role: Role, is_over: Callable[[], bool] = lambda: False
+) -> None:
+    """Serves session after session until one is drained, or is lost when `is_over` says so.
+
+    Raises:
+        ConfigError: the coordinator refuses this instance.
+        Unavailable: no coordinator answers within `connect_timeout_s`.
+    """
+    while not is_over():
         logger.info(
             "Looking for the coordinator at %s, for up to %g s",
             config.coordinator,
@@ -85,11 +102,11 @@ def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
             session = connect(config, model)
         except Cancelled:
             logger.info("Stopped before a coordinator was found")
-            return 0
+            return
         try:
             if role.run(session) is Outcome.DRAINED:
                 logger.info("Stopped, as it was told")
-                return 0
+                return
         except Unavailable as error:
             # The session ended between two polls; the next one begins from the start.
             logger.warning("The session with the coordinator is over: %s", error)
@@ -97,7 +114,12 @@ def run_node(config: NodeConfig, make_role: Callable[[Model], Role]) -> int:
             session.close()
 
 
-def _open(config: NodeConfig) -> Model:
+def open_model(config: NodeConfig) -> Model:
+    """The model that a process serves.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     directory = resolve_model(config.model)
     if config.random_weights:
         return MadeUpModel.open(directory)

@@ -163,10 +163,14 @@ class PromptScores:
 class AttentionLane:
     """One lane of an attention instance: its stream, buffers and graphs."""
 
-    def __init__(self, pool: DevicePool, slots: AttentionSlots, lane: int) -> None:
+    def __init__(
+        self, pool: DevicePool, slots: AttentionSlots, lane: int, num_ctas: int | None = None
+    ) -> None:
         """Allocates buffers and captures a graph per bucket; the slots are not connected yet.
 
         Their stop word is set: nothing waits, and errors are to be reset afterwards.
+        `num_ctas`: SMs that attention and the head may fill; by default all but those of waiting
+        lanes.
         """
         self._pool = pool
         self._slots = slots
@@ -189,17 +193,20 @@ class AttentionLane:
         self._row_tables = zeros(max_tokens, options.max_blocks)
         self._buffers = LayerBuffers.allocate(pool.weights, max_tokens)
         # Kernels of a CTA per SM leave out those that other lanes wait on.
-        num_free_sms = max(1, num_sms(device) - SMS_PER_WAITING_LANE * (slots.shape.num_lanes - 1))
-        self._schedule = allocate_schedule(device, num_free_sms)
+        if num_ctas is None:
+            left = num_sms(device) - SMS_PER_WAITING_LANE * (slots.shape.num_lanes - 1)
+            num_ctas = max(1, left)
+        self._schedule = allocate_schedule(device, num_ctas)
         self._final = zeros(max_tokens, pool.config.hidden_size, dtype=torch.bfloat16)
         padded_size = pool.weights.lm_head.shape[0]
         self._padded_logits = zeros(max_tokens, padded_size, dtype=torch.bfloat16)
         self._logits = self._padded_logits[:, :vocab_size]
         self._no_edits = zeros(1, 16, dtype=torch.uint8)
         self._stream = Stream(device)
+        slots.run_on(self._stream)
         # Rows that are all unused: what a capture computes is kept nowhere.
         self._inputs.kv_slots.fill_(-1)
-        with blas_sms(device, num_free_sms):
+        with blas_sms(device, num_ctas):
             self._graphs = {
                 shape: StepGraph.capture(device, partial(self._launch, shape), self._stream)
                 for shape in graph_shapes(max_tokens, pool.prefill_ctas)

@@ -25,9 +25,12 @@ SMS_PER_WAITING_LANE = 2
 class FfnLane:
     """One lane of an FFN instance: a step is one replay, of however many sources take part."""
 
-    def __init__(self, groups: FfnGroups, slots: FfnSlots, lane: int) -> None:
+    def __init__(
+        self, groups: FfnGroups, slots: FfnSlots, lane: int, num_ctas: int | None = None
+    ) -> None:
         """Allocates the lane's scratch and captures its step; the slots are not connected yet.
 
+        `num_ctas`: SMs that its GEMMs may fill, even; by default all but those of waiting lanes.
         `group_tables` i32[layers, groups, 2]: first row and rows of each group in the last step. A
         table for each layer costs nothing and can be read beside the lane.
         """
@@ -35,18 +38,21 @@ class FfnLane:
         self._slots = slots
         self._lane = lane
         shape = slots.shape
-        num_ctas = num_sms(groups.device) - SMS_PER_WAITING_LANE * (shape.num_lanes - 1)
+        if num_ctas is None:
+            left = num_sms(groups.device) - SMS_PER_WAITING_LANE * (shape.num_lanes - 1)
+            num_ctas = max(2, left // 2 * 2)
         self._workspaces: dict[tuple[int, int], MoeWorkspace] = {}
         for experts in groups.layers:
             if _shape_of(experts) not in self._workspaces:
                 self._workspaces[_shape_of(experts)] = allocate_moe_workspace(
-                    experts, shape.num_rows, shape.num_columns, max(2, num_ctas // 2 * 2)
+                    experts, shape.num_rows, shape.num_columns, num_ctas
                 )
         max_groups = max(experts.num_groups for experts in groups.layers)
         self.group_tables = torch.zeros(
             len(groups.layers), max_groups, 2, dtype=torch.int32, device=groups.device
         )
         self._stream = Stream(groups.device)
+        slots.run_on(self._stream)
         self._graph = StepGraph.capture(groups.device, self._launch, self._stream)
 
     def replay(self) -> Event:

@@ -102,7 +102,7 @@ class AttentionSlots(AfdEndpoint):
             InvalidArgument: the handle or epoch does not fit.
             Unavailable: the peer is gone, or out of reach.
         """
-        self._wait_for_device()
+        self._wait_for_lanes()
         mapping = self._map(rank, peer_handle, epoch)
         for lane in range(self.shape.num_lanes):
             ours, theirs = self._sections[lane], self.shape.ffn_sections(lane)
@@ -133,9 +133,7 @@ class AttentionSlots(AfdEndpoint):
 
     def reset(self) -> None:
         """Clears all errors and links, when no lane runs: every rank has to be connected anew."""
-        self._wait_for_device()
-        for peer in list(self._peers):
-            self._unmap(peer)
+        self._wait_for_lanes()
         for lane in range(self.shape.num_lanes):
             if self._is_on_cpu:
                 self._lanes[lane].reset()

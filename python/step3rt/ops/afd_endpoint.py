@@ -30,6 +30,7 @@ from step3rt.ops.afd_slots import (
     encode_handle,
 )
 from step3rt.ops.device_link import LinkError, StopWord
+from step3rt.ops.stream import Stream
 
 DEFAULT_WAIT_LIMIT_NS = 1_000_000_000
 """Of an attention instance; longer than an FFN rank's, which may wait for a dead source."""
@@ -52,7 +53,8 @@ class AfdEndpoint(ABC):
         self._stop = stop
         self._num_peers = num_peers
         self._region = allocate_region(shape.region_bytes(self._role), device)
-        self._peers: dict[int, Mapping] = {}
+        self._mapped: dict[int, tuple[bytes, Mapping]] = {}
+        self._streams: list[Stream] = []
         self._last_epochs = [0] * num_peers
         self._report = HostWords(shape.num_lanes * REPORT_WORDS, device)
         self._traces: list[torch.Tensor | None] = [None] * shape.num_lanes
@@ -137,11 +139,18 @@ class AfdEndpoint(ABC):
         for name in ("trace", "trace_rows"):
             self._write_field(lane, name, header)
 
+    def run_on(self, stream: Stream) -> None:
+        """Says that lanes are launched on a stream: what waits for lanes waits for such alone.
+
+        Without any it waits for the whole GPU, on which others of this process may be waiting for
+        this end.
+        """
+        self._streams.append(stream)
+
     def close(self) -> None:
         """Unmaps the peers' regions and frees this one, when no lane runs any more; idempotent."""
-        for mapping in self._peers.values():
-            mapping.close()
-        self._peers.clear()
+        for peer in list(self._mapped):
+            self._unmap(peer)
         self._region.close()
 
     def __enter__(self) -> Self:
@@ -158,7 +167,10 @@ class AfdEndpoint(ABC):
         self.close()
 
     def _map(self, peer: int, handle: bytes, epoch: int) -> Mapping:
-        """Maps a peer's region in place of the one before; no lane may be using that."""
+        """Maps a peer's region in place of the one before; no lane may be using that.
+
+        The same region stays mapped: to map and unmap may take a GPU that is idle.
+        """
         if not 0 <= peer < self._num_peers:
             raise InvalidArgument(
                 f"Peer {peer} is not one of {self._num_peers}. Ranks and sources are counted from "
@@ -171,15 +183,16 @@ class AfdEndpoint(ABC):
             )
         role = Role.FFN if self._role is Role.ATTENTION else Role.ATTENTION
         address = decode_handle(handle, self.shape, role, peer, self._region.kind)
-        self._unmap(peer)
-        self._peers[peer] = map_region(address, self.shape.region_bytes(role), self.device)
+        if peer not in self._mapped or self._mapped[peer][0] != address:
+            self._unmap(peer)
+            mapping = map_region(address, self.shape.region_bytes(role), self.device)
+            self._mapped[peer] = address, mapping
         self._last_epochs[peer] = epoch
-        return self._peers[peer]
+        return self._mapped[peer][1]
 
     def _unmap(self, peer: int) -> None:
-        mapping = self._peers.pop(peer, None)
-        if mapping is not None:
-            mapping.close()
+        if peer in self._mapped:
+            self._mapped.pop(peer)[1].close()
 
     def _clear_report(self, lane: int, first: int, count: int) -> None:
         start = lane * REPORT_WORDS + first
@@ -220,6 +233,10 @@ class AfdEndpoint(ABC):
         header["trace_rows"] = 0 if trace is None else trace.shape[0]
         return header
 
-    def _wait_for_device(self) -> None:
-        if not self._is_on_cpu:
+    def _wait_for_lanes(self) -> None:
+        if self._is_on_cpu:
+            return
+        for stream in self._streams:
+            stream.synchronize()
+        if not self._streams:
             torch.cuda.synchronize(self.device)

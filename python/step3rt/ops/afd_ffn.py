@@ -64,6 +64,7 @@ class FfnSlots(AfdEndpoint):
         stop: StopWord,
         wait_limit_ns: int = DEFAULT_STEP_LIMIT_NS,
         join_window_ns: int = DEFAULT_JOIN_WINDOW_NS,
+        idle_limit_ns: int = 0,
     ) -> None:
         """Allocates the region, with no link.
 
@@ -77,9 +78,11 @@ class FfnSlots(AfdEndpoint):
                 the attention instances.
             join_window_ns: How long rank 0, with the first source of a step at hand, waits for
                 those that took part in one of the last two steps.
+            idle_limit_ns: How long a step's first wait lasts while no source comes; then the step
+                ends with nothing, and who comes later begins the next one. 0: without a limit.
         """
         super().__init__(shape, rank, device, stop, shape.num_sources)
-        self._limits_ns = (wait_limit_ns, join_window_ns)
+        self._limits_ns = (wait_limit_ns, join_window_ns, idle_limit_ns)
         self._control = HostWords(1 + MAX_PEERS, device)
         sizes = (shape.num_lanes, shape.num_rows, shape.num_columns)
         self._ids = torch.full(sizes, -1, dtype=torch.int32, device=device)
@@ -108,7 +111,7 @@ class FfnSlots(AfdEndpoint):
             self._report,
             lane * REPORT_WORDS,
         )
-        own.wait_limit_ns, own.join_window_ns = self._limits_ns
+        own.wait_limit_ns, own.join_window_ns, own.idle_limit_ns = self._limits_ns
         return own
 
     def connect(self, source: int, peer_handle: bytes, epoch: int) -> None:
@@ -190,7 +193,7 @@ class FfnSlots(AfdEndpoint):
         was_paused = self._control.values[0]
         self.pause()
         try:
-            self._wait_for_device()
+            self._wait_for_lanes()
             yield
         finally:
             self._control.values[0] = was_paused
@@ -199,15 +202,13 @@ class FfnSlots(AfdEndpoint):
         """Clears all errors and links, when no lane runs: every source has to be connected anew."""
         with self._between_steps():
             self._control.values[1:] = 0
-            for peer in list(self._peers):
-                self._unmap(peer)
             for lane in range(self.shape.num_lanes):
                 if self._is_on_cpu:
                     self._lanes[lane].reset()
                     self._lanes[lane].sources = [None] * self.shape.num_sources
                     continue
                 header = self._lane_header(lane, self._limits_ns[0])
-                header["join_window_ns"] = self._limits_ns[1]
+                header["join_window_ns"], header["idle_limit_ns"] = self._limits_ns[1:]
                 header["pause"] = self._control.address
                 header["active"] = self._control.address + 4
                 self._write_lane(lane, header)
@@ -216,12 +217,14 @@ class FfnSlots(AfdEndpoint):
     def wait(self, lane: int, is_first_layer: bool) -> None:
         """Lets the stream wait for a layer's rows, of all sources that take part in the step.
 
-        A step's first wait has no limit, so nothing else may wait for the whole GPU meanwhile:
-        allocate, and launch every kernel once, before. After an error nobody takes part.
+        Without an idle limit a step's first wait has none, so nothing else may wait for the whole
+        GPU meanwhile: allocate, and launch every kernel once, before. After an error nobody takes
+        part.
 
         Args:
             lane: Whose slots.
-            is_first_layer: Whether a step begins: then it waits, without a limit, for any source.
+            is_first_layer: Whether a step begins: then it waits for any source, up to the idle
+                limit if there is one.
         """
         if self._is_on_cpu:
             self._lanes[lane].wait(is_first_layer=is_first_layer)

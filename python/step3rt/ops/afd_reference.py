@@ -288,6 +288,7 @@ class FfnHostLane(HostLane):
         )
         self._control = control.values
         self.join_window_ns = 0
+        self.idle_limit_ns = 0
         self.sources: list[SourceSlot | None] = [None] * shape.num_sources
         self.state.peers = [PeerState() for _ in self.sources]
 
@@ -327,7 +328,8 @@ class FfnHostLane(HostLane):
         """Rank 0: who has sent by the end of the join window begins the step."""
         state, pause = self.state, _Pause()
         window_start_ns: int | None = None
-        while self._may_begin():
+        arrived = 0
+        while self._may_begin(0 if arrived else pause.elapsed_ns):
             with self.lock:
                 active = self._active()
                 arrived = sum(1 << source for source in _bits(active) if self._look(source, True))
@@ -352,7 +354,7 @@ class FfnHostLane(HostLane):
     def _await_admitted(self) -> int:
         """Other ranks: the first frame says whom rank 0 has admitted to the step."""
         pause = _Pause()
-        while self._may_begin():
+        while self._may_begin(pause.elapsed_ns):
             with self.lock:
                 arrived = next((s for s in _bits(self._active()) if self._look(s, True)), None)
                 if arrived is not None:
@@ -395,11 +397,12 @@ class FfnHostLane(HostLane):
     def _num_rows(self) -> int:
         return sum(self.state.peers[source].num_rows for source in _bits(self.state.participants))
 
-    def _may_begin(self) -> bool:
+    def _may_begin(self, idle_ns: int) -> bool:
         if self._stop():
             self.fail(LinkError.STOPPED)
         self.state.participants = 0
-        return not self.state.error and not self._control[0]
+        is_over = 0 < self.idle_limit_ns < idle_ns
+        return not self.state.error and not self._control[0] and not is_over
 
     def _begin(self, admitted: int) -> None:
         state = self.state

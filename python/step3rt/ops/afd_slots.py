@@ -78,7 +78,7 @@ AFD_LANE = np.dtype(
         ("trace_rows", np.uint32),
         ("frames", np.uint64),
         ("steps", np.uint64),
-        ("reserved", np.uint64),
+        ("idle_limit_ns", np.uint64),
         ("peers", AFD_PEER, MAX_PEERS),
     ]
 )

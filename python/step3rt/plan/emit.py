@@ -1,14 +1,16 @@
 """Writes a plan as the cluster file that `step3rt serve --config` takes.
 
-Owns the translation from a deployment to `ServeConfig`; never decides (`verdict` does).
+Owns the translation from a deployment to `ServeConfig` and a placement; never decides (`verdict`
+does).
 """
 
 import json
 from pathlib import Path
 
-from step3rt.config import ServeConfig, build
+from step3rt.config import COLOCATED, ServeConfig, build
 from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.plan.cost import Precision
+from step3rt.plan.deployment import Deployment
 from step3rt.plan.verdict import Choice
 
 _MIN_MICRO_BATCH_TOKENS = 512  # room for prefill beside a small decode batch
@@ -20,29 +22,29 @@ def cluster_toml(
     """The settings of the coordinator of one deployment unit, with predictions as comments.
 
     Args:
-        choice: a disaggregated choice; `serve` places no other.
+        choice: what to run.
         precision: the KV type that was planned with.
         model: the checkpoint that `serve` shall load.
         context_tokens: the context that was planned for.
         command: what made the plan, for the comment.
 
     Raises:
-        InvalidArgument: `serve` cannot run this placement.
+        InvalidArgument: the instances cannot run this deployment.
     """
     candidate, result = choice.candidate, choice.result
     deployment = candidate.deployment
-    if deployment.is_colocated or deployment.ffn_parallelism != "ep":
+    if deployment.ffn_parallelism != "ep":
         raise InvalidArgument(
             f"The deployment {deployment.label!r} cannot be written as a cluster file. "
-            "`step3rt serve` runs attention and FFN instances apart, with whole experts on each. "
-            "Plan with --placement disaggregated --ffn-parallelism ep"
+            "FFN instances have whole experts. Plan with --ffn-parallelism ep"
         )
     places = deployment.lanes * deployment.num_attention_gpus
     sequences = -(-candidate.batch // places)
+    num_ffn = deployment.num_attention_gpus if deployment.is_colocated else deployment.num_ffn_gpus
     settings: dict[str, str | int] = {
         "model": model,
         "attention": deployment.num_attention_gpus,
-        "ffn": deployment.num_ffn_gpus,
+        "ffn": num_ffn,
         "lanes": deployment.lanes,
         "dtype": "bfloat16",
         "precision": "production",
@@ -52,12 +54,13 @@ def cluster_toml(
     }
     # What is written is what `serve` checks: a plan that it would refuse fails here.
     build(ServeConfig, settings, "plan")
+    if deployment.is_colocated:
+        settings["placement"] = COLOCATED
     limit = choice.limits[0] if choice.limits else None
     comments = [
         f"Made by `{command}`. For `step3rt serve --config`.",
         f"One unit: {deployment.label}; {candidate.num_units} such units fit the inventory.",
-        f"Attention instances run on {deployment.attention_card.name}, one a GPU; FFN instances "
-        f"on {deployment.ffn_card.name}.",
+        _instances(deployment),
         f"Predicted at {context_tokens} tokens of context and {candidate.batch} sequences:",
         f"  {result.tokens_per_s:,.0f} tokens/s, {result.tokens_per_s_per_gpu:,.0f} per GPU; TPOT "
         f"p50 {result.tpot_ms['p50']:.1f} ms, p99 {result.tpot_ms['p99']:.1f} ms",
@@ -71,6 +74,18 @@ def cluster_toml(
     # A JSON string is a TOML basic string.
     lines += [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     return "\n".join(lines) + "\n"
+
+
+def _instances(deployment: Deployment) -> str:
+    if deployment.is_colocated:
+        return (
+            f"Every {deployment.attention_card.name} runs an attention and an FFN instance, by "
+            "`step3rt node colocated --device cuda:N`."
+        )
+    return (
+        f"Attention instances run on {deployment.attention_card.name}, one a GPU; FFN instances "
+        f"on {deployment.ffn_card.name}."
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from step3rt.config import load_toml
 from step3rt.errors import ConfigError, InvalidArgument
+from step3rt.setting import load_toml
 
 PAPER_CARDS = ("h800", "h20", "a800", "910b")  # table 4; their prices are the paper's
 _SECONDS_PER_HOUR = 3600.0

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from step3rt.config import load_toml
 from step3rt.errors import ConfigError
+from step3rt.setting import load_toml
 
 SHARES = frozenset(
     (

@@ -1,0 +1,45 @@
+"""What an error means to whoever started the command: a line for people, and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 69 not available, 78 bad configuration, 130 Ctrl-C.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from step3rt.errors import ConfigError, InvalidArgument, Step3Error, Unavailable
+
+EX_FAILED = 1
+EX_USAGE = 2
+EX_UNAVAILABLE = 69
+EX_CONFIG = 78
+EX_INTERRUPTED = 130
+
+_CODES: tuple[tuple[type[Step3Error], int], ...] = (
+    (ConfigError, EX_CONFIG),
+    (InvalidArgument, EX_USAGE),
+    (Unavailable, EX_UNAVAILABLE),
+)
+
+
+def report(error: Step3Error) -> int:
+    """Prints an error as the command's last line and returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return next((code for kind, code in _CODES if isinstance(error, kind)), EX_FAILED)
+
+
+def end_process(error: BaseException) -> NoReturn:
+    """Ends the process at once, whatever its other threads and its GPU are waiting for."""
+    if isinstance(error, Step3Error):
+        code = report(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code = EX_INTERRUPTED
+    else:
+        traceback.print_exception(error)
+        code = EX_FAILED
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
