@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -63,9 +62,7 @@ class Stream:
         self._cuda: torch.cuda.Stream | None = None
         self._entered: list[torch.cuda.StreamContext] = []
         if device.type == "cuda":
-            # Not one of torch's pool: after 32 of them two objects are the same stream, and work
-            # would stand behind a wait that another lane is parked in.
-            self._owned, self._cuda = _make_cuda_stream(device)
+            self._cuda = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             return
         self._worker = _Worker()
         # Frees the thread of a stream that nobody closed.
@@ -133,17 +130,6 @@ class Stream:
     ) -> None:
         if self._cuda is not None:
             self._entered.pop().__exit__(kind, error, traceback)
-
-
-def _make_cuda_stream(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """A stream of its own, and torch's view of it, which is good as long as that lives."""
-    import cupy
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with cupy.cuda.Device(index):
-        owned = cupy.cuda.Stream(non_blocking=True)
-    view = torch.cuda.ExternalStream(owned.ptr, device=torch.device("cuda", index))  # type: ignore[no-untyped-call]
-    return owned, view
 
 
 class _CpuEvent:
