@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from step3rt.errors import ConfigError
-from step3rt.setting import build_part, setting
+from step3rt.setting import build_part, setting, sms_setting
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("exact", "production")
@@ -191,18 +191,8 @@ class NodeConfig:
         "a --device other than reference",
         False,
     )
-    attention_sms: int | None = setting(
-        "SMs of a GPU that the attention kernel fills; default: all but those that waits hold",
-        None,
-        minimum=1,
-        maximum=256,
-    )
-    ffn_sms: int | None = setting(
-        "SMs of a GPU that the experts' kernels fill; default: all but those that waits hold",
-        None,
-        minimum=2,
-        maximum=256,
-    )
+    attention_sms: int | None = sms_setting("the attention kernel fills", minimum=1)
+    ffn_sms: int | None = sms_setting("the experts' kernels fill", minimum=2)
     data_host: str = setting("address that peers on other hosts reach this one at", "127.0.0.1")
     kv_blocks: int | None = setting(
         "KV blocks of 64 tokens; default: as --kv-memory-mb allows", None, minimum=1

@@ -16,7 +16,7 @@ from step3rt.config import (
     ServeConfig,
 )
 from step3rt.errors import ConfigError
-from step3rt.setting import setting
+from step3rt.setting import setting, sms_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +41,8 @@ class HostConfig:
     kv_blocks: int | None = setting(
         "KV blocks of 64 tokens per attention instance", None, minimum=1
     )
-    attention_sms: int | None = setting(
-        "SMs of a GPU that the attention kernel fills; default: all but those that waits hold",
-        None,
-        minimum=1,
-        maximum=256,
-    )
-    ffn_sms: int | None = setting(
-        "SMs of a GPU that the experts' kernels fill; default: all but those that waits hold",
-        None,
-        minimum=2,
-        maximum=256,
-    )
+    attention_sms: int | None = sms_setting("the attention kernel fills", minimum=1)
+    ffn_sms: int | None = sms_setting("the experts' kernels fill", minimum=2)
 
     def counts(self) -> dict[str, int]:
         """How many instances there are of each role if nobody says so."""

@@ -31,6 +31,12 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def sms_setting(who_fills_them: str, minimum: int) -> Any:
+    """A setting of how many SMs a role's largest kernels fill."""
+    text = f"SMs of a GPU that {who_fills_them}; default: all but those that waits hold"
+    return setting(text, None, minimum=minimum, maximum=256)
+
+
 def load_toml(path: Path) -> dict[str, Any]:
     """Reads a TOML file.
 

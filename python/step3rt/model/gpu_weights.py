@@ -77,7 +77,7 @@ class GpuLayerWeights:
 
 
 VOCAB_ALIGNMENT = 128
-"""cuBLAS takes 5.3 ms for 256 rows of Step-3's 128,815 logits, 8 times what the products need."""
+"""cuBLAS takes 4.9 ms for 256 rows of Step-3's 128,815 logits, 0.63 ms for 128,896 (one H200)."""
 
 
 @dataclass(frozen=True, slots=True)
