@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from step3rt.errors import ConfigError, InvalidArgument
-from step3rt.plan.compare import compare, fit, median_error
+from step3rt.plan.compare import compare, fit, median_error, predict
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.plan.measurement import Measurement, load_measurement
@@ -140,6 +140,28 @@ def test_the_fit_leaves_alone_what_no_run_depends_on(synthetic: list[Measurement
     assert fitted.nic_share == pytest.approx(STATED.nic_share)
     assert fitted.attention_bytes_bf16 == pytest.approx(STATED.attention_bytes_bf16)
     assert "fitted to 2a2f-slice" in fitted.source
+
+
+def test_a_faster_head_says_nothing_of_projections(tmp_path: Path) -> None:
+    truth = replace(STATED, head_bytes=0.95, head_flops=0.95)
+    runs = []
+    for batch in (256, 512, 1024):
+        path = result_file(tmp_path / f"{batch}.json", "2a2f-slice", batch=batch)
+        expected = predict(STEP3, load_measurement(path, CARDS), truth)
+        whole = {name: expected.pop(name) for name in ("tokens_per_s_per_gpu", "tpot_ms")}
+        result_file(
+            path,
+            "2a2f-slice",
+            batch=batch,
+            tokens_per_s_per_gpu=whole["tokens_per_s_per_gpu"],
+            tpot_ms={name: whole["tpot_ms"] for name in ("p50", "p99", "max")},
+            stages={name: {"us": us} for name, us in expected.items()},
+        )
+        runs.append(load_measurement(path, CARDS))
+    fitted = fit(STEP3, runs, STATED)
+    assert median_error(compare(STEP3, runs, fitted)) < 0.01
+    for name in ("linear_bytes", "linear_flops", "attention_bytes_fp8"):
+        assert getattr(fitted, name) == pytest.approx(getattr(STATED, name), rel=0.03), name
 
 
 def test_a_perfect_profile_needs_no_fit(synthetic: list[Measurement]) -> None:

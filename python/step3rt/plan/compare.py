@@ -25,6 +25,8 @@ _FITTED = (
     "attention_flops",
     "linear_bytes",
     "linear_flops",
+    "head_bytes",
+    "head_flops",
     "attention_fixed_us",
     "moe_bytes",
     "moe_flops",

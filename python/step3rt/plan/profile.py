@@ -20,6 +20,8 @@ SHARES = frozenset(
         "attention_flops",
         "linear_bytes",
         "linear_flops",
+        "head_bytes",
+        "head_flops",
         "moe_bytes",
         "moe_flops",
         "nic_share",
@@ -36,7 +38,8 @@ class Profile:
         source: where the numbers come from.
         attention_bytes_bf16, attention_bytes_fp8: of memory bandwidth, reading KV of that type.
         attention_flops: of the peak, in scores and values.
-        linear_bytes, linear_flops: of bandwidth and peak, in projections and the LM head.
+        linear_bytes, linear_flops: of bandwidth and peak, in projections.
+        head_bytes, head_flops: the same in the LM head, one BF16 product by a library.
         attention_fixed_us: norms, rotary, router, quantise and gaps of one layer.
         moe_bytes, moe_flops: of bandwidth and peak, in FFN matrix products.
         ffn_fixed_us: dispatch, activation, combine and gaps of one layer.
@@ -54,6 +57,8 @@ class Profile:
     attention_flops: float
     linear_bytes: float
     linear_flops: float
+    head_bytes: float
+    head_flops: float
     attention_fixed_us: float
     moe_bytes: float
     moe_flops: float

@@ -123,8 +123,8 @@ def stage_times(
 
 def _head_us(model: Model, deployment: Deployment, profile: Profile, size: Floats) -> Floats:
     card, params = deployment.attention_card, model.embedding_params
-    bytes_us = _US * _BF16_BYTES * params / (card.bytes_per_s * profile.linear_bytes)
-    flops_us = _US * 2 * size * params / (card.bf16_flops * profile.linear_flops)
+    bytes_us = _US * _BF16_BYTES * params / (card.bytes_per_s * profile.head_bytes)
+    flops_us = _US * 2 * size * params / (card.bf16_flops * profile.head_flops)
     return soft_roofline(np.full_like(size, bytes_us), flops_us) + profile.step_fixed_us
 
 

@@ -176,6 +176,7 @@ def _limits(
                 attention_bytes_bf16=faster * profile.attention_bytes_bf16,
                 attention_bytes_fp8=faster * profile.attention_bytes_fp8,
                 linear_bytes=faster * profile.linear_bytes,
+                head_bytes=faster * profile.head_bytes,
             ),
         ),
         (
@@ -186,6 +187,7 @@ def _limits(
                 profile,
                 attention_flops=faster * profile.attention_flops,
                 linear_flops=faster * profile.linear_flops,
+                head_flops=faster * profile.head_flops,
             ),
         ),
         (
