@@ -3,12 +3,13 @@
 #![cfg(feature = "tls")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops there")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod wiretap;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,12 +18,12 @@ use common::{Fabric, Node, PATIENCE, geometry, identity, linked, pattern};
 use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use rustls::{CipherSuiteCommon, Tls13CipherSuite};
 use step3rt_core::ids::{InstanceId, LaneId};
-use step3rt_fabric::address::PeerAddress;
 use step3rt_fabric::contract::{DownReason, Side};
 use step3rt_fabric::endpoint::{ConnectError, Endpoint, EndpointConfig, FabricEvent, LinkSettings};
 use step3rt_fabric::{Fault, Refusal, Tls};
 use step3rt_tls::Identity;
 use step3rt_tls::fault::Objection;
+use wiretap::Wiretap;
 
 const ATTENTION: InstanceId = InstanceId(1);
 const FFN: InstanceId = InstanceId(2);
@@ -443,83 +444,4 @@ fn what_comes_with_the_welcome_is_heard_although_no_socket_tells_of_it() {
     let mut attention = connecting.join().unwrap();
     let event = attention.next();
     assert!(matches!(event, FabricEvent::ResetAsked { .. }), "{event:?}");
-}
-
-/// Stands between an attention instance and an FFN instance, and hears or spoils what passes.
-struct Wiretap {
-    address: String,
-    is_spoiling: Arc<AtomicBool>,
-    directions: Option<thread::JoinHandle<[Vec<u8>; 2]>>,
-}
-
-impl Wiretap {
-    fn start(ffn: &Node) -> Self {
-        Self::lingering(ffn, Duration::ZERO)
-    }
-
-    /// One that passes on together what comes within `nap`.
-    fn lingering(ffn: &Node, nap: Duration) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let target = ffn.address().addresses[0].address.clone();
-        let is_spoiling = Arc::new(AtomicBool::new(false));
-        let spoils = Arc::clone(&is_spoiling);
-        let directions = thread::spawn(move || {
-            let (attention, _) = listener.accept().unwrap();
-            let ffn = TcpStream::connect(target).unwrap();
-            let ways = [
-                (attention.try_clone().unwrap(), ffn.try_clone().unwrap()),
-                (ffn, attention),
-            ];
-            let passing = ways.map(|(from, to)| {
-                let spoils = Arc::clone(&spoils);
-                thread::spawn(move || pass(from, to, &spoils, nap))
-            });
-            passing.map(|way| way.join().unwrap())
-        });
-        Self {
-            address,
-            is_spoiling,
-            directions: Some(directions),
-        }
-    }
-
-    /// The FFN instance's address, by way of this.
-    fn address(&self, ffn: &Node) -> PeerAddress {
-        let mut address = ffn.address();
-        address.addresses[0].address.clone_from(&self.address);
-        address
-    }
-
-    fn spoil(&self) {
-        self.is_spoiling.store(true, Ordering::Relaxed);
-    }
-
-    /// What passed from the attention instance, and from the FFN instance, once both have hung up.
-    fn heard(&mut self) -> [Vec<u8>; 2] {
-        self.directions.take().unwrap().join().unwrap()
-    }
-}
-
-fn pass(mut from: TcpStream, mut to: TcpStream, spoils: &AtomicBool, nap: Duration) -> Vec<u8> {
-    let mut heard = Vec::new();
-    let mut buffer = [0; 8192];
-    while from.peek(&mut [0]).is_ok() {
-        thread::sleep(nap);
-        let Ok(num_bytes @ 1..) = from.read(&mut buffer) else {
-            break;
-        };
-        let passed = &mut buffer[..num_bytes];
-        if spoils.load(Ordering::Relaxed) {
-            // Past the record's header, which is checked otherwise.
-            passed[num_bytes / 2] ^= 1;
-        }
-        heard.extend_from_slice(passed);
-        if to.write_all(passed).is_err() {
-            break;
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
-    let _ = from.shutdown(Shutdown::Read);
-    heard
 }
