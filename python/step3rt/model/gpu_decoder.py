@@ -310,10 +310,12 @@ class GpuDecoder:
                 _Kind.DECODE: self.launch_decode,
                 _Kind.PREFILL: self.launch_prefill,
             }
-            # The call before the capture touches no sequence's K and V.
+            # The call before the capture touches no sequence's K and V, and none of the rows that
+            # only a step of more tokens has.
             self._inputs.slots.fill_(UNUSED_SLOT)
             self._inputs.num_context_tokens.zero_()
             self._prefill.num_items.zero_()
+            self._end_rows.zero_()
             graph = StepGraph.capture(self.device, functools.partial(launches[kind], bucket))
             self._graphs[bucket, kind] = graph
         return graph
