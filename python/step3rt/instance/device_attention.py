@@ -77,7 +77,7 @@ class DeviceAttentionRole:
                 f"{shape.num_sources}. The FFN instances have slots for no more. Wait until one "
                 "leaves, or start the cluster with a larger `attention`"
             )
-        with self._share.turn(session):
+        with self._share.turn(session, "attention"):
             if self._weights is None:
                 tensors = report_loading(self._model.tensors, session)
                 self._weights = build_attention_weights(tensors)

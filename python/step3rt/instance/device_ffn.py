@@ -70,7 +70,7 @@ class DeviceFfnRole:
         """Loads the experts of the session's rank unless they are at hand, and serves arrivals."""
         settings, rank = session.settings, session.role_rank
         check_settings(settings)
-        with self._share.turn(session):
+        with self._share.turn(session, "ffn"):
             groups = self._load(session, (rank, settings.ep_size))
             ends = self._prepare(link_shape(settings, self._model.config), rank, groups)
         session.bind(SLOT_BYTES, SLOT_BYTES, device_offer=ends.slots.handle)
@@ -84,7 +84,7 @@ class DeviceFfnRole:
         )
         tables = [lane.group_tables for lane in ends.lanes]
         traces = LaneTraces.start(self._node, rank, len(groups.layers), ends.slots, tables)
-        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes, traces)
+        loop = DeviceFfnLoop(session, ends.slots, ends.stop, ends.lanes, self._share, traces)
         try:
             return loop.run()
         finally:
@@ -139,8 +139,10 @@ class DeviceFfnLoop:
     slots: FfnSlots
     stop_word: StopWord
     lanes: list[FfnLane]
+    share: DeviceShare
     traces: LaneTraces | None = None
     _peers: dict[int, _Peer] = field(default_factory=dict)
+    _greetings: list[_core.Arrival] = field(default_factory=list)
     _replays: list[deque[Event]] = field(default_factory=list)
     _is_draining: bool = False
 
@@ -148,7 +150,10 @@ class DeviceFfnLoop:
         """Keeps steps queued until the session is lost, or drained and no step is in progress."""
         self._replays = [deque() for _ in self.lanes]
         while True:
-            self._queue()
+            # A lane that waits for rows would hold up the process's other role, which still loads.
+            if not self.share.is_loading:
+                self._answer_greetings()
+                self._queue()
             if self._is_draining and not any(self._replays):
                 return Outcome.DRAINED
             for event in self.session.poll(LOOK_S if self._peers else IDLE_TIMEOUT_S):
@@ -168,6 +173,7 @@ class DeviceFfnLoop:
                 event.wait()
             replays.clear()
         self._peers.clear()
+        self._greetings.clear()
         self.slots.reset()
         self.slots.resume()
         self.stop_word.clear()
@@ -188,7 +194,7 @@ class DeviceFfnLoop:
         elif event.kind == "link_down":
             self._on_link_down(event)
         elif event.kind == "arrival":
-            self._answer(event)
+            self._greetings.append(event)
         elif event.kind == "drain":
             self._is_draining = True
             # Steps in progress end; those that are queued find nothing to begin with.
@@ -217,10 +223,16 @@ class DeviceFfnLoop:
             if peer.link.peer == link.peer:
                 self.slots.set_active(source, False)
                 del self._peers[source]
+        self._greetings = [item for item in self._greetings if item.peer != link.peer]
         logger.info("The link to attention instance %d is down: %s", link.peer, link.reason)
 
+    def _answer_greetings(self) -> None:
+        """Says that this end is connected, and its lanes wait for rows from now on."""
+        for greeting in self._greetings:
+            self._answer(greeting)
+        self._greetings.clear()
+
     def _answer(self, arrival: _core.Arrival) -> None:
-        """Answers a greeting: this end is connected."""
         if not any(peer.link.peer == arrival.peer for peer in self._peers.values()):
             return
         try:

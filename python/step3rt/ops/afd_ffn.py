@@ -22,8 +22,10 @@ from step3rt.ops.moe_fp8 import MoeTokens, MoeWorkspace
 
 DEFAULT_STEP_LIMIT_NS = 400_000_000
 """Less than half of an attention instance's limit, so that losing a source costs no other one."""
-DEFAULT_JOIN_WINDOW_NS = 2_000_000
-"""Longer than what is between an instance's last layer and its next step's first rows."""
+DEFAULT_JOIN_WINDOW_NS = 10_000_000
+"""Longer than what is between an instance's last layer and its next step's first rows: the head,
+the sampler and a layer's attention, beside other lanes. With less, two sources that once fell out
+of step would take turns for ever, each waiting out the other's steps."""
 
 _MAX_PUSH_CTAS = 264  # two of 448 threads on every SM of an H200
 
