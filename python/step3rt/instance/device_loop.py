@@ -33,8 +33,9 @@ it is on the device by then."""
 CLOSE_LOOK_S = 0.00005
 """The same while a step is expected to end: what it is reported late by is jitter to a client."""
 
-_EXPECTED_NS = 2_000_000
-"""How far from the time that the lane's last step took that is."""
+_EARLY_NS = 3_000_000
+_LATE_NS = 1_000_000
+"""How long before and after the time that the lane's last step took that is."""
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class DeviceLane:
         """Whether its step, if it takes as long as the last one, ends about now."""
         if not self.in_flight:
             return False
-        return abs(self.last_end_ns + self.last_step_ns - now_ns) < _EXPECTED_NS
+        return -_LATE_NS < self.last_end_ns + self.last_step_ns - now_ns < _EARLY_NS
 
 
 class DeviceStepLoop:
@@ -160,7 +161,9 @@ class DeviceStepLoop:
             except StepNotDueError as error:
                 self._refuse(lane, lane.queued.popleft(), error)
                 continue
-            if lane.in_flight and (planned.must_wait or not self._links.is_ready):
+            if lane.in_flight and (
+                planned.must_wait or not self._links.is_ready or self._has_to_watch(lane)
+            ):
                 return
             lane.queued.popleft()
             if not planned.sequences:
@@ -170,6 +173,14 @@ class DeviceStepLoop:
                 self._launch(lane, planned)
             else:
                 self._give_up(lane, planned, self._links.reason)
+
+    def _has_to_watch(self, lane: DeviceLane) -> bool:
+        """Whether another lane's end is near, which a launch of `lane` would have reported late.
+
+        The launch is in no hurry: the lane's step before is still computed.
+        """
+        now_ns = time.perf_counter_ns()
+        return any(other.is_near_end(now_ns) for other in self._lanes if other is not lane)
 
     def _launch(self, lane: DeviceLane, planned: PlannedStep) -> None:
         if planned.num_tokens > self._max_tokens:

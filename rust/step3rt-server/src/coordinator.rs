@@ -20,8 +20,9 @@ use step3rt_proto::{
 };
 use step3rt_tls::{Identity, SetupError};
 use thiserror::Error;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{self, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::rustls::ServerConfig;
 use tonic::transport::Server;
@@ -262,7 +263,7 @@ impl Coordinator {
         tokio::spawn(health::report(reporter, status));
         Ok(Running {
             drive: drive_handle,
-            drive_task: tokio::spawn(drive.run(messages)),
+            drive_task: on_own_thread(drive.run(messages)),
             public: tokio::spawn(public),
             control: tokio::spawn(control),
             close: close_sender,
@@ -323,6 +324,13 @@ impl Running {
             warn!("some connections did not close in time");
         }
     }
+}
+
+/// Runs the drive loop beside the runtime's workers. As a task of theirs it would queue behind the
+/// hundreds of streams that it has just given a step's tokens, and the next step's plan with it.
+fn on_own_thread(drive: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    let runtime = Handle::current();
+    task::spawn_blocking(move || runtime.block_on(drive))
 }
 
 fn server_builder() -> Server {

@@ -94,6 +94,8 @@ impl Drive {
         loop {
             let wake = self.next_wake();
             tokio::select! {
+                // When the runtime ends, the senders go before the timers do.
+                biased;
                 message = messages.recv() => match message {
                     Some(message) => self.take(message),
                     None => return,
