@@ -22,6 +22,7 @@ STAGES = ("attention", "head", "a2f", "ffn", "f2a", "transfer")
 _MAX_FILE_BYTES = 64 << 20
 # A slice carries, on each FFN GPU, what one of the paper's 16 FFN GPUs does of 48 experts.
 _SLICE_EXPERTS_PER_GPU = 3
+_STEPS_AFTER = 48  # of `step3rt bench decode`, until the first stream ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Measurement:
         tpot_ms: p50.
         tpot_p99_ms: None if the file has none.
         tokens_per_s_per_gpu: over all GPUs.
+        stage_context_tokens: mean context of the steps that stages are means of.
+        busy_share: of all GPUs' time, in which some lane is at work; None if the file has none.
         stage_us: mean of one layer and micro-batch, for those of STAGES that the file has; of
             "head" of one step and micro-batch; "transfer" is both ways together, latency included.
     """
@@ -55,6 +58,8 @@ class Measurement:
     tpot_ms: float
     tpot_p99_ms: float | None
     tokens_per_s_per_gpu: float
+    stage_context_tokens: float
+    busy_share: float | None
     stage_us: dict[str, float]
 
 
@@ -124,8 +129,30 @@ def load_measurement(
         tpot_p99_ms=float(tpot["p99"]) if is_positive(tpot.get("p99")) else None,
         tpot_ms=values.number("tpot_ms", "p50"),
         tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
+        stage_context_tokens=_stage_context(values),
+        busy_share=_busy_share(values),
         stage_us={name: us for name in STAGES if (us := values.stage_us(name)) is not None},
     )
+
+
+def _stage_context(values: "ResultValues") -> float:
+    """Stages are of the last steps: sequences are longer then than in the mean of the run."""
+    over = values.values.get("stages_over")
+    if not isinstance(over, dict):
+        return values.number("context")
+    if is_positive(over.get("context")):
+        return float(over["context"])
+    steps = values.values.get("steps")
+    if not is_positive(over.get("steps")) or not is_positive(steps):
+        return values.number("context")
+    # Files of before: "context" is reached half way, and the last of the steps that stages are of
+    # is the last of all, some steps after those that were measured.
+    return values.number("context") + (steps - over["steps"]) / 2 + _STEPS_AFTER  # type: ignore[operator]
+
+
+def _busy_share(values: "ResultValues") -> float | None:
+    share = values.stage("wait", "share")
+    return None if share is None or share >= 1 else 1 - share
 
 
 def _placement(
