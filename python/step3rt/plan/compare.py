@@ -104,6 +104,9 @@ def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[st
         )
     if measurement.num_experts is not None:
         model = model.with_num_experts(measurement.num_experts)
+    if measurement.expert_skew is not None:
+        # What routing gave the experts is the run's, as its context is.
+        profile = replace(profile, expert_skew=measurement.expert_skew)
     what = (model, measurement.deployment, profile, measurement.batch, measurement.precision)
     whole = predict_run(*what, measurement.context_tokens)
     stages = predict_run(*what, measurement.stage_context_tokens)
@@ -125,7 +128,7 @@ def predict_run(
     which they work: what lanes, stages and layers own of a step.
     """
     size = np.array([batch / (deployment.lanes * deployment.num_attention_gpus)])
-    times = stage_times(model, deployment, profile, size, context_tokens, precision)
+    times = stage_times(model, deployment, profile, size, context_tokens, precision, cautious=False)
     weights = times.counts / times.counts.sum()
     # A stage's mean is over GPUs; only the step waits for the busiest.
     ffn_us = []

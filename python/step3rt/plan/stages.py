@@ -5,7 +5,9 @@ micro-batch sizes, so that a search evaluates a whole sweep at once. Randomness 
 which expert) is `simulate`'s; only the expected imbalance of experts is here.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,6 +93,8 @@ def stage_times(
     sequences_per_gpu: Floats,
     context_tokens: float,
     precision: Precision,
+    *,
+    cautious: bool = True,
 ) -> StageTimes:
     """Stage times for micro-batches of so many sequences on each attention GPU.
 
@@ -101,6 +105,8 @@ def stage_times(
         sequences_per_gpu: f64[sizes], of one lane on one attention GPU; fractions are fine.
         context_tokens: mean context.
         precision: bytes per KV element.
+        cautious: whether the busiest FFN GPU has as many rows as the bound of chance says, for a
+            plan that has to hold, or as many as are expected, for the mean of a run.
     """
     size = np.asarray(sequences_per_gpu, dtype=np.float64)
     tokens = size * deployment.num_attention_gpus
@@ -114,7 +120,7 @@ def stage_times(
             np.full_like(size, _US * params / (card.bytes_per_s * profile.linear_bytes)),
             _US * 2 * padded * params / (card.peak_flops * profile.linear_flops),
         )
-        busiest = expected_busiest(group.ffn, deployment, profile, tokens)
+        busiest = expected_busiest(group.ffn, deployment, profile, tokens, cautious=cautious)
         sides = ffn_sides(group.ffn, deployment, profile, tokens, busiest)
         transfer = _transfers(model, group.ffn, deployment, profile, size)
         values = {
@@ -139,7 +145,8 @@ def _head_us(model: Model, deployment: Deployment, profile: Profile, size: Float
     flops_us = _US * 2 * size * params / (card.bf16_flops * profile.head_flops)
     # One large product, which overlaps both sides: 413, 458 to 506 and 666 us were measured for 48,
     # 192 and 256 rows on H200, where bytes take 385 us and FLOPs 90, 359 and 478 at the peaks.
-    return np.maximum(bytes_us, flops_us) + profile.step_fixed_us
+    head: Floats = np.maximum(bytes_us, flops_us) + profile.step_fixed_us
+    return head
 
 
 def expert_places(ffn: FfnLayer, deployment: Deployment) -> tuple[float, int, float]:
@@ -163,17 +170,25 @@ def imbalance_deviation(experts: float, rows: Floats, profile: Profile) -> Float
 
 
 def expected_busiest(
-    ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats
+    ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats, *, cautious: bool
 ) -> Floats:
-    """Expected routed rows of the busiest place over the mean place's."""
+    """Routed rows of the busiest place over the mean place's; `cautious` as in `stage_times`."""
     if not ffn.num_experts:
         return np.ones_like(tokens)
     experts, places, _ = expert_places(ffn, deployment)
-    # The expected maximum of n normal deviates is about sqrt(2 ln n) of them; no place has more
+    # The expected maximum of n normal deviates stays below sqrt(2 ln n) of them; no place has more
     # than all rows.
+    deviations = math.sqrt(2 * math.log(places)) if cautious else expected_maximum(places)
     deviation = imbalance_deviation(experts, tokens * ffn.top_k / places, profile)
-    busiest: Floats = np.minimum(1 + np.sqrt(2 * np.log(places)) * deviation, float(places))
+    busiest: Floats = np.minimum(1 + deviations * deviation, float(places))
     return busiest
+
+
+def expected_maximum(count: int) -> float:
+    """Of so many standard normal deviates, by Blom's formula: 0.59, 1.05, 1.77 for 2, 4, 16."""
+    if count < 2:
+        return 0.0
+    return float(NormalDist().inv_cdf((count - 0.375) / (count + 0.25)))
 
 
 def ffn_sides(
