@@ -202,8 +202,11 @@ def split(
     groups: dict[str, list[Measurement]] = {}
     for each in sorted(measurements, key=lambda each: each.name):
         groups.setdefault(each.deployment.label, []).append(each)
+    # In any order: else a deployment with one run would be in the same half for every seed.
+    order = [group for _, group in sorted(groups.items())]
+    draw.shuffle(order)
     dealt = []
-    for _, group in sorted(groups.items()):
+    for group in order:
         draw.shuffle(group)
         dealt += group
     return dealt[::2], dealt[1::2]

@@ -14,7 +14,7 @@ from step3rt.plan.compare import Row, compare, fit, median_error, split
 from step3rt.plan.measurement import Measurement
 from step3rt.plan.profile import Profile
 
-MAX_SPLITS = 20
+MAX_SPLITS = 12
 
 
 @dataclass(frozen=True, slots=True)
