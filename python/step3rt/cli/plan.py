@@ -26,6 +26,8 @@ _EPILOG = """\
 examples:
   step3rt plan cost --model step3 --context 8192 --json
   step3rt plan simulate --attention-gpus 16 --ffn-gpus 16 --ffn-parallelism tp_ep --batch 6144
+  step3rt plan predict --attention-gpus 2 --ffn-gpus 2 --experts 6 --hardware h200 --lanes 2 \\
+      --profile step3rt-h200 --batch 1024 --context 4096
   step3rt plan search --gpus h800:32 --context 4096 --plot front.svg
   step3rt plan search --gpus h200:4 --profile peers-h200 --emit cluster.toml
   step3rt plan kernels docs/results/kernels-h200-2026-11-22.json \\
@@ -46,6 +48,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     commands = parser.add_subparsers(title="commands", dest="plan_command", required=True)
     _add_cost(commands)
+    _add_predict(commands)
     _add_simulate(commands)
     _add_search(commands)
     _add_compare(commands)
@@ -73,10 +76,18 @@ def _add_cost(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(run=_run_cost)
 
 
-def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("simulate", help="throughput and TPOT of one deployment")
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "predict", help="means of one deployment, as compare puts them beside a measured run"
+    )
     _add_common(parser)
-    _add_model_of_time(parser)
+    _add_profile(parser)
+    _add_kv_dtype(parser)
+    _add_deployment(parser)
+    parser.set_defaults(run=_run_predict)
+
+
+def _add_deployment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-gpus", type=int, metavar="N", help="of a disaggregated unit")
     parser.add_argument("--ffn-gpus", type=int, metavar="N", help="of a disaggregated unit")
     parser.add_argument("--colocated-gpus", type=int, metavar="N", help="both roles on every GPU")
@@ -85,12 +96,19 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--lanes", type=int, default=3, metavar="N", help="(default: 3)")
     parser.add_argument("--ffn-parallelism", choices=("ep", "tp_ep"), default="ep")
     parser.add_argument("--batch", type=int, required=True, metavar="N", help="sequences in flight")
+    parser.add_argument("--experts", type=int, metavar="N", help="routed experts, for a slice")
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("simulate", help="throughput and TPOT of one deployment")
+    _add_common(parser)
+    _add_model_of_time(parser)
+    _add_deployment(parser)
     parser.add_argument(
         "--lengths", choices=("fixed", "spread", "stationary"), default="spread", help="of contexts"
     )
     parser.add_argument("--output-tokens", type=int, default=1024, metavar="N", help="stationary")
     parser.add_argument("--arrivals-per-step", type=float, metavar="X", help="stationary, Poisson")
-    parser.add_argument("--experts", type=int, metavar="N", help="routed experts, for a slice")
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a step's timeline")
     parser.set_defaults(run=_run_simulate)
@@ -178,16 +196,21 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--profile",
         default="paper-h800",
         metavar="NAME_OR_FILE",
-        help="kernel efficiencies: paper-h800, peers-h200, or a fitted file (default: paper-h800)",
+        help="kernel efficiencies: paper-h800, peers-h200, step3rt-h200, or a fitted file "
+        "(default: paper-h800)",
     )
 
 
 def _add_model_of_time(parser: argparse.ArgumentParser) -> None:
     _add_profile(parser)
+    _add_kv_dtype(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+
+def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-dtype", choices=("fp8", "bfloat16"), help="default: as the paper quantises the model"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
 
 def _run_cost(arguments: argparse.Namespace) -> int:
@@ -209,6 +232,33 @@ def _run_cost(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_predict(arguments: argparse.Namespace) -> int:
+    from step3rt.plan import report
+    from step3rt.plan.compare import predict_run
+    from step3rt.plan.deployment import max_batch_by_memory
+    from step3rt.plan.profile import load_profile
+
+    model, deployment = _sliced_model(arguments), _deployment(arguments)
+    profile, precision = load_profile(arguments.profile), _precision(arguments, model)
+    _check_context(arguments.context)
+    places = deployment.lanes * deployment.num_attention_gpus
+    if arguments.batch < places:
+        raise InvalidArgument(
+            f"--batch is {arguments.batch}. Each of {places} lanes takes at least one sequence. "
+            "Give more, or fewer lanes or GPUs"
+        )
+    found = predict_run(model, deployment, profile, arguments.batch, precision, arguments.context)
+    max_batch = int(max_batch_by_memory(model, deployment, arguments.context, precision))
+    if arguments.json:
+        values = {"deployment": deployment.label, "batch": arguments.batch, "max_batch": max_batch}
+        print(json.dumps(values | found, indent=2))
+        return 0
+    print(report.prediction_text(deployment, arguments.batch, found))
+    if arguments.batch > max_batch:
+        print(f"  warning: {max_batch} sequences fit in memory, {arguments.batch} were asked for")
+    return 0
+
+
 def _run_simulate(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.deployment import max_batch_by_memory
@@ -216,13 +266,7 @@ def _run_simulate(arguments: argparse.Namespace) -> int:
     from step3rt.plan.simulate import simulate, timeline
     from step3rt.plan.workload import Workload
 
-    model, deployment = _model(arguments), _deployment(arguments)
-    if arguments.experts is not None:
-        if arguments.experts < 1:
-            raise InvalidArgument(
-                f"--experts is {arguments.experts}. A slice has at least one. Correct it"
-            )
-        model = model.with_num_experts(arguments.experts)
+    model, deployment = _sliced_model(arguments), _deployment(arguments)
     profile, precision = load_profile(arguments.profile), _precision(arguments, model)
     workload = Workload(
         batch=arguments.batch,
@@ -311,6 +355,7 @@ def _run_search(arguments: argparse.Namespace) -> int:
 def _run_compare(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.compare import compare, fit, split
+    from step3rt.plan.cross_validation import cross_validate
     from step3rt.plan.profile import load_profile, save_profile
 
     measurements, model = _measurements(arguments), _model(arguments)
@@ -330,6 +375,8 @@ def _run_compare(arguments: argparse.Namespace) -> int:
             compare(model, tested_on, stated),
             rows["fitted"],
         )
+        found = cross_validate(model, measurements, stated)
+        values["cross_validation"] = report.cross_validation_values(found)
     if arguments.json:
         print(json.dumps(values, indent=2))
     else:
@@ -338,6 +385,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
             print(f"fitted profile: {fitted.source}\n{report.comparison_text(rows['fitted'])}")
         if tested_on:
             print(report.holdout_text(values["test"]))
+            print(report.cross_validation_text(values["cross_validation"]))
     if fitted is not None and arguments.save is not None:
         save_profile(fitted, arguments.save)
         print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
@@ -406,6 +454,18 @@ def _model(arguments: argparse.Namespace) -> "Model":
     from step3rt.plan.hf_config import load_model
 
     return load_model(arguments.model or "step3")
+
+
+def _sliced_model(arguments: argparse.Namespace) -> "Model":
+    """`--model`, with `--experts` routed experts if they are given."""
+    model = _model(arguments)
+    if arguments.experts is None:
+        return model
+    if arguments.experts < 1:
+        raise InvalidArgument(
+            f"--experts is {arguments.experts}. A slice has at least one. Correct it"
+        )
+    return model.with_num_experts(arguments.experts)
 
 
 def _check_context(context: int) -> None:

@@ -12,10 +12,15 @@ import numpy as np
 
 from step3rt.errors import InvalidArgument
 from step3rt.plan.architecture import Model
-from step3rt.plan.measurement import Measurement
+from step3rt.plan.cost import Precision
+from step3rt.plan.deployment import Deployment
+from step3rt.plan.measurement import STAGES, Measurement
 from step3rt.plan.profile import SHARES, Profile
 from step3rt.plan.search import jitter_us
-from step3rt.plan.stages import Floats, ffn_sides, stage_times, step_us
+from step3rt.plan.stages import Floats, ffn_sides, has_store_kernels, stage_times, step_us
+
+WHOLE = ("tokens_per_s_per_gpu", "tpot_ms")
+"""What is of a whole run; all else is of its stages."""
 
 # What a fit may change. Skew shows in imbalance, not in means; jitter is also what steps take
 # beyond what their stages explain.
@@ -35,6 +40,8 @@ _FITTED = (
     "nvlink_share",
     "nic_latency_us",
     "nvlink_latency_us",
+    "a2f_fixed_us",
+    "f2a_fixed_us",
     "step_fixed_us",
     "jitter_us",
 )
@@ -47,6 +54,8 @@ _WEIGHTS = {
     "a2f": 0.5,
     "f2a": 0.5,
     "transfer": 0.5,
+    # It follows from the others.
+    "busy_share": 0.0,
 }
 _ITERATIONS = 30
 _NUDGE = 1e-4
@@ -62,7 +71,7 @@ class Row:
 
     Attributes:
         run: the run's name.
-        quantity: "tpot_ms", "tokens_per_s_per_gpu" or a stage's time in us.
+        quantity: "tpot_ms", "tokens_per_s_per_gpu", "busy_share" or a stage's time in us.
         predicted: by the model.
         measured: by the benchmark.
     """
@@ -95,11 +104,31 @@ def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[st
         )
     if measurement.num_experts is not None:
         model = model.with_num_experts(measurement.num_experts)
-    deployment = measurement.deployment
-    places = deployment.lanes * deployment.num_attention_gpus
-    size = np.array([measurement.batch / places])
-    precision = measurement.precision
-    times = stage_times(model, deployment, profile, size, measurement.context_tokens, precision)
+    if measurement.expert_skew is not None:
+        # What routing gave the experts is the run's, as its context is.
+        profile = replace(profile, expert_skew=measurement.expert_skew)
+    what = (model, measurement.deployment, profile, measurement.batch, measurement.precision)
+    whole = predict_run(*what, measurement.context_tokens)
+    stages = predict_run(*what, measurement.stage_context_tokens)
+    return stages | {name: whole[name] for name in WHOLE}
+
+
+def predict_run(
+    model: Model,
+    deployment: Deployment,
+    profile: Profile,
+    batch: int,
+    precision: Precision,
+    context_tokens: float,
+) -> dict[str, float]:
+    """Means of a deployment that decodes `batch` sequences, by the names of a result file.
+
+    Stages are the GPU's own time: of one layer and micro-batch, `head` of one step and micro-batch.
+    `transfer` is both ways with their latencies. `busy_share` is the share of all GPUs' time in
+    which they work: what lanes, stages and layers own of a step.
+    """
+    size = np.array([batch / (deployment.lanes * deployment.num_attention_gpus)])
+    times = stage_times(model, deployment, profile, size, context_tokens, precision, cautious=False)
     weights = times.counts / times.counts.sum()
     # A stage's mean is over GPUs; only the step waits for the busiest.
     ffn_us = []
@@ -109,15 +138,24 @@ def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[st
         ffn_us.append(float(np.hypot(*sides)[0]) + profile.ffn_fixed_us)
     tpot_us = float(step_us(times, deployment)[0]) + jitter_us(model, deployment, profile)
     a2f, f2a = float(weights @ times.a2f[:, 0]), float(weights @ times.f2a[:, 0])
+    attention = float(weights @ times.attention[:, 0]) + profile.jitter_us
+    ffn = float(weights @ np.array(ffn_us)) + profile.jitter_us
+    head = float(times.head[0])
+    stores = float(has_store_kernels(deployment))
+    ffn_gpus = deployment.num_ffn_gpus or deployment.num_gpus
+    layer_us = deployment.num_attention_gpus * (attention + stores * a2f)
+    layer_us += ffn_gpus * (ffn + stores * f2a)
+    step_work_us = model.num_layers * layer_us + deployment.num_attention_gpus * head
     return {
-        "attention": float(weights @ times.attention[:, 0]) + profile.jitter_us,
-        "head": float(times.head[0]),
+        "attention": attention,
+        "head": head,
         "a2f": a2f,
-        "ffn": float(weights @ np.array(ffn_us)) + profile.jitter_us,
+        "ffn": ffn,
         "f2a": f2a,
         "transfer": a2f + f2a + float(weights @ times.latency),
+        "busy_share": min(1.0, deployment.lanes * step_work_us / deployment.num_gpus / tpot_us),
         "tpot_ms": tpot_us / 1e3,
-        "tokens_per_s_per_gpu": measurement.batch / tpot_us * 1e6 / deployment.num_gpus,
+        "tokens_per_s_per_gpu": batch / tpot_us * 1e6 / deployment.num_gpus,
     }
 
 
@@ -131,6 +169,8 @@ def compare(model: Model, measurements: Sequence[Measurement], profile: Profile)
             "tpot_ms": measurement.tpot_ms,
             **measurement.stage_us,
         }
+        if measurement.busy_share is not None:
+            readings["busy_share"] = measurement.busy_share
         rows += [
             Row(measurement.name, quantity, predicted[quantity], measured)
             for quantity, measured in readings.items()
@@ -142,11 +182,10 @@ def compare(model: Model, measurements: Sequence[Measurement], profile: Profile)
 
 def median_error(rows: Sequence[Row], quantity: str = "tokens_per_s_per_gpu") -> float:
     """Median of the absolute errors in one quantity, or in all of "stages"."""
-    whole = ("tokens_per_s_per_gpu", "tpot_ms")
     errors = [
         abs(row.error)
         for row in rows
-        if row.quantity == quantity or (quantity == "stages" and row.quantity not in whole)
+        if row.quantity == quantity or (quantity == "stages" and row.quantity in STAGES)
     ]
     return float(np.median(errors)) if errors else float("nan")
 
@@ -163,8 +202,11 @@ def split(
     groups: dict[str, list[Measurement]] = {}
     for each in sorted(measurements, key=lambda each: each.name):
         groups.setdefault(each.deployment.label, []).append(each)
+    # In any order: else a deployment with one run would be in the same half for every seed.
+    order = [group for _, group in sorted(groups.items())]
+    draw.shuffle(order)
     dealt = []
-    for _, group in sorted(groups.items()):
+    for group in order:
         draw.shuffle(group)
         dealt += group
     return dealt[::2], dealt[1::2]

@@ -17,6 +17,7 @@ from step3rt.plan.hardware import Hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.plan.measurement import is_positive, read_json_object
 from step3rt.plan.profile import Profile
+from step3rt.plan.tiles import expert_rows, linear_rows
 
 # The benchmark measures Step-3's shapes.
 _KV_BYTES_PER_TOKEN = {"mfa_decode_bf16": 1024, "mfa_decode_fp8": 512}
@@ -57,7 +58,8 @@ def profile_from_kernels(path: Path, card: Hardware, base: Profile) -> Profile:
         ]
         if shares:
             found[field] = _clip(float(np.median(shares)))
-    for products, name in ((_experts(rows), "moe"), (_projections(rows), "linear")):
+    products_of = {"moe": _experts(rows, base), "linear": _projections(rows, base)}
+    for name, products in products_of.items():
         if products:
             shares_of = _roofline_shares(products, card)
             found |= {f"{name}_{side}": share for side, share in shares_of.items()}
@@ -100,21 +102,28 @@ def _attention(rows: Iterable[Mapping[str, Any]], kernel: str) -> list[tuple[int
     return [(int(shape[1]) * int(shape[2]), us) for shape, us in shapes]
 
 
-def _experts(rows: Iterable[Mapping[str, Any]]) -> list[_Product]:
-    return [
-        _Product(int(shape[1]) * _EXPERT_PARAMS, 2.0 * int(shape[2]) * _EXPERT_PARAMS, us)
-        for shape, us in _shapes(rows, "moe_fp8", r"E(\d+)xT(\d+)")
-    ]
+def _experts(rows: Sequence[Mapping[str, Any]], base: Profile) -> list[_Product]:
+    # `ffn_fixed_us` has the rest of a layer, so the products alone where the file has them.
+    pattern = r"E(\d+)xT(\d+)"
+    found = _shapes(rows, "moe_fp8_gemms", pattern) or _shapes(rows, "moe_fp8", pattern)
+    products = []
+    for shape, us in found:
+        experts = int(shape[1])
+        mean = np.array(int(shape[2]) / experts)
+        # The benchmark draws each row's expert.
+        computed = experts * float(expert_rows(mean, np.sqrt(mean), base.moe_tile_rows))
+        products.append(_Product(experts * _EXPERT_PARAMS, 2 * computed * _EXPERT_PARAMS, us))
+    return products
 
 
-def _projections(rows: Iterable[Mapping[str, Any]]) -> list[_Product]:
-    return [
-        _Product(
-            _PROJECTION_PARAMS[shape[1]], 2.0 * int(shape[2]) * _PROJECTION_PARAMS[shape[1]], us
-        )
-        for shape, us in _shapes(rows, "proj_fp8", r"(\w+) M(\d+)")
-        if shape[1] in _PROJECTION_PARAMS
-    ]
+def _projections(rows: Iterable[Mapping[str, Any]], base: Profile) -> list[_Product]:
+    products = []
+    for shape, us in _shapes(rows, "proj_fp8", r"(\w+) M(\d+)"):
+        if shape[1] in _PROJECTION_PARAMS:
+            params = _PROJECTION_PARAMS[shape[1]]
+            computed = float(linear_rows(np.array(float(shape[2])), base.linear_tile_rows))
+            products.append(_Product(params, 2 * computed * params, us))
+    return products
 
 
 def _roofline_shares(products: Sequence[_Product], card: Hardware) -> dict[str, float]:
@@ -147,10 +156,11 @@ def _attention_fixed_us(
     ):
         for shape, us in _shapes(rows, kernel, r"(\d+)x(\d+)"):
             sequences, tokens = int(shape[1]), int(shape[1]) * int(shape[2])
+            padded = float(linear_rows(np.array(float(sequences)), profile.linear_tile_rows))
             core_us = 1e6 * tokens * per_token / (card.bytes_per_s * share)
             linear_us = np.hypot(
                 1e6 * params / (card.bytes_per_s * profile.linear_bytes),
-                2e6 * sequences * params / (card.peak_flops * profile.linear_flops),
+                2e6 * padded * params / (card.peak_flops * profile.linear_flops),
             )
             rest.append(us - core_us - float(linear_us))
     return max(0.0, float(np.median(rest))) if rest else None

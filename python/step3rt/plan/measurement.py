@@ -17,11 +17,13 @@ from step3rt.plan.cost import DTYPE_BYTES, Precision
 from step3rt.plan.deployment import Deployment
 from step3rt.plan.hardware import Hardware, card_of_machine
 from step3rt.plan.hf_config import parse_config
+from step3rt.plan.stages import expected_maximum
 
 STAGES = ("attention", "head", "a2f", "ffn", "f2a", "transfer")
 _MAX_FILE_BYTES = 64 << 20
 # A slice carries, on each FFN GPU, what one of the paper's 16 FFN GPUs does of 48 experts.
 _SLICE_EXPERTS_PER_GPU = 3
+_STEPS_AFTER = 48  # of `step3rt bench decode`, until the first stream ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,10 @@ class Measurement:
         tpot_ms: p50.
         tpot_p99_ms: None if the file has none.
         tokens_per_s_per_gpu: over all GPUs.
+        stage_context_tokens: mean context of the steps that stages are means of.
+        expert_skew: standard deviation over mean of the experts' popularity, as the busiest one's
+            says; None if the file does not have it.
+        busy_share: of all GPUs' time, in which some lane is at work; None if the file has none.
         stage_us: mean of one layer and micro-batch, for those of STAGES that the file has; of
             "head" of one step and micro-batch; "transfer" is both ways together, latency included.
     """
@@ -55,6 +61,9 @@ class Measurement:
     tpot_ms: float
     tpot_p99_ms: float | None
     tokens_per_s_per_gpu: float
+    stage_context_tokens: float
+    expert_skew: float | None
+    busy_share: float | None
     stage_us: dict[str, float]
 
 
@@ -124,8 +133,35 @@ def load_measurement(
         tpot_p99_ms=float(tpot["p99"]) if is_positive(tpot.get("p99")) else None,
         tpot_ms=values.number("tpot_ms", "p50"),
         tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
+        stage_context_tokens=_stage_context(values),
+        expert_skew=_expert_skew(values, experts),
+        busy_share=_busy_share(values),
         stage_us={name: us for name in STAGES if (us := values.stage_us(name)) is not None},
     )
+
+
+def _stage_context(values: "ResultValues") -> float:
+    """Stages are of the last steps: sequences are longer then than in the mean of the run."""
+    context, over = values.number("context"), values.values.get("stages_over")
+    steps, last = values.values.get("steps"), over.get("steps") if isinstance(over, dict) else None
+    if not is_positive(steps) or not is_positive(last):
+        return context
+    # "context" is reached half way; the last of the steps that stages are of is the last of all,
+    # some steps after those that were measured.
+    return context + (float(steps) - float(last)) / 2 + _STEPS_AFTER  # type: ignore[arg-type]
+
+
+def _expert_skew(values: "ResultValues", num_experts: object) -> float | None:
+    load = values.values.get("expert_load")
+    busiest = load.get("popularity_max_over_mean") if isinstance(load, dict) else None
+    if not is_positive(busiest) or not isinstance(num_experts, int) or num_experts < 2:
+        return None
+    return max(0.0, float(busiest) - 1) / expected_maximum(num_experts)  # type: ignore[arg-type]
+
+
+def _busy_share(values: "ResultValues") -> float | None:
+    share = values.stage("wait", "share")
+    return None if share is None or share >= 1 else 1 - share
 
 
 def _placement(

@@ -5,7 +5,7 @@ Owns the numbers that no data sheet has; never a card's peak (`hardware`) or a f
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,15 @@ class Profile:
         nic_share, nvlink_share: of one-way bandwidth.
         nic_latency_us, nvlink_latency_us: from a stage's end to the next stage's start, bytes
             aside.
+        a2f_fixed_us, f2a_fixed_us: of the kernels that store rows into another GPU's memory,
+            beyond the bytes: launch, choice of rows, flags; on the way back, adding up the sums.
         step_fixed_us: embedding, sampling and scheduling of one step of one lane.
         jitter_us: mean of the exponential delay that each stage of each GPU adds.
         expert_skew: standard deviation over mean of the experts' popularity.
+        linear_tile_rows, moe_tile_rows: rows of a whole tile of those products (see `tiles`); 0
+            takes rows as they are.
+        sharing_rows: lanes of at most so many rows share a GPU that both want, as their kernels
+            leave room for each other's; those of more rows take turns.
     """
 
     source: str
@@ -70,6 +76,12 @@ class Profile:
     step_fixed_us: float
     jitter_us: float
     expert_skew: float
+    # Profiles of before have none of these.
+    a2f_fixed_us: float = 0.0
+    f2a_fixed_us: float = 0.0
+    linear_tile_rows: float = 0.0
+    moe_tile_rows: float = 0.0
+    sharing_rows: float = 0.0
 
     def attention_bytes(self, kv_element_bytes: float) -> float:
         """Share of memory bandwidth reached reading KV whose elements have that many bytes."""
@@ -115,6 +127,7 @@ def save_profile(profile: Profile, path: Path) -> None:
 
 def _build(values: dict[str, Any], source: str) -> Profile:
     known = [item.name for item in fields(Profile)]
+    defaults = {item.name: item.default for item in fields(Profile) if item.default is not MISSING}
     for name in values:
         if name not in known:
             raise ConfigError(
@@ -123,7 +136,7 @@ def _build(values: dict[str, Any], source: str) -> Profile:
             )
     checked: dict[str, Any] = {"source": str(values.get("source", source))}
     for name in known[1:]:
-        value = values.get(name)
+        value = values.get(name, defaults.get(name))
         high = 1.0 if name in SHARES else 1e6
         low = 1e-3 if name in SHARES else 0.0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

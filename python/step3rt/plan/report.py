@@ -11,8 +11,10 @@ from typing import Any
 from step3rt.plan.architecture import Model
 from step3rt.plan.compare import Row, median_error
 from step3rt.plan.cost import TokenCost, afd_cost, min_moe_sparsity
+from step3rt.plan.cross_validation import CrossValidation
 from step3rt.plan.deployment import Deployment
 from step3rt.plan.hardware import Hardware
+from step3rt.plan.measurement import STAGES
 from step3rt.plan.paper import DISAGREEMENTS
 from step3rt.plan.search import Candidate, Target
 from step3rt.plan.simulate import Result
@@ -287,6 +289,35 @@ def holdout_text(values: dict[str, Any]) -> str:
         f"fitted to {len(values['fitted_to'])} runs and tested on the other "
         f"{len(values['tested_on'])}: {_errors_text(errors['fitted'])}; before the fit "
         f"{_errors_text(errors['stated'])}"
+    )
+
+
+def cross_validation_values(found: CrossValidation) -> dict[str, Any]:
+    """What fits are worth over many ways to draw the halves."""
+    return {
+        "splits": len(found.rows),
+        "median_errors": {name: found.median(name) for name in _QUANTITIES},
+        "worst_errors": {name: found.worst(name) for name in _QUANTITIES},
+    }
+
+
+def cross_validation_text(values: dict[str, Any]) -> str:
+    """One sentence for people."""
+    return (
+        f"over {values['splits']} ways to draw the halves: {_errors_text(values['median_errors'])};"
+        f" the worst {_errors_text(values['worst_errors'])}"
+    )
+
+
+def prediction_text(deployment: Deployment, batch: int, values: dict[str, float]) -> str:
+    """What `step3rt plan predict` prints: means of one deployment."""
+    stages = "  ".join(f"{name} {values[name]:.1f}" for name in STAGES)
+    return (
+        f"{deployment.label}, {batch} sequences\n"
+        f"  {values['tokens_per_s_per_gpu'] * deployment.num_gpus:,.0f} tokens/s, "
+        f"{values['tokens_per_s_per_gpu']:,.0f} per GPU, TPOT {values['tpot_ms']:.2f} ms\n"
+        f"  us of a layer and micro-batch: {stages}\n"
+        f"  GPUs at work {values['busy_share']:.0%}"
     )
 
 

@@ -22,9 +22,12 @@ from step3rt.plan.stages import (
     attention_core_us,
     expert_places,
     ffn_sides,
+    has_store_kernels,
     imbalance_deviation,
+    sharing_us,
     stage_times,
 )
+from step3rt.plan.tiles import linear_rows
 from step3rt.plan.workload import Load, Workload, draw_load
 
 _WARM_UP_STEPS = 3
@@ -164,6 +167,11 @@ class _Pipeline:
         self.head_us = float(times.head[0])
         self.a2f_us, self.f2a_us = times.a2f[:, 0], times.f2a[:, 0]
         self.latency_us = times.latency / 2
+        self.has_store_kernels = has_store_kernels(deployment)
+        # What lanes lose to each other, on the side that has more to do.
+        idle_us = sharing_us(times, deployment, np.array([float(self.lanes)]))[:, 0]
+        is_attention = times.attention[:, 0] + times.a2f[:, 0] >= times.ffn[:, 0] + times.f2a[:, 0]
+        self.idle_us = np.where(is_attention, idle_us, 0.0), np.where(is_attention, 0.0, idle_us)
         gpus = deployment.num_attention_gpus
         self.attention_free: Floats = np.zeros((windows, gpus))
         self.ffn_free: Floats = np.zeros((windows, self.layers[0][0].places))
@@ -228,14 +236,17 @@ class _Pipeline:
         """Attention of one lane and its transfer; returns its arrival, [windows, 1]."""
         start = np.maximum(self.attention_free, self.back[lane])
         took = own_us + self._jitter(start.shape)
-        self.attention_free = start + took
+        done = start + took
+        self.attention_free = done + self.idle_us[0][index]
         wire_us = (self.a2f_us[index] * scale)[:, None]
-        sent = np.maximum(self.a2f_free, self.attention_free.max(axis=1, keepdims=True)) + wire_us
+        sent = np.maximum(self.a2f_free, done.max(axis=1, keepdims=True)) + wire_us
         self.a2f_free = sent
+        if self.has_store_kernels:
+            self.attention_free = self.attention_free + wire_us
         self.busy_us["attention"] += float(took.mean())
         self.busy_us["a2f"] += float(wire_us.mean())
         self.num_events += 1
-        self._record("attention", lane, self.attention_free, took)
+        self._record("attention", lane, done, took)
         self._record("a2f", lane, sent, wire_us)
         arrived: Floats = sent + self.latency_us[index]
         return arrived
@@ -255,11 +266,12 @@ class _Pipeline:
         took = took + self._jitter(took.shape, layer.gpus_of_place)
         free = self.attention_free if self.deployment.is_colocated else self.ffn_free
         done = np.maximum(free, arrived) + took
-        if self.deployment.is_colocated:
-            self.attention_free = done
-        else:
-            self.ffn_free = done
         wire_us = (self.f2a_us[index] * scale[:, lane])[:, None]
+        until = done + self.idle_us[1][index] + (wire_us if self.has_store_kernels else 0.0)
+        if self.deployment.is_colocated:
+            self.attention_free = until
+        else:
+            self.ffn_free = until
         returned = np.maximum(self.f2a_free, done.max(axis=1, keepdims=True)) + wire_us
         self.f2a_free = returned
         self.back[lane] = returned + self.latency_us[index]
@@ -319,7 +331,8 @@ class _LayerTimes:
 
     def attention_us(self, sequences: Floats, tokens: Floats) -> Floats:
         """Attention stage of each lane and GPU: [windows, lanes, gpus]."""
-        linear = np.hypot(self.linear_bytes_us, self.linear_flops_us * sequences)
+        padded = linear_rows(sequences, self.profile.linear_tile_rows)
+        linear = np.hypot(self.linear_bytes_us, self.linear_flops_us * padded)
         core = self.token_us * tokens + self.sequence_us * sequences
         time: Floats = self.profile.attention_fixed_us + linear + core
         return time

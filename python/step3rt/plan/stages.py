@@ -5,7 +5,9 @@ micro-batch sizes, so that a search evaluates a whole sweep at once. Randomness 
 which expert) is `simulate`'s; only the expected imbalance of experts is here.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +17,7 @@ from step3rt.plan.architecture import FfnLayer, LayerGroup, Model
 from step3rt.plan.cost import Precision, layer_core_flops, layer_kv_bytes
 from step3rt.plan.deployment import Deployment
 from step3rt.plan.profile import Profile
+from step3rt.plan.tiles import expert_rows, linear_rows
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
@@ -22,6 +25,9 @@ _US = 1e6
 _FP8_GROUP = 128  # activations have one f32 scale for each group of so many
 _A2F_METADATA_BYTES = 24  # expert ids and weights of a token, and its share of the header
 _BF16_BYTES = 2
+
+
+_OF_GROUPS = ("counts", "attention", "a2f", "f2a", "ffn", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,12 @@ class StageTimes:
         counts: [groups] layers of each group.
         attention: the whole attention stage of the mean GPU.
         a2f, f2a: transfer time of the busiest GPU, latency aside: the slower of the network and
-            the collective within an FFN host, which forwards pieces as they arrive.
+            the collective within an FFN host, which forwards pieces as they arrive. Within one
+            host kernels store the rows, and take the sender's time for it.
         ffn: the whole FFN stage of the busiest GPU.
         latency: [groups] both directions' latencies together.
         head: LM head, sampling and scheduling; once a step.
+        is_sharing: whether lanes share a GPU that both want, rather than take turns.
     """
 
     counts: Floats
@@ -45,6 +53,7 @@ class StageTimes:
     ffn: Floats
     latency: Floats
     head: Floats
+    is_sharing: NDArray[np.bool_]
 
     def chain(self) -> Floats:
         """Time of one micro-batch through one layer if it met no other: [groups, sizes]."""
@@ -84,6 +93,8 @@ def stage_times(
     sequences_per_gpu: Floats,
     context_tokens: float,
     precision: Precision,
+    *,
+    cautious: bool = True,
 ) -> StageTimes:
     """Stage times for micro-batches of so many sequences on each attention GPU.
 
@@ -94,19 +105,22 @@ def stage_times(
         sequences_per_gpu: f64[sizes], of one lane on one attention GPU; fractions are fine.
         context_tokens: mean context.
         precision: bytes per KV element.
+        cautious: whether the busiest FFN GPU has as many rows as the bound of chance says, for a
+            plan that has to hold, or as many as are expected, for the mean of a run.
     """
     size = np.asarray(sequences_per_gpu, dtype=np.float64)
     tokens = size * deployment.num_attention_gpus
+    padded = linear_rows(size, profile.linear_tile_rows)
     card = deployment.attention_card
-    rows: dict[str, list[Any]] = {name: [] for name in StageTimes.__slots__ if name != "head"}
+    rows: dict[str, list[Any]] = {name: [] for name in _OF_GROUPS}
     for group in model.groups:
         params = group.attention.linear_params + group.ffn.router_params
         core = size * attention_core_us(group, deployment, profile, context_tokens, precision)
         linear = soft_roofline(
             np.full_like(size, _US * params / (card.bytes_per_s * profile.linear_bytes)),
-            _US * 2 * size * params / (card.peak_flops * profile.linear_flops),
+            _US * 2 * padded * params / (card.peak_flops * profile.linear_flops),
         )
-        busiest = expected_busiest(group.ffn, deployment, profile, tokens)
+        busiest = expected_busiest(group.ffn, deployment, profile, tokens, cautious=cautious)
         sides = ffn_sides(group.ffn, deployment, profile, tokens, busiest)
         transfer = _transfers(model, group.ffn, deployment, profile, size)
         values = {
@@ -118,14 +132,21 @@ def stage_times(
         for name, value in values.items():
             rows[name].append(value)
     arrays = {name: np.asarray(value, dtype=np.float64) for name, value in rows.items()}
-    return StageTimes(head=_head_us(model, deployment, profile, size), **arrays)
+    return StageTimes(
+        head=_head_us(model, deployment, profile, size),
+        is_sharing=size <= profile.sharing_rows,
+        **arrays,
+    )
 
 
 def _head_us(model: Model, deployment: Deployment, profile: Profile, size: Floats) -> Floats:
     card, params = deployment.attention_card, model.embedding_params
     bytes_us = _US * _BF16_BYTES * params / (card.bytes_per_s * profile.head_bytes)
     flops_us = _US * 2 * size * params / (card.bf16_flops * profile.head_flops)
-    return soft_roofline(np.full_like(size, bytes_us), flops_us) + profile.step_fixed_us
+    # One large product, which overlaps both sides: 413, 458 to 506 and 666 us were measured for 48,
+    # 192 and 256 rows on H200, where bytes take 385 us and FLOPs 90, 359 and 478 at the peaks.
+    head: Floats = np.maximum(bytes_us, flops_us) + profile.step_fixed_us
+    return head
 
 
 def expert_places(ffn: FfnLayer, deployment: Deployment) -> tuple[float, int, float]:
@@ -149,17 +170,25 @@ def imbalance_deviation(experts: float, rows: Floats, profile: Profile) -> Float
 
 
 def expected_busiest(
-    ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats
+    ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats, *, cautious: bool
 ) -> Floats:
-    """Expected routed rows of the busiest place over the mean place's."""
+    """Routed rows of the busiest place over the mean place's; `cautious` as in `stage_times`."""
     if not ffn.num_experts:
         return np.ones_like(tokens)
     experts, places, _ = expert_places(ffn, deployment)
-    # The expected maximum of n normal deviates is about sqrt(2 ln n) of them; no place has more
+    # The expected maximum of n normal deviates stays below sqrt(2 ln n) of them; no place has more
     # than all rows.
+    deviations = math.sqrt(2 * math.log(places)) if cautious else expected_maximum(places)
     deviation = imbalance_deviation(experts, tokens * ffn.top_k / places, profile)
-    busiest: Floats = np.minimum(1 + np.sqrt(2 * np.log(places)) * deviation, float(places))
+    busiest: Floats = np.minimum(1 + deviations * deviation, float(places))
     return busiest
+
+
+def expected_maximum(count: int) -> float:
+    """Of so many standard normal deviates, by Blom's formula: 0.59, 1.05, 1.77 for 2, 4, 16."""
+    if count < 2:
+        return 0.0
+    return float(NormalDist().inv_cdf((count - 0.375) / (count + 0.25)))
 
 
 def ffn_sides(
@@ -182,14 +211,31 @@ def ffn_sides(
         gpus = deployment.num_ffn_gpus or deployment.num_attention_gpus
         parts = 1 if deployment.is_colocated and deployment.ffn_parallelism == "ep" else gpus
         weight_bytes = np.full_like(tokens, ffn.dense_params / parts)
-        return weight_bytes * byte_us, 2 * tokens / gpus * ffn.dense_params * flop_us
+        own = expert_rows(tokens / gpus, 0 * tokens, profile.moe_tile_rows)
+        return weight_bytes * byte_us, 2 * own * ffn.dense_params * flop_us
     experts, places, gpus_of_place = expert_places(ffn, deployment)
     copies = max(places / ffn.num_experts, 1.0)
     idle_share = (1 - ffn.top_k / ffn.num_experts) ** (tokens / copies)
     weights = experts * (1 - idle_share) * ffn.expert_params + ffn.dense_params
-    routed = tokens * ffn.top_k / places * relative * ffn.expert_params
-    flops = 2 * (routed + tokens / places * ffn.dense_params)
+    rows = tokens * ffn.top_k / places * relative / experts
+    # Where a token takes all experts, no expert has more rows than another.
+    is_even = ffn.top_k == ffn.num_experts
+    deviation = 0 * rows if is_even else rows * imbalance_deviation(1.0, rows, profile)
+    tile = profile.moe_tile_rows
+    own = expert_rows(tokens / places, 0 * tokens, tile)
+    flops = 2 * (
+        experts * expert_rows(rows, deviation, tile) * ffn.expert_params + own * ffn.dense_params
+    )
     return weights / gpus_of_place * byte_us, flops / gpus_of_place * flop_us
+
+
+def _copies_to_owners(ffn: FfnLayer, places: int) -> float:
+    """Expected copies of a token: to its home, and to every other place with one of its experts."""
+    elsewhere = ffn.num_experts - ffn.num_experts // places
+    missed = 1.0
+    for drawn in range(ffn.top_k):
+        missed *= max(elsewhere - drawn, 0) / (ffn.num_experts - drawn)
+    return 1 + (places - 1) * (1 - missed)
 
 
 def _distinct(places: float, top_k: int) -> float:
@@ -208,6 +254,8 @@ def _transfers(
     ffn_gpus = deployment.num_ffn_gpus
     is_split = not ffn.num_experts or deployment.ffn_parallelism == "tp_ep"
     host_us = _US / (deployment.ffn_card.host_bytes_per_s * profile.nvlink_share)
+    stores = has_store_kernels(deployment)
+    fixed = (profile.a2f_fixed_us, profile.f2a_fixed_us) if stores else (0.0, 0.0)
     if deployment.is_colocated:
         is_copied = not ffn.num_experts and deployment.ffn_parallelism == "ep"
         if is_copied or deployment.num_attention_gpus == 1:
@@ -215,7 +263,7 @@ def _transfers(
         byte_us, latency = _colocated_us(ffn, deployment, profile)
         busiest_us = size * byte_us
     elif deployment.is_one_host:
-        copies = float(ffn_gpus) if is_split else _distinct(ffn_gpus, ffn.top_k)
+        copies = float(ffn_gpus) if is_split else _copies_to_owners(ffn, ffn_gpus)
         busiest_us = copies * np.maximum(size, tokens / ffn_gpus) * host_us
         latency = profile.nvlink_latency_us
     else:
@@ -230,8 +278,8 @@ def _transfers(
         busiest_us = np.maximum(network_us, passed * (in_host - 1) / in_host * host_us)
         latency = profile.nic_latency_us + (profile.nvlink_latency_us if in_host > 1 else 0.0)
     return {
-        "a2f": busiest_us * a2f_bytes,
-        "f2a": busiest_us * f2a_bytes,
+        "a2f": busiest_us * a2f_bytes + fixed[0],
+        "f2a": busiest_us * f2a_bytes + fixed[1],
         "latency": 2 * latency,
     }
 
@@ -241,15 +289,38 @@ def _colocated_us(ffn: FfnLayer, deployment: Deployment, profile: Profile) -> tu
     card, gpus = deployment.attention_card, deployment.num_attention_gpus
     hosts = deployment.num_ffn_hosts
     is_split = not ffn.num_experts
-    copies = float(gpus) if is_split else _distinct(gpus, ffn.top_k)
     host_us = _US / (card.host_bytes_per_s * profile.nvlink_share)
     if hosts == 1:
+        copies = float(gpus) if is_split else _copies_to_owners(ffn, gpus)
         return copies * (gpus - 1) / gpus * host_us, profile.nvlink_latency_us
+    copies = float(gpus) if is_split else _distinct(gpus, ffn.top_k)
     # A token crosses to each host once and is handed on there over NVLink, both at a time.
     host_copies = float(hosts) if is_split else _distinct(hosts, ffn.top_k)
     nic_us = _US / (card.nic_bytes_per_s * profile.nic_share)
     between = host_copies * (hosts - 1) / hosts * nic_us
     return max(between, copies * host_us), profile.nic_latency_us + profile.nvlink_latency_us
+
+
+def has_store_kernels(deployment: Deployment) -> bool:
+    """Whether kernels of the sender store the rows, rather than a NIC that reads them."""
+    return deployment.is_one_host and deployment.num_gpus > 1
+
+
+def sharing_us(times: StageTimes, deployment: Deployment, lanes: Floats) -> Floats:
+    """Expected idle time of the busier GPU in one layer and lane, as lanes share it: as `chain`.
+
+    Two lanes that share a GPU half and half neither catch up with nor fall behind each other: one
+    leaves it when the other has some part r of its layer left, and as the LM head moves lanes
+    against each other, r is anything from 0 to all of it. Where r is shorter than the lane is away,
+    the GPU idles for the rest of that: away^2 / (2 busy) on average. More lanes leave no such gap.
+    """
+    if deployment.is_colocated:
+        return np.zeros_like(times.attention)
+    stores = float(has_store_kernels(deployment))
+    busy = np.maximum(times.attention + stores * times.a2f, times.ffn + stores * times.f2a)
+    away = np.minimum(times.chain() - busy, busy)
+    idle: Floats = np.where(times.is_sharing & (lanes == 2), away**2 / (2 * busy), 0.0)
+    return idle
 
 
 def step_us(times: StageTimes, deployment: Deployment, lanes: Floats | None = None) -> Floats:
@@ -263,13 +334,16 @@ def step_us(times: StageTimes, deployment: Deployment, lanes: Floats | None = No
     """
     if lanes is None:
         lanes = np.full(times.head.shape, float(deployment.lanes))
+    stores = float(has_store_kernels(deployment))
+    idle = sharing_us(times, deployment, lanes)
 
     def period(head_us: Floats | float) -> Floats:
-        own = times.attention + head_us
+        own = times.attention + head_us + stores * times.a2f
+        served = times.ffn + stores * times.f2a
         if deployment.is_colocated:
-            compute = lanes * (own + times.ffn)
+            compute = lanes * (own + served)
         else:
-            compute = lanes * np.maximum(own, times.ffn)
+            compute = lanes * (np.maximum(own, served) + idle)
         wire = lanes * np.maximum(times.a2f, times.f2a)
         longest: Floats = np.maximum.reduce((compute, wire, times.chain() + head_us))
         return longest

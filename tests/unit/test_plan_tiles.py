@@ -1,0 +1,33 @@
+"""Products compute whole tiles: more rows than they are given, in steps."""
+
+import numpy as np
+import pytest
+
+from step3rt.plan.tiles import expert_rows, linear_rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "computed"),
+    [(1, 256, 64), (64, 256, 64), (65, 256, 128), (192, 256, 256), (257, 256, 512), (192, 0, 192)],
+)
+def test_a_projection_computes_whole_tiles(rows: int, tile: int, computed: int) -> None:
+    assert linear_rows(np.array([float(rows)]), tile) == pytest.approx([computed])
+
+
+def test_only_gate_and_up_of_an_expert_take_whole_tiles() -> None:
+    rows = np.array([48.0, 192.0, 256.0])
+    computed = expert_rows(rows, np.zeros(3), 128)
+    assert computed == pytest.approx(rows + 2 / 3 * np.array([16, 64, 0]))
+    assert expert_rows(rows, rows, 0) == pytest.approx(rows)
+
+
+def test_a_short_remainder_joins_the_tile_before_it() -> None:
+    assert expert_rows(np.array([268.0]), np.zeros(1), 128) == pytest.approx([268])
+    assert expert_rows(np.array([280.0]), np.zeros(1), 128) == pytest.approx([280 + 2 / 3 * 104])
+
+
+def test_rows_that_vary_compute_what_many_draws_do() -> None:
+    draws = np.maximum(np.random.default_rng(0).normal(300, 60, 20_000), 0)
+    expected = expert_rows(draws, np.zeros_like(draws), 128).mean()
+    found = expert_rows(np.array([300.0]), np.array([60.0]), 128)
+    assert found == pytest.approx([expected], rel=0.03)
