@@ -111,7 +111,7 @@ def test_two_processes_give_the_same_tokens(two: LocalCluster) -> None:
 
 def test_streams_go_on_after_a_process_is_killed_and_replaced(two: LocalCluster) -> None:
     pids = {item["pid"] for item in two.instances()}
-    texts = generate_through_a_kill(two, pid_of(two, "attention"), "colocated")
+    texts, _ = generate_through_a_kill(two, pid_of(two, "attention"), "colocated")
     assert_agrees(reference_decoder(), texts)
     wait_until(lambda: sum(item["state"] == "ready" for item in two.instances()) == 4, "the return")
     assert_one_process_has_both_roles(two, 2)
