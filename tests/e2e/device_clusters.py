@@ -24,6 +24,9 @@ KILLED_TOKENS = 36
 NOTICE_LIMIT_S = 1.0
 """Within which a cluster knows of a death."""
 
+ENDED_WITHIN_S = 60.0
+"""Within which a killed process ends, whose kernels may be waiting for ever."""
+
 SETTINGS: dict[str, Any] = {
     "lanes": 2,
     "dtype": "bfloat16",
@@ -148,9 +151,14 @@ def kill(cluster: LocalCluster, pid: int) -> Death:
     def is_noticed() -> bool:
         return pid not in [item["pid"] for item in snapshot(cluster.control_address)["instances"]]
 
-    # Not after the process has ended: on a GPU the driver takes its time to clean up.
+    def has_ended() -> bool:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return ended is not None
+
+    # Not after the process has ended: on a GPU the driver may take seconds to clean up.
     wait_until(is_noticed, "notice of the death", 30)
     noticed_s = time.monotonic() - killed_s
+    wait_until(has_ended, "the end of the process", ENDED_WITHIN_S)
     cluster.forget(pid)
     return Death(noticed_s, time.monotonic() - killed_s)
 
