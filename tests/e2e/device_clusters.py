@@ -6,8 +6,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
+
+import pytest
+import torch
 
 from step3rt import Client, LocalCluster
 from tests.e2e.clusters import running_cluster, snapshot, wait_until
@@ -17,6 +21,12 @@ from tests.kernels.decoder_inputs import NANO, windows
 
 NUM_TOKENS = 16
 KILLED_TOKENS = 36
+NOTICE_LIMIT_S = 1.0
+"""Within which a cluster knows of a death."""
+
+ENDED_WITHIN_S = 60.0
+"""Within which a killed process ends, whose kernels may be waiting for ever."""
+
 SETTINGS: dict[str, Any] = {
     "lanes": 2,
     "dtype": "bfloat16",
@@ -25,6 +35,62 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 192,
 }
 Texts = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """How many instances of each role, and where: one GPU for each process, or the CPU for all."""
+
+    attention: int
+    ffn: int
+    placement: str = "disaggregated"
+    kind: str = "cuda"
+
+    def __str__(self) -> str:
+        """Returns the id of a test's parameter."""
+        if self.placement == "colocated":
+            return f"{self.kind}-colocated{self.attention}"
+        return f"{self.kind}-{self.attention}a{self.ffn}f"
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether a process has an instance of either role."""
+        return self.placement == "colocated"
+
+    @property
+    def num_processes(self) -> int:
+        """Of instances."""
+        return self.attention if self.is_colocated else self.attention + self.ffn
+
+    @property
+    def devices(self) -> list[str]:
+        """Of the processes; skips the test where there are too few GPUs."""
+        if self.kind == "cpu":
+            return ["cpu"]
+        if torch.cuda.device_count() < self.num_processes:
+            pytest.skip(f"{self.num_processes} GPUs are needed")
+        return [f"cuda:{index}" for index in range(self.num_processes)]
+
+
+ON_CPU = Topology(1, 1, kind="cpu")
+ON_GPUS = [Topology(1, 1), Topology(2, 2), Topology(1, 3), Topology(4, 4, "colocated")]
+TOPOLOGIES = [
+    pytest.param(ON_CPU, id=str(ON_CPU)),
+    *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What followed a SIGKILL, in seconds after it.
+
+    Attributes:
+        noticed_s: the coordinator counts the process's instances out.
+        ended_s: the process has ended, the driver's cleaning up included.
+    """
+
+    noticed_s: float
+    ended_s: float
 
 
 def prompts() -> list[list[int]]:
@@ -39,9 +105,12 @@ def device_cluster(
     ffn: int,
     devices: Sequence[str] = ("cpu",),
     placement: str = "disaggregated",
+    **settings: Any,
 ) -> Iterator[LocalCluster]:
+    """A cluster of nano that serves; `settings` come before `SETTINGS`."""
+    counts = {"attention": attention, "ffn": ffn}
     with running_cluster(
-        NANO, devices=devices, placement=placement, attention=attention, ffn=ffn, **SETTINGS
+        NANO, devices=devices, placement=placement, **counts, **{**SETTINGS, **settings}
     ) as cluster:
         links = [link for item in cluster.instances() for link in item["links"]]
         assert [link["fabric"] for link in links] == ["cuda_ipc"] * attention * ffn
@@ -74,29 +143,54 @@ def assert_same_while_decided(one: Texts, other: Texts) -> None:
     assert num_same > len(one) * 4
 
 
-def generate_through_a_kill(cluster: LocalCluster, pid: int, role: str) -> Texts:
+def kill(cluster: LocalCluster, pid: int) -> Death:
+    """Kills a process of instances as the kernel's memory killer does, until it has ended."""
+    killed_s = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+
+    def is_noticed() -> bool:
+        return pid not in [item["pid"] for item in snapshot(cluster.control_address)["instances"]]
+
+    def has_ended() -> bool:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return ended is not None
+
+    # Not after the process has ended: on a GPU the driver may take seconds to clean up.
+    wait_until(is_noticed, "notice of the death", 30)
+    noticed_s = time.monotonic() - killed_s
+    wait_until(has_ended, "the end of the process", ENDED_WITHIN_S)
+    cluster.forget(pid)
+    return Death(noticed_s, time.monotonic() - killed_s)
+
+
+def generate_through_a_kill(
+    cluster: LocalCluster, pid: int, role: str, num_tokens: int = KILLED_TOKENS
+) -> tuple[Texts, Death]:
     """As `generate`; once every stream has begun, a process of `role` is killed and replaced."""
-    with Client(cluster.address) as client:
+    with Client(cluster.address) as client, ThreadPoolExecutor(len(prompts())) as pool:
         streams = [
-            client.generate(prompt, temperature=0, max_tokens=KILLED_TOKENS, ignore_eos=True)
+            client.generate(prompt, temperature=0, max_tokens=num_tokens, ignore_eos=True)
             for prompt in prompts()
         ]
         begun = [next(stream) for stream in streams]
-        killed_s = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        cluster.forget(pid)
-        if role != "attention":
-            # Whoever lacks experts knows within a second.
-            wait_until(lambda: not snapshot(cluster.control_address)["is_serving"], "notice", 30)
-            assert time.monotonic() - killed_s < 1.0
+        results = [pool.submit(stream.result) for stream in streams]
+        death = kill(cluster, pid)
+        is_serving = snapshot(cluster.control_address)["is_serving"]
+        num_open = sum(not result.done() for result in results)
         cluster.start_instance(role)
-        outputs = [stream.result() for stream in streams]
+        outputs = [result.result() for result in results]
+    assert death.noticed_s < NOTICE_LIMIT_S
+    if role != "attention":
+        # Whoever lacks experts cannot go on.
+        assert not is_serving
+        assert num_open, "nothing was left to compute"
     assert all(event.position == 0 for event in begun)
     found = [output.outputs[0] for output in outputs]
     assert [(one.finish_reason, len(one.token_ids)) for one in found] == [
-        ("length", KILLED_TOKENS)
+        ("length", num_tokens)
     ] * len(found)
-    return [(prompt, one.token_ids) for prompt, one in zip(prompts(), found, strict=True)]
+    texts = [(prompt, one.token_ids) for prompt, one in zip(prompts(), found, strict=True)]
+    return texts, death
 
 
 def setting_flags(settings: Mapping[str, object]) -> list[str]:

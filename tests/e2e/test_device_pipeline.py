@@ -110,7 +110,7 @@ def test_streams_go_on_after_an_instance_is_killed_and_replaced(
     four: LocalCluster, role: str
 ) -> None:
     pids = {item["pid"] for item in four.instances()}
-    texts = generate_through_a_kill(four, pid_of(four, role), role)
+    texts, _ = generate_through_a_kill(four, pid_of(four, role), role)
     assert_agrees(reference_decoder(), texts)
     wait_until(
         lambda: sum(item["state"] == "ready" for item in four.instances()) == 4, "the return"

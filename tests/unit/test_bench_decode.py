@@ -156,6 +156,27 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     the_planner_takes(report, tmp_path / "decode-nano.json")
 
 
+def test_without_stages_nothing_is_noted(tmp_path: Path) -> None:
+    result = run_bench(
+        "--batch=2", "--context=200", "--steps=4", "--warmup-steps=1", "--devices=cpu",
+        "--lanes=1", "--dtype=bfloat16", "--precision=production", "--no-stages",
+        f"--log-dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert list(report["stages"]) == ["lane_step"]
+    assert "--no-stages" in report["stages_missing"]
+    assert report["tokens_per_s"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "attention-0.log", "coordinator.log", "ffn-0.log",
+    ]  # fmt: skip
+    # What the planner cannot learn from it is no reason to refuse the file.
+    file = tmp_path / "decode-nano.json"
+    on_gpus = {"gpus": 2, "machine": "2 x NVIDIA H200", "tokens_per_s_per_gpu": 1.0}
+    file.write_text(json.dumps(report | on_gpus))
+    assert load_measurement(file, load_hardware()).deployment.label.startswith("1A+1F")
+
+
 def the_planner_takes(report: dict[str, Any], path: Path) -> None:
     """What is written here is what is read there; only GPUs are missing."""
     on_gpus = {
@@ -193,6 +214,7 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
         (("--batch=6", "--spread=1"), "spread"),
         (("--batch=6", "--steps=0"), "steps=0"),
         (("--placement=colocated",), "a device is 'reference'"),
+        (("--batch=6", "--no-stages", "--trace=x"), "Leave out --trace or --no-stages"),
     ],
 )
 def test_loads_that_cannot_be_measured_are_refused(flags: tuple[str, ...], message: str) -> None:

@@ -106,6 +106,7 @@ def measure(
     *,
     trace_dir: Path | None = None,
     log_dir: Path | None = None,
+    has_stages: bool = True,
 ) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
@@ -115,10 +116,13 @@ def measure(
         host: how the instances are started.
         trace_dir: see `LocalCluster`.
         log_dir: see `LocalCluster`.
+        has_stages: devices note times, for what a step consists of. Without, nothing of a run is
+            noted on them, to see what noting costs.
 
     Raises:
         ConfigError: the placement does not fit the cluster.
-        InvalidArgument: the load does not fit the cluster or the model.
+        InvalidArgument: the load does not fit the cluster or the model; or a trace is wanted of
+            what is not noted.
         Unavailable: the streams did not all decode at the same time for long enough.
     """
     host = host or HostConfig()
@@ -126,6 +130,11 @@ def measure(
     gpus = num_gpus(devices)
     # Instances of the device pipeline record their times.
     is_on_devices = REFERENCE_DEVICE not in devices
+    if trace_dir is not None and not has_stages:
+        raise InvalidArgument(
+            "A trace was asked for, and no stages. A trace is made of the times that stages are "
+            "made of. Leave out --trace or --no-stages"
+        )
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
     _check(load, num_lanes, config.max_model_len)
@@ -149,7 +158,7 @@ def measure(
         if log_dir is None:
             directory = tempfile.TemporaryDirectory(prefix="step3rt-bench-")
             log_dir = Path(stack.enter_context(directory))
-        if trace_dir is None and is_on_devices:
+        if trace_dir is None and is_on_devices and has_stages:
             trace_dir = log_dir / "trace"
         progress = ProgressLine("tokens of each stream", load.max_new_tokens)
         stack.callback(progress.close)
@@ -170,6 +179,8 @@ def measure(
         per_gpu = figures["tokens_per_s"] / gpus
         figures["tokens_per_s_per_gpu"] = round(per_gpu, 1)
     machine = _machine(gpus)
+    if is_on_devices and not has_stages:
+        figures |= _without_stages(figures["stages"], "--no-stages: no times were noted")
     if recordings is not None:
         shape = _shape(serve, load, config)
         figures |= _stages(recordings, shape, load, machine, figures["stages"])
@@ -316,10 +327,14 @@ def _stages(
         report = stage_report(recordings, shape, card, min(MAX_STEPS, load.steps))
     except Step3Error as error:
         warn(f"the result has no stages: {error}")
-        return {"stages": {"lane_step": known["lane_step"]}, "stages_missing": str(error)}
-    # The coordinator knows how long a step took, but not what it was spent on.
+        return _without_stages(known, str(error))
     report["stages"]["lane_step"] = known["lane_step"]
     return report
+
+
+def _without_stages(known: dict[str, Any], reason: str) -> dict[str, Any]:
+    # The coordinator knows how long a step took, but not what it was spent on.
+    return {"stages": {"lane_step": known["lane_step"]}, "stages_missing": reason}
 
 
 def _shape(serve: ServeConfig, load: DecodeLoad, config: Step3Config) -> Shape:

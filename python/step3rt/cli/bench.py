@@ -142,6 +142,12 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
     )
+    parser.add_argument(
+        "--stages",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="devices note times for what a step consists of; --no-stages shows what that costs",
+    )
     parser.add_argument("--log-dir", type=Path, help="keep the processes' logs and recordings here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     flags.add_config_file_flag(parser)
@@ -173,6 +179,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
             host,
             trace_dir=Path(directory) if arguments.trace is not None else None,
             log_dir=arguments.log_dir,
+            has_stages=arguments.stages,
         )
         if arguments.trace is not None:
             values["trace"] = _write_trace(Path(directory), arguments.trace)

@@ -1,0 +1,181 @@
+"""The served device pipeline against the CPU's references, position by position.
+
+A position's tokens before it are given, so that one other choice does not change all that follow.
+The reference of the same arithmetic is a decoder on the CPU with the same FP8 roundings and ranks,
+and sums in float64. Beside it, for the record: that of one rank, which rounds in fewer places, and
+the model in bfloat16, which quantises nothing but weights.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from step3rt import Client, LocalCluster
+from step3rt.model.monolithic import MonolithicModel
+from step3rt.results import RequestOutput
+from tests.e2e.device_clusters import ON_GPUS, SETTINGS, Topology, device_cluster
+from tests.fixtures.device_reference import forced_logits, reference_decoder
+from tests.fixtures.figures import record
+from tests.fixtures.ranked_reference import RankedDecoder
+from tests.fixtures.teacher_forcing import NUM_TOP, Agreement, Scores, agreement
+from tests.kernels.decoder_inputs import NANO, NUM_WINDOWS, windows
+
+pytestmark = pytest.mark.usefixtures("few_threads")
+
+SAME_ARITHMETIC = "same arithmetic"
+MIN_SAME_SHARE = 0.99
+MAX_MODEL_LEN = 384
+MAX_THREADS = 16
+DECODED_PROMPT_TOKENS = 32
+
+# Held-out windows, and tokens of each: enough for a share of a per cent, or for CI.
+Extent = tuple[int, int]
+WHOLE: Extent = (NUM_WINDOWS, MAX_MODEL_LEN - 1)
+SHORT: Extent = (2, 100)
+
+ON_CPU = Topology(1, 2, kind="cpu")
+"""The smallest whose ranks round."""
+
+PARAMETERS = [
+    pytest.param(ON_CPU, id=str(ON_CPU)),
+    *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
+]
+
+
+@pytest.fixture(scope="module")
+def few_threads() -> Iterator[None]:
+    """Has torch compute the references in a quarter of the cores, beside a module's clusters."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(max((os.cpu_count() or 1) // 4, 1), MAX_THREADS))
+    yield
+    torch.set_num_threads(before)
+
+
+def extent(topology: Topology) -> Extent:
+    """How much is compared: the CPU's own pipeline is slow."""
+    return SHORT if topology.kind == "cpu" else WHOLE
+
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens that were a prompt, and those that came after it in steps of one row."""
+
+
+@cache
+def logits_of(num_ranks: int, text: Text) -> torch.Tensor:
+    """f32[T, V] of a reference: row t is the distribution of token t + 1. Rank 0: in bfloat16."""
+    prompt, decoded = text
+    if num_ranks == 0:
+        model = MonolithicModel.load(NANO, torch.bfloat16)
+        return model.logits([*prompt, *decoded], chunk_tokens=64).float()
+    chunk_tokens = SETTINGS["max_tokens_per_micro_batch"]
+    return RankedDecoder(num_ranks, MAX_MODEL_LEN, chunk_tokens).forced_logits(prompt, decoded)
+
+
+def assert_agrees(what: str, num_ranks: int, texts: list[Text], scores: list[Scores]) -> Agreement:
+    """Reports the agreement with the references, and asserts it with that of the same arithmetic.
+
+    Args:
+        what: is compared.
+        num_ranks: FFN ranks of what is compared.
+        texts: of one sequence each.
+        scores: of each text's last tokens, some or all but the first.
+    """
+    found = {}
+    for name, ranks in ((SAME_ARITHMETIC, num_ranks), ("one rank", 1), ("bfloat16", 0)):
+        logits, following = [], []
+        for (prompt, decoded), part in zip(texts, scores, strict=True):
+            count = len(part.logprobs)
+            following += [*prompt, *decoded][-count:]
+            logits.append(logits_of(ranks, (prompt, decoded))[-count - 1 : -1])
+        found[name] = agreement(Scores.concatenate(scores), torch.cat(logits), following)
+        record(what, {"reference": name, **found[name].figures()})
+    assert found[SAME_ARITHMETIC].same_share >= MIN_SAME_SHARE
+    return found[SAME_ARITHMETIC]
+
+
+def assert_exact(found: Agreement) -> None:
+    """On the CPU the pipeline is the reference's own arithmetic, bit for bit."""
+    assert found.same_share == 1.0
+    assert abs(found.kl) < 1e-6
+
+
+def run_in_turn(
+    cluster: LocalCluster, prompts: list[list[int]], max_tokens: int
+) -> list[RequestOutput]:
+    """One after the other, greedily, with every score that the API gives.
+
+    A row has no batch mates then, so that its place, by which ranks share work, is known.
+    """
+    with Client(cluster.address) as client:
+        return [
+            client.generate(
+                prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True,
+                prompt_logprobs=NUM_TOP, logprobs=NUM_TOP,
+            ).result()
+            for prompt in prompts
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
+def topology(request: pytest.FixtureRequest) -> Topology:
+    found: Topology = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(topology: Topology) -> Iterator[LocalCluster]:
+    with device_cluster(
+        topology.attention,
+        topology.ffn,
+        topology.devices,
+        topology.placement,
+        max_model_len=MAX_MODEL_LEN,
+    ) as running:
+        yield running
+
+
+def test_held_out_text_is_predicted_as_by_the_reference(
+    cluster: LocalCluster, topology: Topology
+) -> None:
+    num_windows, num_tokens = extent(topology)
+    texts = [window[:num_tokens] for window in windows()[:num_windows]]
+    outputs = run_in_turn(cluster, texts, max_tokens=1)
+    scores = [Scores.of_api(output.prompt_logprobs) for output in outputs]
+    prompts: list[Text] = [(tuple(text), ()) for text in texts]
+    found = assert_agrees(f"held-out text, {topology}", topology.ffn, prompts, scores)
+    if topology.kind == "cpu":
+        assert_exact(found)
+
+
+def test_decoded_tokens_are_the_references_at_every_position(
+    cluster: LocalCluster, topology: Topology
+) -> None:
+    num_windows, num_tokens = extent(topology)
+    prompts = [window[-DECODED_PROMPT_TOKENS:] for window in windows()[:num_windows]]
+    outputs = run_in_turn(cluster, prompts, max_tokens=num_tokens - DECODED_PROMPT_TOKENS)
+    generated = [output.outputs[0] for output in outputs]
+    scores = [Scores.of_api(one.logprobs) for one in generated]
+    for one, part in zip(generated, scores, strict=True):
+        assert part.top_ids[:, 0].tolist() == one.token_ids, "greedy is the most likely token"
+    texts = [
+        (tuple(prompt), tuple(one.token_ids))
+        for prompt, one in zip(prompts, generated, strict=True)
+    ]
+    found = assert_agrees(f"decoded tokens, {topology}", topology.ffn, texts, scores)
+    if topology.kind == "cpu":
+        assert_exact(found)
+
+
+@pytest.mark.gpu
+def test_the_decoder_on_one_gpu_agrees_with_the_reference() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("1 GPU is needed")
+    num_windows, num_tokens = WHOLE
+    texts = [window[:num_tokens] for window in windows()[:num_windows]]
+    model = reference_decoder("cuda", max_model_len=MAX_MODEL_LEN)
+    scores = [Scores.of_logits(forced_logits(model, text)[:-1], text[1:]) for text in texts]
+    prompts: list[Text] = [(tuple(text), ()) for text in texts]
+    assert_agrees("held-out text, decoder on one GPU", 1, prompts, scores)
