@@ -107,6 +107,7 @@ def measure(
     trace_dir: Path | None = None,
     log_dir: Path | None = None,
     has_stages: bool = True,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
@@ -118,6 +119,7 @@ def measure(
         log_dir: see `LocalCluster`.
         has_stages: devices note times, for what a step consists of. Without, nothing of a run is
             noted on them, to see what noting costs.
+        name: what the result calls the run; None: its deployment and model.
 
     Raises:
         ConfigError: the placement does not fit the cluster.
@@ -185,7 +187,7 @@ def measure(
         shape = _shape(serve, load, config)
         figures |= _stages(recordings, shape, load, machine, figures["stages"])
     return {
-        "run": _run_name(serve, host),
+        "run": name or _run_name(serve, host),
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),

@@ -148,6 +148,9 @@ def _add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         default=True,
         help="devices note times for what a step consists of; --no-stages shows what that costs",
     )
+    parser.add_argument(
+        "--name", help="what the result calls the run (default: its deployment and model)"
+    )
     parser.add_argument("--log-dir", type=Path, help="keep the processes' logs and recordings here")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     flags.add_config_file_flag(parser)
@@ -180,6 +183,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
             trace_dir=Path(directory) if arguments.trace is not None else None,
             log_dir=arguments.log_dir,
             has_stages=arguments.stages,
+            name=arguments.name,
         )
         if arguments.trace is not None:
             values["trace"] = _write_trace(Path(directory), arguments.trace)
