@@ -21,6 +21,8 @@ constexpr int kMaxCtas = 256;
 constexpr int kSequenceCost = 2;
 constexpr int kMinRangeCost = 6;          // below, one more CTA costs more than it saves
 constexpr int kMaxPartsPerSequence = 64;  // bounds the work of the CTA that combines them
+constexpr int kGridSizes = 8;             // tried, from all CTAs downwards
+constexpr int kMinGridToShrink = 64;      // so that at most a ninth of the CTAs gets nothing
 constexpr int kWarps = kMaxSequences / kWarpThreads;
 
 struct Boundary {
@@ -66,6 +68,32 @@ __device__ __forceinline__ int find_sequence(const int* starts, int num_sequence
   return low;
 }
 
+// Where the cost units of a batch lie, and where an even cut of them falls.
+struct Costs {
+  const int* starts;  // [num_sequences + 1]
+  int num_sequences;
+
+  __device__ __forceinline__ int total() const { return starts[num_sequences]; }
+
+  __device__ __forceinline__ int even_cut(int cta, int num_used) const {
+    return static_cast<int>(static_cast<int64_t>(cta) * total() / num_used);
+  }
+
+  // The sequence boundary nearest to `cut`.
+  __device__ __forceinline__ int nearest(int cut) const {
+    const int sequence = find_sequence(starts, num_sequences, cut);
+    const int before = starts[sequence];
+    const int after = starts[sequence + 1];
+    return cut - before <= after - cut ? before : after;
+  }
+
+  // Whether a cut moves to its nearest boundary: within a tenth of the mean.
+  __device__ __forceinline__ bool snaps(int cut, int nearest, int num_used) const {
+    const int distance = nearest > cut ? nearest - cut : cut - nearest;
+    return static_cast<int64_t>(distance) * num_used * 10 <= total();
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
     sm90_i32_mfa_schedule(const int* seq_lens, int num_sequences, MfaWork* schedule, int num_ctas) {
   __shared__ int starts[kMaxSequences + 1];  // cost units before each sequence
@@ -73,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
   __shared__ int cuts[kMaxCtas + 1];  // cost units before each CTA
   __shared__ Boundary boundaries[kMaxCtas + 1];
   __shared__ int max_cost;
+  __shared__ int num_splits[kGridSizes];  // about, of a grid with so many CTAs less
   static_assert(kWarps == kWarpThreads, "one warp scans the warp sums");
 
   const int i = threadIdx.x;
@@ -83,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
     starts[0] = 0;
     max_cost = 0;
   }
+  if (i < kGridSizes) num_splits[i] = 0;
   const int end = inclusive_scan(cost, warp_sums);
   if (i < num_sequences) {
     starts[i + 1] = end;
@@ -90,21 +120,35 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
   }
   __syncthreads();
 
-  const int total = starts[num_sequences];
+  const Costs costs = {starts, num_sequences};
+  const int total = costs.total();
   const int longest_range = (max_cost + kMaxPartsPerSequence - 1) / kMaxPartsPerSequence;
   const int min_range = longest_range > kMinRangeCost ? longest_range : kMinRangeCost;
   int num_used = total / min_range;
   num_used = num_used < 1 ? 1 : (num_used > num_ctas ? num_ctas : num_used);
 
+  const int num_sizes = num_used >= kMinGridToShrink ? kGridSizes : 1;
+  for (int c = i; c < num_sizes * num_used; c += kMaxSequences) {
+    const int less = c / num_used;
+    const int cta = c % num_used;
+    if (cta == 0 || cta >= num_used - less) continue;
+    const int cut = costs.even_cut(cta, num_used - less);
+    if (!costs.snaps(cut, costs.nearest(cut), num_used - less)) atomicAdd(&num_splits[less], 1);
+  }
+  __syncthreads();
+  int fewest = 0;
+  for (int less = 1; less < num_sizes; ++less) {
+    const bool is_worth_it = num_splits[less] * 4 <= num_splits[0] * 3;
+    if (is_worth_it && num_splits[less] < num_splits[fewest]) fewest = less;
+  }
+  num_used -= fewest;
+
   // The even cut of this thread's CTA and the sequence boundary nearest to it.
   int even = total;
   int nearest = total;
   if (i < num_used) {
-    even = static_cast<int>(static_cast<int64_t>(i) * total / num_used);
-    const int sequence = find_sequence(starts, num_sequences, even);
-    const int before = starts[sequence];
-    const int after = starts[sequence + 1];
-    nearest = even - before <= after - even ? before : after;
+    even = costs.even_cut(i, num_used);
+    nearest = costs.nearest(even);
   }
   if (i <= num_ctas) cuts[i] = nearest;
   __syncthreads();
@@ -114,9 +158,7 @@ extern "C" __global__ void __launch_bounds__(kMaxSequences, 1)
   const bool snap_all = !__syncthreads_or(is_heavy);
 
   if (i <= num_ctas) {
-    const int distance = nearest > even ? nearest - even : even - nearest;
-    const bool snaps = snap_all || static_cast<int64_t>(distance) * num_used * 10 <= total;
-    const int cut = snaps ? nearest : even;
+    const int cut = snap_all || costs.snaps(even, nearest, num_used) ? nearest : even;
     Boundary boundary = {num_sequences, 0};
     if (cut < total) {
       const int sequence = find_sequence(starts, num_sequences, cut);

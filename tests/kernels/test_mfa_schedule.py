@@ -82,3 +82,11 @@ def test_equal_sequences_that_fill_the_ctas_are_not_split() -> None:
 def test_a_long_sequence_is_split_over_many_ctas() -> None:
     rows = reference_mfa_schedule([65536], 132)
     assert sum(row[:2] != row[2:4] for row in rows) >= 60
+
+
+def test_equal_sequences_are_split_where_few_ctas_more_would_split_more() -> None:
+    for num_sequences, tokens in ((64, 8192), (64, 32768), (192, 4096)):
+        for num_ctas in (128, 131, 132):
+            rows = reference_mfa_schedule([tokens] * num_sequences, num_ctas)
+            assert sum(row[1] > 0 for row in rows) == 64
+            assert sum(row[:2] != row[2:4] for row in rows) == 128

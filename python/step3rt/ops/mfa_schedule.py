@@ -24,6 +24,8 @@ _KERNEL = launch.Kernel("attention/sm90_i32_mfa_schedule.cu", num_threads=MAX_SE
 _SEQUENCE_COST = 2
 _MIN_RANGE_COST = 6
 _MAX_PARTS_PER_SEQUENCE = 64
+_GRID_SIZES = 8
+_MIN_GRID_TO_SHRINK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def reference_mfa_schedule(seq_lens: Sequence[int], num_ctas: int) -> list[tuple
     min_range = max(_MIN_RANGE_COST, -(-longest // _MAX_PARTS_PER_SEQUENCE))
     num_used = min(max(total // min_range, 1), num_ctas)
 
+    num_used -= _spared_ctas(starts, num_used)
     even = [index * total // num_used for index in range(num_used)]
     even += [total] * (num_ctas + 1 - num_used)
     nearest = [_nearest(starts, cut) for cut in even]
@@ -122,11 +125,33 @@ def reference_mfa_schedule(seq_lens: Sequence[int], num_ctas: int) -> list[tuple
         cuts = nearest
     else:
         cuts = [
-            near if abs(near - cut) * num_used * 10 <= total else cut
+            near if _snaps(near - cut, total, num_used) else cut
             for near, cut in zip(nearest, even, strict=True)
         ]
     boundaries = [_boundary(starts, blocks, cut) for cut in cuts]
     return [_work(boundaries, cta) for cta in range(num_ctas)]
+
+
+def _spared_ctas(starts: list[int], num_used: int) -> int:
+    """CTAs that get nothing because fewer sequences are split then."""
+    total = starts[-1]
+
+    def num_splits(num_ctas: int) -> int:
+        cuts = [index * total // num_ctas for index in range(1, num_ctas)]
+        return sum(not _snaps(_nearest(starts, cut) - cut, total, num_ctas) for cut in cuts)
+
+    if num_used < _MIN_GRID_TO_SHRINK:
+        return 0
+    splits = [num_splits(num_used - less) for less in range(_GRID_SIZES)]
+    fewest = 0
+    for less in range(1, _GRID_SIZES):
+        if splits[less] * 4 <= splits[0] * 3 and splits[less] < splits[fewest]:
+            fewest = less
+    return fewest
+
+
+def _snaps(distance: int, total: int, num_used: int) -> bool:
+    return abs(distance) * num_used * 10 <= total
 
 
 def _sequence_at(starts: list[int], position: int) -> int:
