@@ -116,8 +116,7 @@ def test_a_launch_repeats_itself_bit_for_bit_and_leaves_no_state() -> None:
     assert not case.batch.schedule.arrivals.any()
 
 
-def test_a_quantising_launch_repeats_itself_and_is_seen_by_the_next_kernel() -> None:
-    """The copy behind each launch is what a projection would read, with nothing in between."""
+def test_a_quantising_launch_repeats_itself_bit_for_bit_and_leaves_no_state() -> None:
     case = make_fp8_case([9000, 20, 4000], num_ctas=64)
     want = poisoned_rows(3, 64 * 256, case.q.device)
     quantize_groups_fp8(case.run().flatten(1), want)
