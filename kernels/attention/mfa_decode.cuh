@@ -1,6 +1,6 @@
-// What the BF16 and FP8 decode kernels share: shared-memory layout, producer warps, online softmax,
-// and the epilogue that merges the two warpgroups and the CTAs of a split sequence.
-// Knows nothing of the KV format: the kernels issue the copies and the matrix products.
+// What the BF16 and FP8 decode kernels share: shared-memory layout, producer warps, online softmax.
+// Knows nothing of the KV format: the kernels issue the copies and the matrix products. What
+// follows the last block of a part is in mfa_epilogue.cuh.
 #pragma once
 
 #include "attention/mfa_work.cuh"
@@ -8,6 +8,7 @@
 #include "common/ptx.cuh"
 #include "common/tma.cuh"
 #include "common/types.cuh"
+#include "fused/quantize.cuh"
 
 constexpr int kHeads = 64;  // rows of one wgmma; fewer query heads are padded by the TMA unit
 constexpr int kHeadDim = 256;
@@ -55,7 +56,8 @@ struct MfaParams {
   int num_heads;             // <= 64
   float softmax_scale_log2;  // softmax scale (and K scale) times log2(e)
   float output_scale;        // V scale; undoes the scale of P
-  uint16_t* out;             // bf16[S, num_heads, 256]
+  uint16_t* out;             // bf16[S, num_heads, 256]; null in a build that quantises
+  QuantizedRows quantized;   // e4m3[S, num_heads * 256], f32[S, num_heads * 2]; null otherwise
   float* partial_out;        // f32[2 * num_ctas, 64, 256]
   float2* partial_stats;     // f32[2 * num_ctas, 64, 2]: {maximum, sum}
   int* arrivals;             // i32[num_ctas], zero between launches
@@ -203,210 +205,5 @@ __device__ __forceinline__ void mfa_softmax(float (&scores)[kScoreRegs], MfaRows
       }
     }
     rows.sum[r] = fmaf(rows.sum[r], rescale[r], sum);
-  }
-}
-
-// ---- epilogue ------------------------------------------------------------------------------
-
-// 2^(maximum - reference), and 0 for a consumer that saw no block (its maximum is -inf).
-__device__ __forceinline__ float mfa_weight(float maximum, float reference) {
-  return maximum == -INFINITY ? 0.0f : ex2_approx(maximum - reference);
-}
-
-struct MfaTarget {
-  uint16_t* out;       // whole sequence: bf16[num_heads, 256]
-  float* partial_out;  // split sequence: f32[64, 256]; null when whole
-};
-
-__device__ __forceinline__ void mfa_store_pair(const MfaTarget& target, int num_heads, int row,
-                                               int column, float x, float y) {
-  const int offset = row * kHeadDim + column;
-  if (target.partial_out != nullptr) {
-    *reinterpret_cast<float2*>(target.partial_out + offset) = make_float2(x, y);
-  } else if (row < num_heads) {
-    *reinterpret_cast<uint32_t*>(target.out + offset) = cvt_bf16x2(x, y);
-  }
-}
-
-// The two consumers saw every other block each. Consumer w keeps columns [128w, 128w + 128) of the
-// merged output and gives away its accumulators of the others, 64 columns a round. Both hold the
-// same (row, column) in the same register of the same thread, so the exchange needs no index
-// arithmetic.
-template <int kConsumer, class Shared>
-__device__ __forceinline__ void mfa_give(Shared& shared, int round,
-                                         const float (&acc)[kOutputRegs]) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-#pragma unroll
-  for (int i = 0; i < kMergeRegs; i += 4) {
-    const int give = (1 - kConsumer) * kOutputRegs / 2 + round * kMergeRegs + i;
-    shared.merge[kConsumer][i / 4][thread] =
-        make_float4(acc[give], acc[give + 1], acc[give + 2], acc[give + 3]);
-  }
-}
-
-template <int kConsumer, class Shared>
-__device__ __forceinline__ void mfa_keep(Shared& shared, const MfaTarget& target, int num_heads,
-                                         int round, const float (&mine)[2],
-                                         const float (&theirs)[2],
-                                         const float (&acc)[kOutputRegs]) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-  const int lane = thread % kWarpThreads;
-  const int row = thread / kWarpThreads * 16 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < kMergeRegs; i += 4) {
-    const int keep = kConsumer * kOutputRegs / 2 + round * kMergeRegs + i;
-    const float4 other = shared.merge[1 - kConsumer][i / 4][thread];
-    const int column = 2 * keep + 2 * (lane % 4);  // register 4j holds column 8j
-    mfa_store_pair(target, num_heads, row, column, acc[keep] * mine[0] + other.x * theirs[0],
-                   acc[keep + 1] * mine[0] + other.y * theirs[0]);
-    mfa_store_pair(target, num_heads, row + 8, column,
-                   acc[keep + 2] * mine[1] + other.z * theirs[1],
-                   acc[keep + 3] * mine[1] + other.w * theirs[1]);
-  }
-}
-
-template <class Shared>
-__device__ __forceinline__ void mfa_merge_and_store(Shared& shared, const MfaTarget& target,
-                                                    int num_heads, int consumer,
-                                                    const MfaRows& rows, float output_scale,
-                                                    const float (&acc)[kOutputRegs]) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-  const int row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
-  if (thread % 4 == 0) {
-    shared.stats[consumer][row] = make_float2(rows.maximum[0], rows.sum[0]);
-    shared.stats[consumer][row + 8] = make_float2(rows.maximum[1], rows.sum[1]);
-  }
-  bar_sync<kBarrierConsumers, kConsumerThreads>();  // nobody reads the query any more
-  float mine[2];
-  float theirs[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float2 other = shared.stats[1 - consumer][row + 8 * r];
-    const float maximum = fmaxf(rows.maximum[r], other.x);
-    mine[r] = mfa_weight(rows.maximum[r], maximum);
-    theirs[r] = mfa_weight(other.x, maximum);
-    if (target.partial_out == nullptr) {
-      const float sum = rows.sum[r] * mine[r] + other.y * theirs[r];
-      const float inverse = sum > 0.0f ? __fdividef(output_scale, sum) : 0.0f;  // no token: 0
-      mine[r] *= inverse;
-      theirs[r] *= inverse;
-    }
-  }
-  // The branches on `consumer` let each name its registers by constants.
-#pragma unroll
-  for (int round = 0; round < kOutputRegs / 2 / kMergeRegs; ++round) {
-    if (round > 0) bar_sync<kBarrierConsumers, kConsumerThreads>();
-    if (consumer == 0) {
-      mfa_give<0>(shared, round, acc);
-    } else {
-      mfa_give<1>(shared, round, acc);
-    }
-    bar_sync<kBarrierConsumers, kConsumerThreads>();
-    if (consumer == 0) {
-      mfa_keep<0>(shared, target, num_heads, round, mine, theirs, acc);
-    } else {
-      mfa_keep<1>(shared, target, num_heads, round, mine, theirs, acc);
-    }
-  }
-  fence_proxy_async_shared();  // the copy engine writes the next query where the merge was
-  mfa_release(&shared.query_empty);
-}
-
-// Merges all partial results of a split sequence; run by the CTA that finished last. A thread owns
-// 4 columns of every fourth head: all loads of one partial result are in flight together, since
-// their latency, not their 64 KiB, is what costs here.
-__device__ __forceinline__ void mfa_combine_parts(const MfaParams& params, const MfaSplit& split,
-                                                  uint16_t* out) {
-  constexpr int kThreadsPerHead = kHeadDim / 4;
-  constexpr int kHeadStep = kConsumerThreads / kThreadsPerHead;
-  constexpr int kHeadsPerThread = kHeads / kHeadStep;
-  const int thread = threadIdx.x - kWarpgroupThreads;
-  const int column = thread % kThreadsPerHead * 4;
-  const int first_head = thread / kThreadsPerHead;
-  float maximum[kHeadsPerThread];
-  float sum[kHeadsPerThread];
-  float4 acc[kHeadsPerThread];
-#pragma unroll
-  for (int i = 0; i < kHeadsPerThread; ++i) {
-    maximum[i] = -INFINITY;
-    sum[i] = 0.0f;
-    acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-  for (int p = 0; p < split.num_ctas; ++p) {
-    const int row = mfa_partial_slot(split.first_cta, p) * kHeads + first_head;
-    float2 stats[kHeadsPerThread];
-    float4 value[kHeadsPerThread];
-#pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      const int head_row = row + i * kHeadStep;
-      stats[i] = ld_global_cg(params.partial_stats + head_row);
-      value[i] = ld_global_cg(
-          reinterpret_cast<const float4*>(params.partial_out + head_row * kHeadDim + column));
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      const float top = fmaxf(maximum[i], stats[i].x);
-      const float before = mfa_weight(maximum[i], top);
-      const float weight = mfa_weight(stats[i].x, top);
-      maximum[i] = top;
-      sum[i] = sum[i] * before + stats[i].y * weight;
-      acc[i].x = acc[i].x * before + value[i].x * weight;
-      acc[i].y = acc[i].y * before + value[i].y * weight;
-      acc[i].z = acc[i].z * before + value[i].z * weight;
-      acc[i].w = acc[i].w * before + value[i].w * weight;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kHeadsPerThread; ++i) {
-    const int head = first_head + i * kHeadStep;
-    const float inverse = __fdividef(params.output_scale, sum[i]);
-    if (head < params.num_heads) {
-      *reinterpret_cast<uint2*>(out + head * kHeadDim + column) =
-          make_uint2(cvt_bf16x2(acc[i].x * inverse, acc[i].y * inverse),
-                     cvt_bf16x2(acc[i].z * inverse, acc[i].w * inverse));
-    }
-  }
-}
-
-// Finishes a part: the two consumers merge; a whole sequence goes to the output, a split one to its
-// partial slot, and the last CTA of the sequence to arrive there combines all parts. Nobody waits
-// for another CTA, so the kernel makes progress however few of its CTAs are resident.
-template <class Shared>
-__device__ __forceinline__ void mfa_finish_part(Shared& shared, const MfaParams& params,
-                                                const MfaPart& part, int consumer, MfaRows& rows,
-                                                const float (&acc)[kOutputRegs]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 1);
-    rows.sum[r] += __shfl_xor_sync(kFullWarp, rows.sum[r], 2);
-  }
-  uint16_t* out = params.out + static_cast<int64_t>(part.sequence) * params.num_heads * kHeadDim;
-  const int slot = 2 * blockIdx.x + (part.starts_here() ? 1 : 0);
-  const MfaTarget target = {
-      out, part.is_split() ? params.partial_out + slot * kHeads * kHeadDim : nullptr};
-  mfa_merge_and_store(shared, target, params.num_heads, consumer, rows, params.output_scale, acc);
-  if (!part.is_split()) return;
-
-  const MfaSplit split = mfa_load_split(params.schedule, part);
-  const int thread = threadIdx.x - kWarpgroupThreads;
-  if (thread < kHeads) {
-    const float2 a = shared.stats[0][thread];
-    const float2 b = shared.stats[1][thread];
-    const float maximum = fmaxf(a.x, b.x);
-    params.partial_stats[slot * kHeads + thread] =
-        make_float2(maximum, a.y * mfa_weight(a.x, maximum) + b.y * mfa_weight(b.x, maximum));
-  }
-  __threadfence();
-  bar_sync<kBarrierConsumers, kConsumerThreads>();
-  if (thread == 0) {
-    int* arrivals = &params.arrivals[split.first_cta];
-    const bool is_last = atom_add_acq_rel_gpu(arrivals, 1) == split.num_ctas - 1;
-    if (is_last) *arrivals = 0;  // everyone has arrived: ready for the next launch
-    shared.is_last_arrival = is_last;
-  }
-  bar_sync<kBarrierConsumers, kConsumerThreads>();
-  if (shared.is_last_arrival) {
-    __threadfence();
-    mfa_combine_parts(params, split, out);
   }
 }

@@ -6,7 +6,9 @@
 //   block_table  i32[S, stride]             first ceil(seq_len / 64) entries of a row are used
 //   seq_lens     i32[S]                     0 is allowed: the row of `out` is then 0
 //   schedule     i32[num_ctas, 8]           from sm90_i32_mfa_schedule, same seq_lens
-//   out          bf16[S, N, 256]            softmax(q k^T * scale) v
+//   out          bf16[S, N, 256]            softmax(q k^T * scale) v; with STEP3RT_MFA_QUANTIZED=1
+//                e4m3[S, N * 256]           the same, rounded to bf16 and quantised in groups of 128,
+//                f32[S, N * 2]              and the groups' scales
 //
 // Tile            64 heads x 64 tokens; two consumer warpgroups take alternate blocks, each with
 //                 its own 64x256 fp32 accumulator, and merge once per sequence
@@ -22,6 +24,7 @@
 
 #include "attention/fp8_block.cuh"
 #include "attention/mfa_decode.cuh"
+#include "attention/mfa_epilogue.cuh"
 
 using Shared = MfaShared<kHeads * kHeadDim, kFp8HalfBlockBytes, 6>;
 static_assert(sizeof(Shared) == 231424, "the launcher asks for this many bytes");

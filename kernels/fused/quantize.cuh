@@ -1,5 +1,6 @@
 // Quantisation of bf16 activations to e4m3 in groups of 1x128 with one fp32 scale each.
-// Never chooses who owns a group: 16 lanes with 8 consecutive values each are one.
+// Functions of vectors take 16 lanes with 8 consecutive values each for a group; those of one scale
+// leave it to the caller who owns a group.
 //
 //   values  e4m3[T, K]       row-major
 //   scales  f32[T, K / 128]  row-major: as the FP8 linear layer and the experts' dispatch read them
@@ -40,6 +41,18 @@ __device__ __forceinline__ float divide(float x, float y, float reciprocal) {
   return fmaf(fmaf(-quotient, y, x), reciprocal, quotient);
 }
 
+// Of a pair of magnitudes, the bits of the larger one.
+__device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
+  return max(pair & 0xffffu, pair >> 16);
+}
+
+// The scale of a group whose largest magnitude has these bf16 bits.
+__device__ __forceinline__ GroupScale group_scale(uint32_t bits) {
+  const float amax = __uint_as_float(max(bits, kSmallestAmaxBits) << 16);
+  const float scale = bits == 0 ? 1.0f : divide(amax, kLargestE4m3, kInverseLargestE4m3);
+  return {scale, rcp_approx(scale)};
+}
+
 // The scales of several groups at once, so that their exchanges among the lanes overlap.
 template <int kCount>
 __device__ __forceinline__ void group_scales(const uint4 (&packed)[kCount],
@@ -56,11 +69,7 @@ __device__ __forceinline__ void group_scales(const uint4 (&packed)[kCount],
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint32_t bits = max(largest[i] & 0xffffu, largest[i] >> 16);
-    const float amax = __uint_as_float(max(bits, kSmallestAmaxBits) << 16);
-    const float scale = divide(amax, kLargestE4m3, kInverseLargestE4m3);
-    scales[i].scale = bits == 0 ? 1.0f : scale;
-    scales[i].reciprocal = rcp_approx(scales[i].scale);
+    scales[i] = group_scale(larger_half(largest[i]));
   }
 }
 

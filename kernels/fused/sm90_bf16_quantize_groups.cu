@@ -1,4 +1,5 @@
-// Quantisation of attention's output to e4m3 in 1x128 groups, for the output projection.
+// Quantisation of attention's output to e4m3 in 1x128 groups, for the output projection; of steps
+// that decode alone computes, the decode kernel does it itself.
 //
 //   x            bf16[T, K]                K a multiple of 128: groups never cross a row's end
 //   out          e4m3[T, K], f32[T, K / 128]

@@ -85,8 +85,7 @@ struct MoeTile {
 template <class Shared, bool kWholeWarp>
 struct MoeWalk {
   int round = 0;
-  int item_class = 0;
-  int group = 0;
+  int place = 0;       // item class << 16 | group: one register, as consumers have none to spare
   int first_item = 0;  // of this class and group
 
   __device__ __forceinline__ bool next(const Shared& shared, const MoeGemmParams& params, int rank,
@@ -100,7 +99,11 @@ struct MoeWalk {
     int num_rows;
     int num_blocks;
     int num_block_pairs;
+    int group;
+    int item_class;
     for (;;) {
+      group = place & 0xffff;
+      item_class = place >> 16;
       num_rows = shared.groups[group].y;
       if (kWholeWarp) num_rows = __shfl_sync(kFullWarp, num_rows, 0);
       // A remainder of up to kExtraRows is no block of its own: it would read all weights again.
@@ -121,6 +124,7 @@ struct MoeWalk {
         group = 0;
         if (++item_class == 3) return false;
       }
+      place = item_class << 16 | group;
     }
     int index = item - first_item;
     tile.slice = index % params.num_slices;

@@ -38,14 +38,15 @@ __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& 
                                            float (&acc)[kRegs]) {
   const int scale_row =
       (tile.group * params.num_weight_rows + column) / kScaleWeights;  // of all groups
-  const float* scales = params.weight_scales + scale_row * params.num_k_blocks;
-  float next_scale = tile.k_begin < tile.k_end ? scales[tile.k_begin] : 0.0f;
+  const float* scales = params.weight_scales + scale_row * params.num_k_blocks + tile.k_begin;
+  int num_left = tile.k_end - tile.k_begin;  // counted down: k and its end would be two registers
+  float next_scale = num_left > 0 ? *scales : 0.0f;
 #pragma unroll
   for (int i = 0; i < kRegs; ++i) acc[i] = 0.0f;
   float product[kRegs];
-  for (int k = tile.k_begin; k < tile.k_end; ++k) {
+  for (; num_left > 0; --num_left) {
     const float scale = next_scale;
-    if (k + 1 < tile.k_end) next_scale = scales[k + 1];
+    if (num_left > 1) next_scale = *++scales;
     moe_acquire(shared, cursor);
     moe_multiply(shared.weights[cursor.stage] + consumer * kBlockWeights * kBlockK,
                  shared.rows[cursor.stage], product);

@@ -7,6 +7,8 @@ import torch
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, pack_fp8_blocks
 from step3rt.ops.mfa_decode import MfaBatch, mfa_decode_bf16, mfa_decode_fp8, reference_mfa_decode
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM, allocate_schedule, mfa_schedule
+from step3rt.ops.quantize_groups import quantize_groups_fp8
+from step3rt.ops.rmsnorm_quantize import QuantizedRows
 
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 DEVICE = torch.device("cuda", 0)
@@ -53,8 +55,11 @@ class Bf16Case:
 
     def run(self) -> torch.Tensor:
         out = torch.full_like(self.q, float("nan"))
-        mfa_decode_bf16(self.q, self.cache, self.batch, out, SOFTMAX_SCALE)
+        self.run_into(out)
         return out
+
+    def run_into(self, out: torch.Tensor | QuantizedRows) -> None:
+        mfa_decode_bf16(self.q, self.cache, self.batch, out, SOFTMAX_SCALE)
 
     def reference(self) -> torch.Tensor:
         table, lens = self.batch.block_table, self.batch.seq_lens
@@ -74,10 +79,13 @@ class Fp8Case:
 
     def run(self) -> torch.Tensor:
         out = torch.full(self.q.shape, float("nan"), dtype=torch.bfloat16, device=self.q.device)
+        self.run_into(out)
+        return out
+
+    def run_into(self, out: torch.Tensor | QuantizedRows) -> None:
         mfa_decode_fp8(
             self.q, self.q_scale, self.cache, self.batch, out, SOFTMAX_SCALE, self.kv_scale
         )
-        return out
 
     def reference(self) -> torch.Tensor:
         q = self.q.float() * self.q_scale[..., None]
@@ -128,6 +136,39 @@ def make_fp8_case(
     cache = pack_fp8_blocks(dense)
     assert cache.shape == fp8_cache_shape(num_blocks)
     return Fp8Case(batch, q, q_scale, cache, dense, kv_scale)
+
+
+def poisoned_rows(num_rows: int, width: int, device: torch.device) -> QuantizedRows:
+    """Rows of NaN with scales of NaN."""
+    rows = QuantizedRows.empty(num_rows, width, device)
+    rows.values.view(torch.uint8).fill_(0x7F)
+    rows.scales.fill_(float("nan"))
+    return rows
+
+
+def same_rows(got: QuantizedRows, want: QuantizedRows) -> bool:
+    """Whether all bits are equal, those of NaN too."""
+    same_values = torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+    return same_values and torch.equal(got.scales.view(torch.int32), want.scales.view(torch.int32))
+
+
+def quantizes_its_output(case: Bf16Case | Fp8Case) -> bool:
+    """Whether rows are, bit for bit, what quantising the bf16 output gives; nothing else changes.
+
+    The rows lie between two that belong to no sequence.
+    """
+    num_sequences, num_heads, _ = case.q.shape
+    width, device = num_heads * HEAD_DIM, case.q.device
+    want = poisoned_rows(num_sequences + 2, width, device)
+    got = poisoned_rows(num_sequences + 2, width, device)
+    middle = slice(1, num_sequences + 1)
+    quantize_groups_fp8(case.run().flatten(1), cut_rows(want, middle))
+    case.run_into(cut_rows(got, middle))
+    return same_rows(got, want) and bool(cut_rows(got, middle).scales.isfinite().all())
+
+
+def cut_rows(rows: QuantizedRows, part: slice) -> QuantizedRows:
+    return QuantizedRows(rows.values[part], rows.scales[part])
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -40,6 +40,7 @@ from tests.kernels.mfa_inputs import (
     SOFTMAX_SCALE,
     make_bf16_case,
     make_fp8_case,
+    quantizes_its_output,
     relative_error,
 )
 from tests.kernels.moe_inputs import make_case, make_experts
@@ -55,6 +56,8 @@ def decode() -> None:
         assert relative_error(bf16.run(), bf16.reference()) < 1e-2
         fp8 = make_fp8_case(seq_lens, num_heads=num_heads, num_ctas=num_ctas)
         assert relative_error(fp8.run(), fp8.reference()) < 5e-2
+        assert quantizes_its_output(bf16)
+        assert quantizes_its_output(fp8)
 
 
 def prefill() -> None:

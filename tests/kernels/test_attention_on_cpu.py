@@ -17,6 +17,7 @@ from step3rt.ops.mfa_schedule import (
     mfa_schedule,
     reference_mfa_schedule,
 )
+from step3rt.ops.rmsnorm_quantize import QuantizedRows
 from step3rt.ops.rope_append import (
     RopeTokens,
     reference_rope,
@@ -29,6 +30,7 @@ from tests.kernels.mfa_inputs import (
     make_batch,
     make_bf16_case,
     make_fp8_case,
+    quantizes_its_output,
     relative_error,
 )
 
@@ -73,6 +75,15 @@ def test_decode_agrees_with_float64_and_reads_no_unused_slot(
     assert relative_error(fp8.run(), fp8.reference()) < FP8_BOUND
 
 
+@pytest.mark.parametrize("num_heads", [1, 4, 64])
+@pytest.mark.parametrize("seq_lens", BATCHES.values(), ids=BATCHES.keys())
+def test_decode_quantises_what_it_would_have_rounded_to_bf16(
+    seq_lens: list[int], num_heads: int
+) -> None:
+    assert quantizes_its_output(make_bf16_case(seq_lens, num_heads, device=CPU))
+    assert quantizes_its_output(make_fp8_case(seq_lens, num_heads, device=CPU))
+
+
 def test_weights_are_rounded_where_the_kernels_round_them() -> None:
     """Two tokens of weights 1 and w, V of 0 and 1: what comes out is the rounded w over 1 + w."""
     batch, num_blocks = make_batch([2], device=CPU)
@@ -114,6 +125,9 @@ def test_decode_refuses_what_the_kernels_do_not_take() -> None:
         mfa_decode_bf16(case.q[..., :128].contiguous(), case.cache, case.batch, out, SOFTMAX_SCALE)
     with pytest.raises(ValueError, match="softmax_scale is 0"):
         mfa_decode_bf16(case.q, case.cache, case.batch, out, 0.0)
+    rows = QuantizedRows.empty(2, 63 * HEAD_DIM, CPU)
+    with pytest.raises(ValueError, match=r"`values` has shape \[2, 16128\]"):
+        mfa_decode_bf16(case.q, case.cache, case.batch, rows, SOFTMAX_SCALE)
 
 
 def make_tokens(num_tokens: int, num_heads: int) -> RopeTokens:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from step3rt.ops import launch, rmsnorm_quantize, router_topk
+from step3rt.ops import launch, mfa_decode, rmsnorm_quantize, router_topk
 from step3rt.ops.compile import (
     CompileError,
     compile_kernel,
@@ -30,14 +30,20 @@ def test_every_kernel_compiles_without_a_gpu_and_without_spills(source: Path, ca
 
 @pytest.mark.parametrize(
     "kernel",
-    [*(variant.kernel for variant in router_topk.VARIANTS), *rmsnorm_quantize.ADD_KERNELS],
-    ids=lambda kernel: " ".join(kernel.options),
+    [
+        *(variant.kernel for variant in router_topk.VARIANTS),
+        *rmsnorm_quantize.ADD_KERNELS,
+        *mfa_decode.BF16_KERNELS,
+        *mfa_decode.FP8_KERNELS,
+    ],
+    ids=lambda kernel: " ".join((Path(kernel.source).stem, *kernel.options)),
 )
 def test_every_build_that_a_launcher_chooses_has_no_spills(
     kernel: launch.Kernel, cache: Path
 ) -> None:
     report = compile_kernel(kernels_dir() / kernel.source, kernel.options).report
     assert (report.stack_bytes, report.spill_store_bytes, report.spill_load_bytes) == (0, 0, 0)
+    assert not report.is_wgmma_serialized
 
 
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda path: path.stem)

@@ -218,7 +218,7 @@ def test_only_steps_with_chunks_launch_the_prefill_kernel_or_copy_its_work(
     make_party: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = list[str]()
-    for name in ("mfa_decode_fp8", "mfa_prefill_fp8"):
+    for name in ("mfa_decode_fp8", "mfa_prefill_fp8", "quantize_groups_fp8"):
         launcher = getattr(gpu_layer, name)
 
         def launch(*args: Any, name: str = name, launcher: Any = launcher) -> None:
@@ -235,12 +235,12 @@ def test_only_steps_with_chunks_launch_the_prefill_kernel_or_copy_its_work(
     lane.launch(plan(1, chunks, joined))
     lane.collect()
     num_layers = party.sources[0].pool.config.num_layers
-    assert launched == ["mfa_decode_fp8", "mfa_prefill_fp8"] * num_layers
+    assert launched == ["mfa_decode_fp8", "mfa_prefill_fp8", "quantize_groups_fp8"] * num_layers
     assert int(lane.device._inputs.num_prefill_items) == 5
     launched.clear()
     lane.launch(plan(2, [chunk(0, 9, 10, known=10), chunk(1, 1, 2, known=2)]))
     lane.collect()
-    assert launched == ["mfa_decode_fp8"] * num_layers
+    assert launched == ["mfa_decode_fp8"] * num_layers  # which quantises its own output
     assert int(lane.device._inputs.num_prefill_items) == 5  # as the step before left it
 
 

@@ -7,12 +7,16 @@ if not torch.cuda.is_available():
 
 from step3rt.ops.mfa_decode import mfa_decode_bf16  # noqa: E402
 from step3rt.ops.mfa_schedule import mfa_schedule, reference_mfa_schedule  # noqa: E402
+from step3rt.ops.quantize_groups import quantize_groups_fp8  # noqa: E402
 from tests.kernels.mfa_inputs import (  # noqa: E402
     SOFTMAX_SCALE,
     make_batch,
     make_bf16_case,
     make_fp8_case,
+    poisoned_rows,
+    quantizes_its_output,
     relative_error,
+    same_rows,
 )
 
 BF16_BOUND = 5e-3  # output rounding and BF16 weights: 2^-9 each, averaged over tokens
@@ -42,6 +46,32 @@ def test_bf16_decode_agrees_with_the_float64_reference(seq_lens: list[int]) -> N
 def test_fp8_decode_agrees_with_the_float64_reference(seq_lens: list[int]) -> None:
     case = make_fp8_case(seq_lens)
     assert relative_error(case.run(), case.reference()) < FP8_BOUND
+
+
+@pytest.mark.parametrize("seq_lens", BATCHES.values(), ids=BATCHES.keys())
+def test_quantised_output_is_that_of_the_quantise_kernel(seq_lens: list[int]) -> None:
+    assert quantizes_its_output(make_bf16_case(seq_lens))
+    assert quantizes_its_output(make_fp8_case(seq_lens))
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2, 7, 64, 132])
+def test_quantised_output_is_the_same_in_whole_and_split_sequences(num_ctas: int) -> None:
+    seq_lens = [5000, 64, 1, 0, 20000, 777, 4096]
+    for num_heads in (1, 9, 64):
+        assert quantizes_its_output(make_bf16_case(seq_lens, num_heads, num_ctas))
+        assert quantizes_its_output(make_fp8_case(seq_lens, num_heads, num_ctas))
+
+
+@pytest.mark.parametrize("num_heads", range(1, 65))
+def test_quantised_output_of_any_number_of_heads(num_heads: int) -> None:
+    assert quantizes_its_output(make_bf16_case([300, 0, 9000, 1], num_heads))
+    assert quantizes_its_output(make_fp8_case([300, 0, 9000, 1], num_heads))
+
+
+@pytest.mark.parametrize("spread", [0.01, 8.0])
+def test_quantised_output_of_flat_and_peaked_attention(spread: float) -> None:
+    assert quantizes_its_output(make_bf16_case([3000, 130], spread=spread))
+    assert quantizes_its_output(make_fp8_case([3000, 130], spread=spread))
 
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 7, 64, 132])
@@ -86,19 +116,35 @@ def test_a_launch_repeats_itself_bit_for_bit_and_leaves_no_state() -> None:
     assert not case.batch.schedule.arrivals.any()
 
 
+def test_a_quantising_launch_repeats_itself_bit_for_bit_and_leaves_no_state() -> None:
+    case = make_fp8_case([9000, 20, 4000], num_ctas=64)
+    want = poisoned_rows(3, 64 * 256, case.q.device)
+    quantize_groups_fp8(case.run().flatten(1), want)
+    for _ in range(20):
+        rows = poisoned_rows(3, 64 * 256, case.q.device)
+        case.run_into(rows)
+        assert same_rows(rows, want)
+    assert not case.batch.schedule.arrivals.any()
+
+
 def test_decode_and_schedule_replay_in_a_cuda_graph_with_new_lengths() -> None:
     case = make_bf16_case([9000, 20, 4000])
     out = torch.full_like(case.q, float("nan"))
-    case.run()  # loads the kernels: not capturable
+    rows = poisoned_rows(3, 64 * 256, case.q.device)
+    assert quantizes_its_output(case)  # loads the kernels: not capturable
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         mfa_schedule(case.batch.seq_lens, case.batch.schedule)
         mfa_decode_bf16(case.q, case.cache, case.batch, out, SOFTMAX_SCALE)
+        case.run_into(rows)
     for lengths in ([9000, 20, 4000], [8192, 0, 1], [63, 1, 3999]):
         case.batch.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()
         assert relative_error(out, case.reference()) < BF16_BOUND
+        want = poisoned_rows(3, 64 * 256, case.q.device)
+        quantize_groups_fp8(out.flatten(1), want)
+        assert same_rows(rows, want)
 
 
 @pytest.mark.parametrize("num_ctas", [1, 13, 132])
@@ -127,5 +173,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         mfa_decode_bf16(case.q, *arguments, out.transpose(0, 1).contiguous().transpose(0, 1), 1.0)
     with pytest.raises(ValueError, match=r"`out` is on cpu"):
         mfa_decode_bf16(case.q, *arguments, out.cpu(), SOFTMAX_SCALE)
+    rows = poisoned_rows(2, 63 * 256, case.q.device)
+    with pytest.raises(ValueError, match=r"`values` has shape \[2, 16128\]"):
+        mfa_decode_bf16(case.q, *arguments, rows, SOFTMAX_SCALE)
     with pytest.raises(ValueError, match="softmax_scale is 0"):
         mfa_decode_bf16(case.q, *arguments, out, 0.0)

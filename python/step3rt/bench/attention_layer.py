@@ -2,7 +2,7 @@
 
 From the sum of the FFN's results to the quantised input of the next FFN and its router's choice:
 residual, norm and quantise; q, k and v; norm of the low-rank query; wq; rotary embedding, append;
-decode attention; quantise; o_proj; residual, norm and quantise; router.
+decode attention, which quantises its output; o_proj; residual, norm and quantise; router.
 """
 
 from collections.abc import Iterator

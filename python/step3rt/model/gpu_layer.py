@@ -63,6 +63,7 @@ class LayerBuffers:
     [T, N, 256], `normed_latent` [T, R], `projected` [1, T, H], `partial_sums` [n, T, H]. FP8:
     `hidden` [T, H], `latent` [T, R], `rows_fp8` [T, N * 256], `q_fp8` [T, N, 256] with a scale per
     head. `topk`: ids i32[T, K] and weights f32[T, K]. `workspaces`: of each shape of experts.
+    Of `attended` and `rows_fp8`, the same in two formats, a step may use only the latter.
     """
 
     residual: torch.Tensor
@@ -221,34 +222,38 @@ class LayerRunner:
         self._norm_latent(buffers)
         _linear(buffers.normed_latent, buffers.latent, weights.wq, buffers.q.flatten(1))
         tokens = RopeTokens(buffers.q, buffers.qkv[:, rank:], positions, slots)
+        # Decode quantises its own output, unless the prefill kernel overwrites rows of it.
+        is_quantized = isinstance(weights.o_proj, Fp8Matrix)
+        is_fused = is_quantized and work.prefill is None
+        out = buffers.rows_fp8 if is_fused else buffers.attended
         if self._is_fp8_kv:
             rope_append_fp8(tokens, table, buffers.q_fp8, self._kv)
-            self._attend_fp8(buffers, work)
+            self._attend_fp8(buffers, work, out)
         else:
             rope_append_bf16(tokens, table, buffers.q, self._kv)
-            self._attend_bf16(buffers, work)
+            self._attend_bf16(buffers, work, out)
         attended = buffers.attended.flatten(1)
-        quantize_groups_fp8(attended, buffers.rows_fp8)
+        if is_quantized and not is_fused:
+            quantize_groups_fp8(attended, buffers.rows_fp8)
         _linear(attended, buffers.rows_fp8, weights.o_proj, buffers.projected[0])
 
-    def _attend_bf16(self, buffers: LayerBuffers, work: AttentionWork) -> None:
-        q, kv, out, scale = buffers.q, self._kv, buffers.attended, self._softmax_scale
+    def _attend_bf16(
+        self, buffers: LayerBuffers, work: AttentionWork, out: torch.Tensor | QuantizedRows
+    ) -> None:
+        q, kv, scale = buffers.q, self._kv, self._softmax_scale
         if work.decode is not None:
             mfa_decode_bf16(q, kv, work.decode, out, scale)
         if work.prefill is not None:
-            mfa_prefill_bf16(q, kv, work.prefill, out, scale)
+            mfa_prefill_bf16(q, kv, work.prefill, buffers.attended, scale)
 
-    def _attend_fp8(self, buffers: LayerBuffers, work: AttentionWork) -> None:
-        (q, q_scale), kv, out, scale = (
-            buffers.q_fp8,
-            self._kv,
-            buffers.attended,
-            self._softmax_scale,
-        )
+    def _attend_fp8(
+        self, buffers: LayerBuffers, work: AttentionWork, out: torch.Tensor | QuantizedRows
+    ) -> None:
+        (q, q_scale), kv, scale = buffers.q_fp8, self._kv, self._softmax_scale
         if work.decode is not None:
             mfa_decode_fp8(q, q_scale, kv, work.decode, out, scale)
         if work.prefill is not None:
-            mfa_prefill_fp8(q, q_scale, kv, work.prefill, out, scale)
+            mfa_prefill_fp8(q, q_scale, kv, work.prefill, buffers.attended, scale)
 
     def _norm_latent(self, buffers: LayerBuffers) -> None:
         rank, eps = self._config.query_rank, self._config.rms_norm_eps

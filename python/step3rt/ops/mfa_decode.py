@@ -1,7 +1,7 @@
 """MFA decode attention: one query token per sequence against the paged KV cache of one layer.
 
 Launches the BF16 and FP8 kernels of kernels/attention, on the CPU their references; never appends
-to the cache.
+to the cache. The output is bf16, or quantised for a projection in FP8.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,33 @@ import torch
 from step3rt.ops import launch
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS, HEAD_DIM, PADDED_HEADS, MfaSchedule
-from step3rt.ops.quantize import to_e4m3, widen
+from step3rt.ops.quantize import quantize_groups, to_e4m3, widen
+from step3rt.ops.rmsnorm_quantize import QuantizedRows
 from step3rt.ops.tensor_map import TileView, encode_tensor_map
 
 LOG2_E = 1.4426950408889634
 FP8_WEIGHT_SCALE = 2.0**8
 """The FP8 kernel rounds softmax's weights, which are up to 1, to e4m3 after this factor."""
 
-_BF16_KERNEL = launch.Kernel(
-    "attention/sm90_bf16_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
-)
-_FP8_KERNEL = launch.Kernel(
-    "attention/sm90_fp8_mfa_decode.cu", num_threads=384, shared_bytes=231_424, is_dependent=True
-)
+
+def _builds(source: str) -> tuple[launch.Kernel, launch.Kernel]:
+    bf16, quantized = (
+        launch.Kernel(
+            source,
+            num_threads=384,
+            shared_bytes=231_424,
+            is_dependent=True,
+            options=(f"-DSTEP3RT_MFA_QUANTIZED={is_quantized}",),
+        )
+        for is_quantized in (0, 1)
+    )
+    return bf16, quantized
+
+
+BF16_KERNELS = _builds("attention/sm90_bf16_mfa_decode.cu")
+"""Builds for a BF16 cache: with bf16 output, and with quantised output."""
+FP8_KERNELS = _builds("attention/sm90_fp8_mfa_decode.cu")
+"""The same for an FP8 cache."""
 
 # struct MfaParams of kernels/attention/mfa_decode.cuh.
 _PARAMS_DTYPE = np.dtype(
@@ -39,6 +53,8 @@ _PARAMS_DTYPE = np.dtype(
         ("softmax_scale_log2", np.float32),
         ("output_scale", np.float32),
         ("out", np.uint64),
+        ("quantized", np.uint64),
+        ("scales", np.uint64),
         ("partial_out", np.uint64),
         ("partial_stats", np.uint64),
         ("arrivals", np.uint64),
@@ -65,7 +81,7 @@ def mfa_decode_bf16(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
     batch: MfaBatch,
-    out: torch.Tensor,
+    out: torch.Tensor | QuantizedRows,
     softmax_scale: float,
 ) -> None:
     """Writes softmax(q k^T * softmax_scale) v of every sequence to `out`.
@@ -74,7 +90,8 @@ def mfa_decode_bf16(
         q: bf16[S, N, 256], contiguous, rotary embedding applied; N <= 64.
         kv_cache: bf16[B, 2, 64, 256], contiguous: K, with rotary embedding, then V of each block.
         batch: The sequences.
-        out: bf16[S, N, 256], contiguous. Rows of empty sequences become 0.
+        out: bf16[S, N, 256], contiguous, or rows [S, N * 256]: what `quantize_groups_fp8` makes of
+            the same in bf16. Rows of empty sequences become 0.
         softmax_scale: Usually 1 / 16.
 
     Raises:
@@ -90,9 +107,8 @@ def mfa_decode_bf16(
         _decode_on_cpu(q.double() * softmax_scale, read, batch, out, _round_to_bf16)
         return
     params = _params(q, batch, out, softmax_scale, 1.0)
-    _BF16_KERNEL.launch(
-        q.device, batch.schedule.num_ctas, (query_map(q), bf16_kv_map(kv_cache), params)
-    )
+    kernel = BF16_KERNELS[isinstance(out, QuantizedRows)]
+    kernel.launch(q.device, batch.schedule.num_ctas, (query_map(q), bf16_kv_map(kv_cache), params))
 
 
 def mfa_decode_fp8(
@@ -100,7 +116,7 @@ def mfa_decode_fp8(
     q_scale: torch.Tensor,
     kv_cache: torch.Tensor,
     batch: MfaBatch,
-    out: torch.Tensor,
+    out: torch.Tensor | QuantizedRows,
     softmax_scale: float,
     kv_scale: tuple[float, float] = (1.0, 1.0),
 ) -> None:
@@ -111,7 +127,8 @@ def mfa_decode_fp8(
         q_scale: f32[S, N], positive: the query is q * q_scale.
         kv_cache: u8[B, 32768], the layout of `pack_fp8_blocks`.
         batch: The sequences.
-        out: bf16[S, N, 256], contiguous. Rows of empty sequences become 0.
+        out: bf16[S, N, 256], contiguous, or rows [S, N * 256]: what `quantize_groups_fp8` makes of
+            the same in bf16. Rows of empty sequences become 0.
         softmax_scale: Usually 1 / 16.
         kv_scale: What one unit of the cached K and V is worth, constants of the layer.
 
@@ -133,7 +150,8 @@ def mfa_decode_fp8(
         return
     params = _params(q, batch, out, softmax_scale * k_scale, v_scale)
     arguments = (query_map(q), launch.pointer(kv_cache), launch.pointer(q_scale), params)
-    _FP8_KERNEL.launch(q.device, batch.schedule.num_ctas, arguments)
+    kernel = FP8_KERNELS[isinstance(out, QuantizedRows)]
+    kernel.launch(q.device, batch.schedule.num_ctas, arguments)
 
 
 def reference_mfa_decode(
@@ -167,7 +185,7 @@ def _decode_on_cpu(
     q: torch.Tensor,
     read: Callable[[torch.Tensor], torch.Tensor],
     batch: MfaBatch,
-    out: torch.Tensor,
+    out: torch.Tensor | QuantizedRows,
     round_weights: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Computes what a kernel does, in float64, with its rounding of the weights before P V.
@@ -176,12 +194,13 @@ def _decode_on_cpu(
         q: f64[S, N, 256], times the softmax scale.
         read: Gives blocks of the cache, f64[n, 2, 64, 256], for i64[n] ids.
         batch: The sequences.
-        out: bf16[S, N, 256].
+        out: bf16[S, N, 256], or rows [S, N * 256].
         round_weights: To what the kernel multiplies V with; the weights are in [0, 1].
     """
+    attended = out if isinstance(out, torch.Tensor) else torch.empty_like(q, dtype=torch.bfloat16)
     for sequence, length in enumerate(batch.seq_lens.tolist()):
         if length == 0:
-            out[sequence] = 0
+            attended[sequence] = 0
             continue
         blocks = batch.block_table[sequence, : -(-length // BLOCK_SIZE_TOKENS)].long()
         keys, values = read(blocks).transpose(0, 1).flatten(1, 2)[:, :length]
@@ -189,7 +208,9 @@ def _decode_on_cpu(
         weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
         # The kernels sum the weights before they round them.
         total = weights.sum(dim=-1, keepdim=True)
-        out[sequence] = round_weights(weights) @ values / total
+        attended[sequence] = round_weights(weights) @ values / total
+    if isinstance(out, QuantizedRows):
+        out.copy_(*quantize_groups(attended.flatten(1)))
 
 
 def _round_to_bf16(weights: torch.Tensor) -> torch.Tensor:
@@ -204,7 +225,7 @@ def _check(
     q: torch.Tensor,
     q_dtype: torch.dtype,
     batch: MfaBatch,
-    out: torch.Tensor,
+    out: torch.Tensor | QuantizedRows,
     softmax_scale: float,
 ) -> None:
     device = batch.schedule.device
@@ -215,7 +236,10 @@ def _check(
             f"`q` has {num_heads} heads, the kernel takes 1 to {PADDED_HEADS}. Launch once per "
             f"group of {PADDED_HEADS} heads."
         )
-    launch.check_tensor("out", out, q.shape, torch.bfloat16, device)
+    if isinstance(out, QuantizedRows):
+        out.check(num_sequences, num_heads * HEAD_DIM, device)
+    else:
+        launch.check_tensor("out", out, q.shape, torch.bfloat16, device)
     launch.check_tensor("seq_lens", batch.seq_lens, (num_sequences,), torch.int32, device)
     launch.check_tensor("block_table", batch.block_table, (num_sequences, -1), torch.int32, device)
     if not softmax_scale > 0:
@@ -264,7 +288,11 @@ def query_map(q: torch.Tensor) -> Any:
 
 
 def _params(
-    q: torch.Tensor, batch: MfaBatch, out: torch.Tensor, score_scale: float, output_scale: float
+    q: torch.Tensor,
+    batch: MfaBatch,
+    out: torch.Tensor | QuantizedRows,
+    score_scale: float,
+    output_scale: float,
 ) -> Any:
     params = np.zeros(1, dtype=_PARAMS_DTYPE)
     params["schedule"] = batch.schedule.rows.data_ptr()
@@ -274,7 +302,11 @@ def _params(
     params["num_heads"] = q.shape[1]
     params["softmax_scale_log2"] = score_scale * LOG2_E
     params["output_scale"] = output_scale
-    params["out"] = out.data_ptr()
+    if isinstance(out, QuantizedRows):
+        params["quantized"] = out.values.data_ptr()
+        params["scales"] = out.scales.data_ptr()
+    else:
+        params["out"] = out.data_ptr()
     params["partial_out"] = batch.schedule.partial_out.data_ptr()
     params["partial_stats"] = batch.schedule.partial_stats.data_ptr()
     params["arrivals"] = batch.schedule.arrivals.data_ptr()
