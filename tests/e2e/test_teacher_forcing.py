@@ -1,9 +1,13 @@
 """The served device pipeline against the CPU's references, position by position.
 
 A position's tokens before it are given, so that one other choice does not change all that follow.
-The reference of the same arithmetic is a decoder on the CPU with the same FP8 roundings and ranks,
-and sums in float64. Beside it, for the record: that of one rank, which rounds in fewer places, and
-the model in bfloat16, which quantises nothing but weights.
+The CPU's reference is the model in bfloat16, which quantises nothing but weights. Beside it, for
+the record: a decoder on the CPU with the same FP8 roundings and ranks and sums in float64, and that
+of one rank, which rounds in fewer places. On the CPU the pipeline is the former, bit for bit.
+
+Greedily decoded tokens are the reference's at 99 % of positions. Of held-out text, where nano's
+best logit leads by less than 0.25 at every seventh position, FP8 activations alone change 4 %:
+there the distributions are compared.
 """
 
 import os
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 from step3rt import Client, LocalCluster
+from step3rt.model.gpu_decoder import GpuDecoder
 from step3rt.model.monolithic import MonolithicModel
 from step3rt.results import RequestOutput
 from tests.e2e.device_clusters import ON_GPUS, SETTINGS, Topology, device_cluster
@@ -26,7 +31,10 @@ from tests.kernels.decoder_inputs import NANO, NUM_WINDOWS, windows
 pytestmark = pytest.mark.usefixtures("few_threads")
 
 SAME_ARITHMETIC = "same arithmetic"
+CPU_REFERENCE = "bfloat16"
 MIN_SAME_SHARE = 0.99
+MAX_KL = 5e-3
+MAX_PERPLEXITY_CHANGE = 5e-3
 MAX_MODEL_LEN = 384
 MAX_THREADS = 16
 DECODED_PROMPT_TOKENS = 32
@@ -74,8 +82,10 @@ def logits_of(num_ranks: int, text: Text) -> torch.Tensor:
     return RankedDecoder(num_ranks, MAX_MODEL_LEN, chunk_tokens).forced_logits(prompt, decoded)
 
 
-def assert_agrees(what: str, num_ranks: int, texts: list[Text], scores: list[Scores]) -> Agreement:
-    """Reports the agreement with the references, and asserts it with that of the same arithmetic.
+def compare(
+    what: str, num_ranks: int, texts: list[Text], scores: list[Scores]
+) -> dict[str, Agreement]:
+    """Reports the agreement with each reference.
 
     Args:
         what: is compared.
@@ -84,7 +94,7 @@ def assert_agrees(what: str, num_ranks: int, texts: list[Text], scores: list[Sco
         scores: of each text's last tokens, some or all but the first.
     """
     found = {}
-    for name, ranks in ((SAME_ARITHMETIC, num_ranks), ("one rank", 1), ("bfloat16", 0)):
+    for name, ranks in ((SAME_ARITHMETIC, num_ranks), ("one rank", 1), (CPU_REFERENCE, 0)):
         logits, following = [], []
         for (prompt, decoded), part in zip(texts, scores, strict=True):
             count = len(part.logprobs)
@@ -92,8 +102,13 @@ def assert_agrees(what: str, num_ranks: int, texts: list[Text], scores: list[Sco
             logits.append(logits_of(ranks, (prompt, decoded))[-count - 1 : -1])
         found[name] = agreement(Scores.concatenate(scores), torch.cat(logits), following)
         record(what, {"reference": name, **found[name].figures()})
-    assert found[SAME_ARITHMETIC].same_share >= MIN_SAME_SHARE
-    return found[SAME_ARITHMETIC]
+    return found
+
+
+def assert_near(found: Agreement) -> None:
+    """As distributions of the same text."""
+    assert found.kl < MAX_KL
+    assert abs(found.perplexity / found.reference_perplexity - 1) < MAX_PERPLEXITY_CHANGE
 
 
 def assert_exact(found: Agreement) -> None:
@@ -145,9 +160,11 @@ def test_held_out_text_is_predicted_as_by_the_reference(
     outputs = run_in_turn(cluster, texts, max_tokens=1)
     scores = [Scores.of_api(output.prompt_logprobs) for output in outputs]
     prompts: list[Text] = [(tuple(text), ()) for text in texts]
-    found = assert_agrees(f"held-out text, {topology}", topology.ffn, prompts, scores)
+    found = compare(f"held-out text, {topology}", topology.ffn, prompts, scores)
     if topology.kind == "cpu":
-        assert_exact(found)
+        assert_exact(found[SAME_ARITHMETIC])
+    else:
+        assert_near(found[CPU_REFERENCE])
 
 
 def test_decoded_tokens_are_the_references_at_every_position(
@@ -164,18 +181,44 @@ def test_decoded_tokens_are_the_references_at_every_position(
         (tuple(prompt), tuple(one.token_ids))
         for prompt, one in zip(prompts, generated, strict=True)
     ]
-    found = assert_agrees(f"decoded tokens, {topology}", topology.ffn, texts, scores)
+    found = compare(f"decoded tokens, {topology}", topology.ffn, texts, scores)
     if topology.kind == "cpu":
-        assert_exact(found)
+        assert_exact(found[SAME_ARITHMETIC])
+    assert found[CPU_REFERENCE].same_share >= MIN_SAME_SHARE
+
+
+@pytest.fixture
+def one_gpu() -> GpuDecoder:
+    if not torch.cuda.is_available():
+        pytest.skip("1 GPU is needed")
+    return reference_decoder("cuda", max_model_len=MAX_MODEL_LEN)
+
+
+def forced_scores(model: GpuDecoder, text: Text) -> Scores:
+    """Of what follows the prompt, or, without anything, of all tokens but the first."""
+    prompt, decoded = text
+    tokens = [*prompt, *decoded]
+    first = len(prompt) if decoded else 1
+    return Scores.of_logits(forced_logits(model, tokens)[first - 1 : -1], tokens[first:])
 
 
 @pytest.mark.gpu
-def test_the_decoder_on_one_gpu_agrees_with_the_reference() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("1 GPU is needed")
+def test_the_decoder_on_one_gpu_predicts_held_out_text(one_gpu: GpuDecoder) -> None:
     num_windows, num_tokens = WHOLE
-    texts = [window[:num_tokens] for window in windows()[:num_windows]]
-    model = reference_decoder("cuda", max_model_len=MAX_MODEL_LEN)
-    scores = [Scores.of_logits(forced_logits(model, text)[:-1], text[1:]) for text in texts]
-    prompts: list[Text] = [(tuple(text), ()) for text in texts]
-    assert_agrees("held-out text, decoder on one GPU", 1, prompts, scores)
+    texts: list[Text] = [(tuple(window[:num_tokens]), ()) for window in windows()[:num_windows]]
+    scores = [forced_scores(one_gpu, text) for text in texts]
+    assert_near(compare("held-out text, decoder on one GPU", 1, texts, scores)[CPU_REFERENCE])
+
+
+@pytest.mark.gpu
+def test_the_decoder_on_one_gpu_gives_the_references_tokens(one_gpu: GpuDecoder) -> None:
+    num_windows, num_tokens = WHOLE
+    model = MonolithicModel.load(NANO, torch.bfloat16)
+    texts: list[Text] = []
+    for window in windows()[:num_windows]:
+        prompt = window[-DECODED_PROMPT_TOKENS:]
+        decoded, _ = model.generate_greedy(prompt, num_tokens - DECODED_PROMPT_TOKENS)
+        texts.append((tuple(prompt), tuple(decoded)))
+    scores = [forced_scores(one_gpu, text) for text in texts]
+    found = compare("decoded tokens, decoder on one GPU", 1, texts, scores)[CPU_REFERENCE]
+    assert found.same_share >= MIN_SAME_SHARE
