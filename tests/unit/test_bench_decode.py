@@ -51,6 +51,16 @@ def test_only_steps_with_every_sequence_count() -> None:
     assert report["jitter_ms"] == 0.0
 
 
+def test_what_growing_contexts_add_to_steps_is_no_jitter_about_the_trend() -> None:
+    load = DecodeLoad(batch=1, context_tokens=1000, steps=200, warmup_steps=0)
+    ends, gap = [0.0], 10.0
+    for index in range(210):
+        ends.append(ends[-1] + gap + 0.01 * index + (0.5 if index % 50 == 7 else 0.0))
+    report = summarise([step(0, 0, at, 1) for at in ends], load, num_lanes=1, num_layers=1)
+    assert report["jitter_ms"] == pytest.approx(1.0, abs=0.1)
+    assert report["jitter_about_trend_ms"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_token_counts_as_often_as_it_was_waited_for() -> None:
     load = DecodeLoad(batch=100, context_tokens=100, steps=2, warmup_steps=0)
     # 99 of 100 sequences wait 1 ms, and one 30 ms: the median is that of the sequences.
@@ -190,7 +200,7 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
     quantities = {row.quantity for row in rows}
     assert quantities >= {"tpot_ms", "attention", "a2f", "ffn", "f2a", "transfer"}
     (point,) = load_points([path])
-    assert point.jitter_ms == report["jitter_ms"]
+    assert point.jitter_ms == (report["jitter_ms"], report["jitter_about_trend_ms"])
     assert point.idle == report["bubble_share"]["mean"]
     assert point.stages[0][0] == report["stages"]["attention"]["us"]
     card = load_hardware()["h200"]

@@ -265,18 +265,29 @@ def summarise(
     )
     measured = [step for lane in lanes for step in lane[1:]]
     step_ms = _quantiles([gap for gap, _ in gaps_ms])
+    about_trend = _quantiles([gap for lane in lanes for gap in _about_trend_ms(lane)])
     return {
         "steps": load.steps,
         "tokens_per_s": round(tokens_per_s, 1),
         "tpot_ms": _quantiles(weighted),
         "step_ms": step_ms,
         "jitter_ms": round(step_ms["p99"] - step_ms["p50"], 3),
+        "jitter_about_trend_ms": round(about_trend["p99"] - about_trend["p50"], 3),
         "stages": {
             "attention": {"us": _per_layer_us(measured, "compute_ns", num_layers)},
             "wait": {"us": _per_layer_us(measured, "wait_ns", num_layers)},
             "lane_step": {"us": _per_layer_us(measured, "total_ns", num_layers)},
         },
     }
+
+
+def _about_trend_ms(lane: Sequence[LaneStep]) -> list[float]:
+    """A lane's times from step to step, less the straight line on which contexts lengthen them."""
+    gaps = [(after.at_ns - before.at_ns) / 1e6 for before, after in pairwise(lane)]
+    if len(gaps) < 2:
+        return [0.0] * len(gaps)
+    slope, start = statistics.linear_regression(range(len(gaps)), gaps)
+    return [gap - start - slope * index for index, gap in enumerate(gaps)]
 
 
 def _full_steps(steps: Sequence[LaneStep], load: DecodeLoad) -> list[list[LaneStep]]:

@@ -16,8 +16,8 @@ BEGIN = "<!-- decode results, by: step3rt plan plot -->"
 END = "<!-- end of decode results -->"
 
 _HEAD = (
-    "| run | GPUs | context | batch | lanes | KV | tokens/s/GPU | TPOT p50, p99 ms | jitter ms "
-    "| attention, FFN µs (roofline) | idle |"
+    "| run | GPUs | context | batch | lanes | KV | tokens/s/GPU | TPOT p50, p99 ms "
+    "| jitter (about trend) ms | attention, FFN µs (roofline) | idle |"
 )
 
 
@@ -26,7 +26,8 @@ class DecodePoint:
     """One run, as the table and the plot show it.
 
     `spread`: of the contexts around `context`. `stages`: microseconds of attention and FFN in one
-    layer and micro-batch, with their shares of the roofline; what the file does not have is None.
+    layer and micro-batch, with their shares of the roofline. `jitter_ms`: of steps, and of steps
+    about their trend. What the file does not have is None.
     `idle`: mean share of the time in which a GPU has no lane at work.
     """
 
@@ -42,7 +43,7 @@ class DecodePoint:
     tokens_per_s_per_gpu: float
     tpot_p50_ms: float
     tpot_p99_ms: float
-    jitter_ms: float | None
+    jitter_ms: tuple[float | None, float | None]
     stages: tuple[tuple[float | None, float | None], ...]
     idle: float | None
 
@@ -96,7 +97,7 @@ def _point(path: Path) -> DecodePoint:
     found = values.values
     bubble, spread = found.get("bubble_share"), found.get("context_spread", 0.0)
     idle = bubble.get("mean") if isinstance(bubble, dict) else None
-    jitter = found.get("jitter_ms")
+    jitter = tuple(found.get(name) for name in ("jitter_ms", "jitter_about_trend_ms"))
     return DecodePoint(
         path=path,
         run=values.text("run"),
@@ -110,7 +111,7 @@ def _point(path: Path) -> DecodePoint:
         tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
         tpot_p50_ms=values.number("tpot_ms", "p50"),
         tpot_p99_ms=values.number("tpot_ms", "p99"),
-        jitter_ms=float(jitter) if isinstance(jitter, int | float) else None,
+        jitter_ms=(_number_or_none(jitter[0]), _number_or_none(jitter[1])),
         stages=tuple(
             (values.stage_us(name), values.stage(name, "roofline_share"))
             for name in ("attention", "ffn")
@@ -131,11 +132,21 @@ def _line(point: DecodePoint, directory: Path) -> str:
         point.kv_dtype,
         f"{point.tokens_per_s_per_gpu:,.0f}",
         f"{point.tpot_p50_ms:.1f}, {point.tpot_p99_ms:.1f}",
-        "" if point.jitter_ms is None else f"{point.jitter_ms:.2f}",
+        _jitter(*point.jitter_ms),
         stages if any(us is not None for us, _ in point.stages) else "",
         "" if point.idle is None else f"{point.idle:.0%}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _number_or_none(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _jitter(of_steps: float | None, about_trend: float | None) -> str:
+    if of_steps is None:
+        return ""
+    return f"{of_steps:.2f}" if about_trend is None else f"{of_steps:.2f} ({about_trend:.2f})"
 
 
 def _stage(us: float | None, share: float | None) -> str:
