@@ -1,4 +1,4 @@
-"""Device links between two processes on two GPUs."""
+"""Device links between processes on two GPUs, and on four."""
 
 import contextlib
 import itertools
@@ -19,15 +19,22 @@ from tests.kernels.link_peer import pattern
 multi_gpu = pytest.mark.multi_gpu
 
 SLOT_BYTES = 28 * 1024 * 1024
+NUM_GPUS = 4
+"""For the tests of more than one link."""
+
+PAIRS = [(0, 1), (3, 2)]
+"""GPUs of this process and its peer; the second pair where there are four."""
+
 SIZES = [0, 16, 64, 1008, 114_688, 917_504, 1_835_008, SLOT_BYTES]
 
 
 class Peer:
     """The other process, seen from here."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.device = device
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.link_peer", "1"],
+            [sys.executable, "-m", "tests.kernels.link_peer", str(device)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -55,12 +62,12 @@ class Peer:
 
 
 class World:
-    """A link between this process on GPU 0 and a peer on GPU 1."""
+    """A link between this process on GPU `device` and a peer on another."""
 
     epochs = itertools.count(1)
 
-    def __init__(self, peer: Peer) -> None:
-        self.device = torch.device("cuda", 0)
+    def __init__(self, peer: Peer, device: int) -> None:
+        self.device = torch.device("cuda", device)
         self.stop = StopWord()
         self.link = DeviceLink(LinkShape(2, SLOT_BYTES), self.device, self.stop)
         self.rows = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -84,14 +91,18 @@ class World:
 
     def close(self) -> None:
         self.stop.set()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         self.link.close()
 
 
-@pytest.fixture(scope="module")
-def peers() -> Iterator[list[Peer]]:
-    peers = [Peer()]
-    yield peers
+@pytest.fixture(scope="module", params=PAIRS, ids=str)
+def peers(request: pytest.FixtureRequest) -> Iterator[list[Peer]]:
+    own, other = request.param
+    if torch.cuda.device_count() <= max(own, other):
+        pytest.skip(f"{max(own, other) + 1} GPUs are needed")
+    peers = [Peer(other)]
+    with torch.cuda.device(own):
+        yield peers
     for peer in peers:
         peer.kill()
 
@@ -99,10 +110,23 @@ def peers() -> Iterator[list[Peer]]:
 @pytest.fixture
 def world(peers: list[Peer]) -> Iterator[World]:
     if peers[-1].process.poll() is not None:
-        peers.append(Peer())
-    world = World(peers[-1])
+        peers.append(Peer(peers[-1].device))
+    world = World(peers[-1], torch.cuda.current_device())
     yield world
     world.close()
+
+
+@pytest.fixture
+def star() -> Iterator[list[World]]:
+    """Links of this process on GPU 0 with a peer on each other GPU, all at once."""
+    if torch.cuda.device_count() < NUM_GPUS:
+        pytest.skip(f"{NUM_GPUS} GPUs are needed")
+    with torch.cuda.device(0):
+        worlds = [World(Peer(device), 0) for device in range(1, NUM_GPUS)]
+        yield worlds
+        for world in worlds:
+            world.close()
+            world.peer.kill()
 
 
 def test_a_links_sizes_are_checked() -> None:
@@ -234,7 +258,7 @@ def test_a_killed_peer_is_an_error_within_a_second_and_a_new_one_can_be_linked(
     torch.cuda.synchronize()
     assert time.monotonic() - started < 1.2
     assert world.link.errors()[0] is LinkError.TIMED_OUT
-    peers.append(Peer())
+    peers.append(Peer(world.peer.device))
     world.meet(peers[-1])
     world.peer.start("echo", lane=0, num_bytes=64, num_rounds=1, num_ctas=1)
     world.push(0, 64, 1)
@@ -285,3 +309,48 @@ def test_what_does_not_fit_a_slot_is_refused(world: World) -> None:
     world.link.push(0, payload[:, :SLOT_BYTES], too_many)
     torch.cuda.synchronize()
     assert world.link.errors()[0] is LinkError.WRONG_LENGTH
+
+
+def exchange(worlds: list[World], num_bytes: int, rounds: int) -> torch.Tensor:
+    """Has all peers echo frames at the same time; i64[worlds, rounds], bytes that came back wrong.
+
+    Each link has a stream of its own, so that frames of all of them are on their way together.
+    """
+    faults = torch.zeros(len(worlds), rounds, dtype=torch.int64, device=worlds[0].device)
+    streams = [torch.cuda.Stream(world.device) for world in worlds]
+    for world in worlds:
+        world.peer.start("echo", lane=0, num_bytes=num_bytes, num_rounds=rounds, num_ctas=16)
+    torch.cuda.synchronize()
+    for index in range(rounds):
+        for link, (world, stream) in enumerate(zip(worlds, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                world.push(0, num_bytes, index + 1)
+                world.wait(0, num_bytes)
+                want = pattern(num_bytes, index + 1, world.device)[0]
+                faults[link, index] = (world.link.slot(0)[:num_bytes] != want).sum()
+    torch.cuda.synchronize()
+    return faults
+
+
+@multi_gpu
+@pytest.mark.parametrize("num_bytes", [64, 917_504, SLOT_BYTES])
+def test_frames_of_three_peers_at_once_arrive_whole(star: list[World], num_bytes: int) -> None:
+    rounds = 100 if num_bytes < SLOT_BYTES else 10
+    assert exchange(star, num_bytes, rounds).sum() == 0
+    for world in star:
+        assert world.peer.answer() == [0] * rounds
+        assert world.link.errors()[0] is LinkError.OK
+
+
+@multi_gpu
+def test_one_peer_of_three_that_is_killed_costs_the_others_nothing(star: list[World]) -> None:
+    lost, *others = star
+    lost.wait(0, 64)
+    lost.peer.kill()
+    started = time.monotonic()
+    assert exchange(others, 917_504, 20).sum() == 0
+    assert time.monotonic() - started < 2.5
+    assert lost.link.errors()[0] is LinkError.TIMED_OUT
+    for world in others:
+        assert world.peer.answer() == [0] * 20
+        assert world.link.errors()[0] is LinkError.OK
