@@ -14,7 +14,6 @@ import platform
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.aio import AsyncClient
+from step3rt.bench.commit import measured_commit
 from step3rt.bench.decode_stages import MAX_STEPS, stage_report
 from step3rt.bench.decode_work import Shape, sizes_of
 from step3rt.bench.progress import ProgressLine, warn
@@ -190,7 +190,7 @@ def measure(
         "run": name or _run_name(serve, host),
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": measured_commit(),
         "command": shlex.join(["step3rt", *sys.argv[1:]]),
         "gpus": gpus,
         "devices": devices,
@@ -429,21 +429,3 @@ def _machine(num_gpus: int) -> str:
 def _fabrics(cluster: LocalCluster) -> list[str]:
     links = [link for item in cluster.instances() for link in item["links"]]  # type: ignore[attr-defined]
     return sorted({link["fabric"] for link in links})
-
-
-def _commit() -> str:
-    """What is checked out where the package lies, else STEP3RT_COMMIT, else its version."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if found.returncode == 0:
-        return found.stdout.strip()
-    if "STEP3RT_COMMIT" in os.environ:  # a copy without its history
-        return os.environ["STEP3RT_COMMIT"]
-    import step3rt
-
-    return f"step3rt {step3rt.__version__}"

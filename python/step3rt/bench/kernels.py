@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from step3rt.bench.attention_layer import attention_layer_rows
+from step3rt.bench.commit import measured_commit
 from step3rt.bench.graph_timing import MIN_ROTATED_BYTES, Launch, Row, measure_us
 from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.bench.mfa_prefill import prefill_rows
@@ -285,15 +286,12 @@ def _format(row: Row) -> str:
 def _document(rows: Sequence[Row], argv: Sequence[str] | None) -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     arguments = " ".join(argv if argv is not None else sys.argv[1:])
     name = torch.cuda.get_device_name()
     return {
         "machine": f"one {name}, CUDA {torch.version.cuda}, driver {driver.splitlines()[0]}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit,
+        "commit": measured_commit(),
         "command": f"step3rt bench kernels {arguments}".strip(),
         "rows": [asdict(row) | {"tflops": round(row.tflops)} for row in rows],
     }
