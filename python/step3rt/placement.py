@@ -99,7 +99,20 @@ def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> li
                 "The placement is colocated and a device is 'reference'. Both roles share a device "
                 "of the device pipeline. Set devices to cpu or cuda:N"
             )
-    return [devices[place % len(devices)] for place in range(count)]
+    used = [devices[place % len(devices)] for place in range(count)]
+    if placement == COLOCATED:
+        _check_one_process_each(used)
+    return used
+
+
+def _check_one_process_each(used: Sequence[str]) -> None:
+    for device in set(used):
+        if device.startswith("cuda") and used.count(device) > 1:
+            raise ConfigError(
+                f"The placement is colocated, with {used.count(device)} processes on {device}. A "
+                "GPU gives processes turns, and one that waits for another would wait through its "
+                "own. Name as many GPUs in devices as there are attention instances"
+            )
 
 
 def num_gpus(devices: Sequence[str]) -> int:

@@ -182,6 +182,7 @@ def test_the_sdk_and_generate_take_the_placement(tmp_path: Path) -> None:
         ({"attention": 2, "ffn": 1}, ["cpu"], "2 attention and 1 FFN instances"),
         ({}, ["reference"], "a device is 'reference'"),
         ({}, [], "on 0 devices"),
+        ({"attention": 2, "ffn": 2}, ["cuda:0"], "2 processes on cuda:0"),
     ],
 )
 def test_placements_that_cannot_be_are_refused(
