@@ -229,9 +229,8 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
     int first = 0;
     int count = num_periods * kRowGroup;
     if (!tile.shares_weights) {
-      const int half = (num_periods + 1) / 2 * kRowGroup;
-      first = rank * half;
-      count = rank == 0 ? half : count - half;
+      count /= 2;  // of however few: see moe_release
+      first = rank * count;
     }
     int64_t at = static_cast<int64_t>(tile.k_begin) * params.row_capacity + tile.first_row;
     for (int k = tile.k_begin; k < tile.k_end; ++k) {
@@ -242,7 +241,7 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
       mbarrier_arrive_expect_tx(full, num_periods * kRowGroup * kBlockK + scale_bytes);
       if (tile.shares_weights) {
         cp_async_bulk(destination, source, count * kBlockK, full, kEvictLast);
-      } else if (count > 0) {
+      } else {
         cp_async_bulk_multicast(destination, source, count * kBlockK, full, 3, kEvictLast);
       }
       cp_async_bulk(shared.row_scales[cursor.stage], params.row_scales + at, scale_bytes, full,
@@ -263,8 +262,15 @@ __device__ __forceinline__ void moe_acquire(Shared& shared,
   __syncwarp();
 }
 
-// Gives the stage back to the producers of both CTAs, which write to it. One arrival per warp: a
-// warp's own wait only proves that its own rows have been read.
+// Gives the stage back to the producers of both CTAs, which write to it. Every warp arrives at both:
+// a warp's own wait only proves that its own rows have been read.
+//
+// No arrival can come a phase early, in whatever order those of a warp, here and there, land. A
+// consumer arrives for the next use of the stage after its CTA's full barrier has completed for that
+// use. That takes bytes of both CTAs, as each copies half of what they share; and a producer copies
+// once its own empty barrier has completed for this use. So both have, at which time nobody owes them
+// an arrival. Were all shared rows one CTA's to copy, that CTA could go on alone and be counted, at
+// the other's barrier, in the place of a warp whose arrival there is still on its way.
 template <class Shared>
 __device__ __forceinline__ void moe_release(Shared& shared,
                                             const RingCursor<Shared::kStages>& cursor, int rank) {
