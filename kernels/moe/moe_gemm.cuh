@@ -158,7 +158,8 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   if (thread == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       mbarrier_init(&shared.full[i], 2);  // the two producer threads
-      mbarrier_init(&shared.empty[i], kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
+      mbarrier_init(&shared.empty[i],
+                    (kWarpArrivals + kClusterCtas - 1) * Shared::kConsumers * kWarpgroupWarps);
     }
     fence_mbarrier_init();
   }
@@ -275,10 +276,9 @@ template <class Shared>
 __device__ __forceinline__ void moe_release(Shared& shared,
                                             const RingCursor<Shared::kStages>& cursor, int rank) {
   __syncwarp();
-  if (threadIdx.x % kWarpThreads == 0) {
-    mbarrier_arrive(&shared.empty[cursor.stage]);
-    mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage], 1 - rank);
-  }
+  const bool is_first = threadIdx.x % kWarpThreads == 0;
+  if (kWarpArrivals > 1 || is_first) mbarrier_arrive(&shared.empty[cursor.stage]);
+  if (is_first) mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage], 1 - rank);
 }
 
 // A consumer without work of its own in this tile keeps the ring turning.
