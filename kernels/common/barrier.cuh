@@ -79,6 +79,17 @@ __device__ __forceinline__ void mbarrier_sync(uint64_t* barrier) {
   } while (done == 0);
 }
 
+// Arrivals of one warp at a barrier of its CTA, where lanes have read or written shared memory. One
+// is enough: __syncwarp puts what all lanes did before it. compute-sanitizer's racecheck seems to
+// follow only what the arriving thread did. For it alone a kernel can be built with
+// STEP3RT_EVERY_LANE_ARRIVES: every lane then arrives where its warp does, once in each of its phases,
+// so that a phase still begins and ends with the same reads and writes.
+#ifdef STEP3RT_EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = kWarpThreads;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
 // Hardware barrier `kId` (0 is __syncthreads) among `kThreads` threads, whole warps.
 template <int kId, int kThreads>
 __device__ __forceinline__ void bar_sync() {

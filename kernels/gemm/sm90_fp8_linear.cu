@@ -114,7 +114,7 @@ __device__ __forceinline__ void produce_scales(Shared& shared, const LinearParam
       }
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.full[stage]);
+    if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(&shared.full[stage]);
   }
 }
 
@@ -202,10 +202,11 @@ __device__ __forceinline__ void release(uint64_t* barrier, const Work& work, boo
   const int lane = threadIdx.x % kWarpThreads;
   if (!is_awaited) return;
   if constexpr (kCast == 1) {
-    if (lane == 0) mbarrier_arrive(barrier);
+    if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(barrier);
   } else {
+    if (kWarpArrivals > 1) mbarrier_arrive(barrier);
     if (lane == work.cast) {
-      mbarrier_arrive(barrier);
+      if (kWarpArrivals == 1) mbarrier_arrive(barrier);
     } else if (lane < kCast) {
       mbarrier_arrive_relaxed_cluster(barrier, work.split * kCast + lane);
     }
@@ -409,8 +410,8 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1)
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(&shared.full[i], 2);  // the copying thread and a scale warp
-      mbarrier_init(&shared.empty[i], kCast * kMathWarps);
+      mbarrier_init(&shared.full[i], 1 + kWarpArrivals);  // the copying thread, a scale warp
+      mbarrier_init(&shared.empty[i], (kWarpArrivals + kCast - 1) * kMathWarps);
     }
     mbarrier_init(&shared.summed, 1);
     fence_mbarrier_init();

@@ -158,7 +158,8 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   if (thread == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       mbarrier_init(&shared.full[i], 2);  // the two producer threads
-      mbarrier_init(&shared.empty[i], kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
+      mbarrier_init(&shared.empty[i],
+                    (kWarpArrivals + kClusterCtas - 1) * Shared::kConsumers * kWarpgroupWarps);
     }
     fence_mbarrier_init();
   }
@@ -229,9 +230,8 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
     int first = 0;
     int count = num_periods * kRowGroup;
     if (!tile.shares_weights) {
-      const int half = (num_periods + 1) / 2 * kRowGroup;
-      first = rank * half;
-      count = rank == 0 ? half : count - half;
+      count /= 2;  // of however few: see moe_release
+      first = rank * count;
     }
     int64_t at = static_cast<int64_t>(tile.k_begin) * params.row_capacity + tile.first_row;
     for (int k = tile.k_begin; k < tile.k_end; ++k) {
@@ -242,7 +242,7 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
       mbarrier_arrive_expect_tx(full, num_periods * kRowGroup * kBlockK + scale_bytes);
       if (tile.shares_weights) {
         cp_async_bulk(destination, source, count * kBlockK, full, kEvictLast);
-      } else if (count > 0) {
+      } else {
         cp_async_bulk_multicast(destination, source, count * kBlockK, full, 3, kEvictLast);
       }
       cp_async_bulk(shared.row_scales[cursor.stage], params.row_scales + at, scale_bytes, full,
@@ -263,16 +263,22 @@ __device__ __forceinline__ void moe_acquire(Shared& shared,
   __syncwarp();
 }
 
-// Gives the stage back to the producers of both CTAs, which write to it. One arrival per warp: a
-// warp's own wait only proves that its own rows have been read.
+// Gives the stage back to the producers of both CTAs, which write to it. Every warp arrives at both:
+// a warp's own wait only proves that its own rows have been read.
+//
+// No arrival can come a phase early, in whatever order those of a warp, here and there, land. A
+// consumer arrives for the next use of the stage after its CTA's full barrier has completed for that
+// use. That takes bytes of both CTAs, as each copies half of what they share; and a producer copies
+// once its own empty barrier has completed for this use. So both have, at which time nobody owes them
+// an arrival. Were all shared rows one CTA's to copy, that CTA could go on alone and be counted, at
+// the other's barrier, in the place of a warp whose arrival there is still on its way.
 template <class Shared>
 __device__ __forceinline__ void moe_release(Shared& shared,
                                             const RingCursor<Shared::kStages>& cursor, int rank) {
   __syncwarp();
-  if (threadIdx.x % kWarpThreads == 0) {
-    mbarrier_arrive(&shared.empty[cursor.stage]);
-    mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage], 1 - rank);
-  }
+  const bool is_first = threadIdx.x % kWarpThreads == 0;
+  if (kWarpArrivals > 1 || is_first) mbarrier_arrive(&shared.empty[cursor.stage]);
+  if (is_first) mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage], 1 - rank);
 }
 
 // A consumer without work of its own in this tile keeps the ring turning.

@@ -1,7 +1,15 @@
-"""Small launches of every kernel for compute-sanitizer: splits, tails, empty and odd sizes."""
+"""Small launches of every kernel for compute-sanitizer: splits, tails, empty and odd sizes.
+
+Run as a module, with the names of cases for those only. `--every-lane-arrives` is for racecheck:
+docs/kernels.md says what it proves.
+"""
+
+import argparse
+from collections.abc import Sequence
 
 import torch
 
+from step3rt.ops import compile as compiler
 from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, StopWord
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
 from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
@@ -195,18 +203,31 @@ def links() -> None:
         assert rank.errors()[0].is_ok
 
 
+CASES = {
+    case.__name__: case
+    for case in (decode, prefill, append, linear, moe, norms, route, choose, links)
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests.kernels.sanitize")
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
+    parser.add_argument("--every-lane-arrives", action="store_true", help="for racecheck")
+    parsed = parser.parse_args(arguments)
+    unknown = [name for name in parsed.cases if name not in CASES]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    return parsed
+
+
 def main() -> None:
-    torch.manual_seed(0)
-    decode()
-    prefill()
-    append()
-    linear()
-    moe()
-    norms()
-    route()
-    choose()
-    links()
-    torch.cuda.synchronize()
+    arguments = parse_arguments()
+    if arguments.every_lane_arrives:
+        compiler.FIXED_OPTIONS += ("-DSTEP3RT_EVERY_LANE_ARRIVES",)
+    for name in arguments.cases or CASES:
+        torch.manual_seed(0)
+        CASES[name]()
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

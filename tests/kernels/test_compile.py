@@ -46,6 +46,15 @@ def test_every_build_that_a_launcher_chooses_has_no_spills(
     assert not report.is_wgmma_serialized
 
 
+@pytest.mark.parametrize("name", ["sm90_fp8_moe_gate_up", "sm90_fp8_moe_down", "sm90_fp8_linear"])
+def test_a_build_for_racecheck_has_every_lane_arrive(name: str, cache: Path) -> None:
+    source = next(path for path in kernel_sources() if path.stem == name)
+    usual = compile_kernel(source)
+    for_racecheck = compile_kernel(source, ["-DSTEP3RT_EVERY_LANE_ARRIVES"])
+    assert for_racecheck.cubin_path.read_bytes() != usual.cubin_path.read_bytes()
+    assert not for_racecheck.report.is_wgmma_serialized
+
+
 @pytest.mark.parametrize("source", kernel_sources(), ids=lambda path: path.stem)
 def test_every_kernel_states_its_contract_and_only_headers_hold_ptx(source: Path) -> None:
     text = source.read_text()
