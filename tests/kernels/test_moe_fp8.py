@@ -28,10 +28,11 @@ def bound(num_tokens: int) -> float:
     """Relative error to allow for the outputs of so many tokens together.
 
     BF16 outputs are 2^-9; the rest is SwiGLU values that fall to the other side of a rounding
-    boundary of e4m3 than in the reference. A large one is worth 2^-4 of itself, so tokens differ:
-    with sums exact to 3e-4, 200 simulated ones had 2e-3 to 1.1e-2, 5e-3 together.
+    boundary of e4m3 than in the reference. A large one is worth up to 2^-3 of itself, so tokens
+    differ: of 20,000 simulated ones, with sums exact to 3e-4 and 256 inner values, half are below
+    1e-3, 1 % above 2e-2, and the worst has 4.1e-2.
     """
-    return 1e-2 * (1 + num_tokens**-0.5)
+    return 1e-2 + 3.2e-2 * num_tokens**-0.5
 
 
 def distinct_ids(num_tokens: int, num_columns: int, num_experts: int) -> torch.Tensor:
