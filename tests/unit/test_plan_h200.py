@@ -103,8 +103,8 @@ def test_rows_go_to_as_many_ranks_as_the_benchmark_counts(
     # The benchmark's mean is over dense layers, too.
     assert there.peak_us is not None
     assert back.peak_us is not None
-    assert times.a2f[moe, 0] == pytest.approx(there.peak_us, rel=0.12)
-    assert times.f2a[moe, 0] == pytest.approx(back.peak_us, rel=0.12)
+    assert times.a2f_stores[moe, 0] == pytest.approx(there.peak_us, rel=0.12)
+    assert times.f2a_stores[moe, 0] == pytest.approx(back.peak_us, rel=0.12)
 
 
 @pytest.mark.parametrize("deployment", [apart(1, 1), colocated(4, 2)], ids=lambda each: each.label)
