@@ -36,7 +36,7 @@ examples:
   step3rt plan predict --attention-gpus 2 --ffn-gpus 2 --experts 6 --hardware h200 --lanes 2 \\
       --profile step3rt-h200 --batch 1024 --context 4096
   step3rt plan search --gpus h800:32 --context 4096 --plot front.svg
-  step3rt plan search --gpus h200:4 --profile peers-h200 --emit cluster.toml
+  step3rt plan search --gpus h200:4 --profile step3rt-h200 --emit cluster.toml
   step3rt plan kernels docs/results/kernels-h200-2026-11-22.json \\
       --profile peers-h200 --hardware h200 --save h200.toml
   step3rt plan plot docs/results --plot docs/plots/decode.svg --into README.md
