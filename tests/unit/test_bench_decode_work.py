@@ -108,6 +108,9 @@ def test_a_row_goes_to_its_home_and_to_the_owners_of_its_experts() -> None:
     two, _ = transfer_work(shape(6, num_attention=2, num_ffn=2), H200)
     copies = 1 + 56 / 61 * (1 - 1 / 20)
     assert two.num_bytes == pytest.approx(128 * (copies * 7168 * (1 + 4 / 128) + 2 * 4 * 8))
+    # What one attention GPU gets, three FFN GPUs have sent.
+    there, back = transfer_work(shape(3, num_ffn=3), H200)
+    assert back.num_bytes == pytest.approx(256 * (1 + 2 * 56 / 61) * 7168 * 2 / 3)
 
 
 def test_load_is_that_of_the_looks_at_full_lanes() -> None:

@@ -19,7 +19,7 @@ MAX_PLOT_BYTES = 100_000
         "search --gpus h800:32 --context 4096",
         "search --gpus h20:8,h800:8 --context 4096",
         "search --gpus h20:8,h800:8 --context 32768",
-        "search --gpus h200:4 --context 4096 --profile peers-h200",
+        "search --gpus h200:4 --context 4096 --profile step3rt-h200",
     ],
 )
 def test_the_page_has_the_rates_that_the_search_prints(

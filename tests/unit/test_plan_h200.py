@@ -103,8 +103,8 @@ def test_rows_go_to_as_many_ranks_as_the_benchmark_counts(
     # The benchmark's mean is over dense layers, too.
     assert there.peak_us is not None
     assert back.peak_us is not None
-    assert times.a2f[moe, 0] == pytest.approx(there.peak_us, rel=0.12)
-    assert times.f2a[moe, 0] == pytest.approx(back.peak_us, rel=0.12)
+    assert times.a2f_stores[moe, 0] == pytest.approx(there.peak_us, rel=0.12)
+    assert times.f2a_stores[moe, 0] == pytest.approx(back.peak_us, rel=0.12)
 
 
 @pytest.mark.parametrize("deployment", [apart(1, 1), colocated(4, 2)], ids=lambda each: each.label)
@@ -118,6 +118,21 @@ def test_stores_take_the_time_of_the_gpu_that_sends(deployment: Deployment) -> N
     num_sent = times.counts @ (times.a2f[:, 0] > 0)
     assert num_sent > 50
     assert step[1] - step[0] == pytest.approx(num_sent * 2 * 100.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("attention", "ffn"), [(1, 3), (3, 1), (2, 2)])
+def test_a_gpu_that_stores_spends_time_on_its_own_bytes_alone(attention: int, ffn: int) -> None:
+    profile = replace(QUIET, a2f_fixed_us=0.0, f2a_fixed_us=0.0)
+    deployment = apart(attention, ffn)
+    times = stage_times(STEP3, deployment, profile, np.array([192.0]), 4096, Precision())
+    # Three that send to one: the transfer takes as long as the one receives, a sender a third.
+    assert times.a2f_stores == pytest.approx(times.a2f * min(1.0, ffn / attention))
+    assert times.f2a_stores == pytest.approx(times.f2a * min(1.0, attention / ffn))
+    predicted = predict_run(STEP3, deployment, profile, 384 * attention, Precision(), 4096)
+    weights = times.counts / times.counts.sum()
+    assert predicted["f2a"] == pytest.approx(float(weights @ times.f2a_stores[:, 0]))
+    wire_us = float(weights @ (times.a2f + times.f2a)[:, 0])
+    assert predicted["transfer"] == pytest.approx(wire_us + 2 * profile.nvlink_latency_us)
 
 
 def test_lanes_of_few_rows_leave_a_gap() -> None:

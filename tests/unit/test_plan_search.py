@@ -12,7 +12,14 @@ from step3rt.plan.deployment import max_batch_by_memory
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.plan.profile import load_profile
-from step3rt.plan.search import Inventory, Target, best_size, deployments, evaluate, search
+from step3rt.plan.search import (
+    Inventory,
+    Target,
+    deployments,
+    evaluate,
+    most_sequences,
+    search,
+)
 from step3rt.plan.simulate import simulate
 from step3rt.plan.verdict import MODEL_ERROR, decide
 from step3rt.plan.workload import Workload
@@ -27,7 +34,7 @@ def inventory(**counts: int) -> Inventory:
     return Inventory(tuple((CARDS[key], count) for key, count in counts.items()))
 
 
-def test_best_size_is_the_largest_that_enumeration_finds() -> None:
+def test_most_sequences_are_the_largest_that_enumeration_finds() -> None:
     target = Target(context_tokens=8192)
     for unit, _ in list(deployments(inventory(h800=32), target))[::37]:
         deployment = replace(unit, lanes=2)
@@ -35,11 +42,27 @@ def test_best_size_is_the_largest_that_enumeration_finds() -> None:
         limit = int(max_batch_by_memory(STEP3, deployment, 8192, FP8) / places)
         sizes = np.arange(1.0, limit + 1)
         if not sizes.size:
-            assert best_size(STEP3, deployment, target, PAPER, FP8) == 0
+            assert most_sequences(STEP3, deployment, target, PAPER, FP8) == 0
             continue
         within = evaluate(STEP3, deployment, target, PAPER, FP8, sizes) <= target.tpot_ms
         expected = int(sizes[within][-1]) if within.any() else 0
-        assert best_size(STEP3, deployment, target, PAPER, FP8) == expected
+        assert most_sequences(STEP3, deployment, target, PAPER, FP8) == expected
+
+
+@pytest.mark.parametrize("context", [4096, 8192])
+def test_where_tiles_are_whole_the_best_batch_is_what_enumeration_finds(context: int) -> None:
+    # At 4K, 263 sequences a GPU fit in memory, and 256 of them fill the projections' tile.
+    target = Target(context_tokens=context, placement="colocated", lanes=1)
+    profile = load_profile("step3rt-h200")
+    found = search(STEP3, inventory(h200=4), target, profile, FP8).best[0]
+    unit = found.deployment
+    limit = int(max_batch_by_memory(STEP3, unit, context, FP8) / unit.num_attention_gpus)
+    sizes = np.arange(1.0, limit + 1)
+    tpot_ms = evaluate(STEP3, unit, target, profile, FP8, sizes)
+    rates = np.where(tpot_ms <= target.tpot_ms, 1e3 * unit.num_attention_gpus * sizes / tpot_ms, 0)
+    assert found.tokens_per_s == pytest.approx(rates.max(), rel=0.01)
+    verdict = decide(STEP3, inventory(h200=4), target, profile, FP8)
+    assert all(limit.gain >= 0 for limit in verdict.choices[0].limits)
 
 
 def test_every_unit_fits_the_inventory() -> None:

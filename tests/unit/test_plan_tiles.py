@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from step3rt.plan.tiles import expert_rows, linear_rows
+from step3rt.plan.tiles import expert_rows, linear_rows, whole_tiles
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,17 @@ from step3rt.plan.tiles import expert_rows, linear_rows
 )
 def test_a_projection_computes_whole_tiles(rows: int, tile: int, computed: int) -> None:
     assert linear_rows(np.array([float(rows)]), tile) == pytest.approx([computed])
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "full"),
+    [(40, 256, 40), (100, 256, 64), (255, 256, 128), (263, 256, 256), (600, 256, 512), (9, 0, 9)],
+)
+def test_tiles_are_full_just_before_a_row_costs_another(rows: int, tile: int, full: int) -> None:
+    assert whole_tiles(np.array([float(rows)]), tile) == pytest.approx([full])
+    if full < rows:
+        assert linear_rows(np.array([float(full)]), tile) == pytest.approx([full])
+        assert linear_rows(np.array([full + 1.0]), tile) > full
 
 
 def test_only_gate_and_up_of_an_expert_take_whole_tiles() -> None:

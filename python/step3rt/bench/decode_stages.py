@@ -173,7 +173,7 @@ def _bytes_per_step(works: dict[str, Work | None], shape: Shape) -> dict[str, in
     values = {}
     for name, work in works.items():
         if work is not None:
-            gpus = shape.num_ffn if name == "ffn" else shape.num_attention
+            gpus = shape.num_ffn if name in ("ffn", "f2a") else shape.num_attention
             layers = 1 if name == "head" else shape.config.num_layers
             values[name] = round(work.num_bytes * shape.num_lanes * gpus * layers)
     return values

@@ -148,7 +148,9 @@ def ffn_work(
 
 
 def transfer_work(shape: Shape, card: Hardware | None) -> tuple[Work, Work]:
-    """What a source sends to all ranks, and what it gets back; layer by layer the same rows.
+    """What a source sends to all ranks, and what a rank sends back to all sources.
+
+    Both are of the GPU whose kernel stores them. Layer by layer the same rows go back.
 
     With several ranks, to how many of them a row goes is that of equally popular experts.
     """
@@ -163,7 +165,7 @@ def transfer_work(shape: Shape, card: Hardware | None) -> tuple[Work, Work]:
     rows = shape.rows * float(np.mean(copies))
     ids = shape.rows * num_ranks * (config.top_k + 1) * _COLUMN_BYTES
     there = rows * config.hidden_size * (1 + 4 / _FP8_GROUP) + ids
-    back = rows * config.hidden_size * 2
+    back = rows * config.hidden_size * 2 * shape.num_attention / num_ranks
     link = card.host_bytes_per_s if card is not None else None
     peaks = [None if link is None else 1e6 * num_bytes / link for num_bytes in (there, back)]
     return Work(there, 0.0, peaks[0]), Work(back, 0.0, peaks[1])

@@ -137,11 +137,16 @@ def predict_run(
         sides = ffn_sides(group.ffn, deployment, profile, tokens, np.ones(1))
         ffn_us.append(float(np.hypot(*sides)[0]) + profile.ffn_fixed_us)
     tpot_us = float(step_us(times, deployment)[0]) + jitter_us(model, deployment, profile)
-    a2f, f2a = float(weights @ times.a2f[:, 0]), float(weights @ times.f2a[:, 0])
+    # Of kernels that store, the time of their own GPU; the others' bytes are in `transfer` alone.
+    has_stores = has_store_kernels(deployment)
+    there, back = times.a2f, times.f2a
+    sent, returned = (times.a2f_stores, times.f2a_stores) if has_stores else (there, back)
+    a2f, f2a = float(weights @ sent[:, 0]), float(weights @ returned[:, 0])
+    transfer = float(weights @ (there[:, 0] + back[:, 0] + times.latency))
     attention = float(weights @ times.attention[:, 0]) + profile.jitter_us
     ffn = float(weights @ np.array(ffn_us)) + profile.jitter_us
     head = float(times.head[0])
-    stores = float(has_store_kernels(deployment))
+    stores = float(has_stores)
     ffn_gpus = deployment.num_ffn_gpus or deployment.num_gpus
     layer_us = deployment.num_attention_gpus * (attention + stores * a2f)
     layer_us += ffn_gpus * (ffn + stores * f2a)
@@ -152,7 +157,7 @@ def predict_run(
         "a2f": a2f,
         "ffn": ffn,
         "f2a": f2a,
-        "transfer": a2f + f2a + float(weights @ times.latency),
+        "transfer": transfer,
         "busy_share": min(1.0, deployment.lanes * step_work_us / deployment.num_gpus / tpot_us),
         "tpot_ms": tpot_us / 1e3,
         "tokens_per_s_per_gpu": batch / tpot_us * 1e6 / deployment.num_gpus,

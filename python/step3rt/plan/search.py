@@ -23,6 +23,7 @@ from step3rt.plan.deployment import (
 from step3rt.plan.hardware import Hardware
 from step3rt.plan.profile import Profile
 from step3rt.plan.stages import Floats, stage_times, step_us
+from step3rt.plan.tiles import whole_tiles
 
 _LANES = (1, 2, 3, 4)
 # Sizes of one side in hosts. Larger deployments are several units side by side.
@@ -248,7 +249,7 @@ def evaluate(
     return tpot_ms
 
 
-def best_size(
+def most_sequences(
     model: Model,
     deployment: Deployment,
     target: Target,
@@ -257,7 +258,8 @@ def best_size(
 ) -> int:
     """The most sequences of each lane and GPU within target and memory; 0 if none.
 
-    TPOT grows with the batch and tokens per second too, so the largest that fits is the best.
+    TPOT grows with the batch. So do tokens per second, but where the last tile is hardly filled:
+    then `whole_tiles` of the most may be better.
     """
     places = deployment.lanes * deployment.num_attention_gpus
     limit = max_batch_by_memory(model, deployment, target.context_tokens, precision) / places
@@ -321,7 +323,7 @@ def _sweeps(
     options = _LANES if target.lanes is None else (target.lanes,)
     limits = {lanes: int(max_batch / (lanes * gpus)) for lanes in options}
     grids = {
-        lanes: np.unique(np.geomspace(1, limit, _SWEEP_POINTS).astype(np.int64))
+        lanes: _with_whole_tiles(np.geomspace(1, limit, _SWEEP_POINTS), profile)
         for lanes, limit in limits.items()
         if limit >= 1
     }
@@ -346,6 +348,13 @@ def _sweeps(
         tokens_per_s = num_units * batch / tpot_ms * 1e3
         unit = replace(deployment, lanes=lanes)
         yield _Sweep(unit, num_units, max_batch, batch, tpot_ms, tokens_per_s)
+
+
+def _with_whole_tiles(sizes: Floats, profile: Profile) -> NDArray[np.int64]:
+    """Whole sizes, and those below each that fill their tiles, in order."""
+    points = sizes.astype(np.int64)
+    full = whole_tiles(points.astype(float), profile.linear_tile_rows).astype(np.int64)
+    return np.unique(np.concatenate((points, full)))
 
 
 def _evaluate_grids(

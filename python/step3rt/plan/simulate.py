@@ -166,11 +166,13 @@ class _Pipeline:
         )
         self.head_us = float(times.head[0])
         self.a2f_us, self.f2a_us = times.a2f[:, 0], times.f2a[:, 0]
+        self.a2f_stores_us, self.f2a_stores_us = times.a2f_stores[:, 0], times.f2a_stores[:, 0]
         self.latency_us = times.latency / 2
         self.has_store_kernels = has_store_kernels(deployment)
         # What lanes lose to each other, on the side that has more to do.
         idle_us = sharing_us(times, deployment, np.array([float(self.lanes)]))[:, 0]
-        is_attention = times.attention[:, 0] + times.a2f[:, 0] >= times.ffn[:, 0] + times.f2a[:, 0]
+        attention_us = times.attention[:, 0] + self.a2f_stores_us
+        is_attention = attention_us >= times.ffn[:, 0] + self.f2a_stores_us
         self.idle_us = np.where(is_attention, idle_us, 0.0), np.where(is_attention, 0.0, idle_us)
         gpus = deployment.num_attention_gpus
         self.attention_free: Floats = np.zeros((windows, gpus))
@@ -241,10 +243,11 @@ class _Pipeline:
         wire_us = (self.a2f_us[index] * scale)[:, None]
         sent = np.maximum(self.a2f_free, done.max(axis=1, keepdims=True)) + wire_us
         self.a2f_free = sent
-        if self.has_store_kernels:
-            self.attention_free = self.attention_free + wire_us
+        stores_us = (self.a2f_stores_us[index] * scale)[:, None]
+        self.attention_free = self.attention_free + stores_us
         self.busy_us["attention"] += float(took.mean())
-        self.busy_us["a2f"] += float(wire_us.mean())
+        own_us = stores_us if self.has_store_kernels else wire_us
+        self.busy_us["a2f"] += float(own_us.mean())
         self.num_events += 1
         self._record("attention", lane, done, took)
         self._record("a2f", lane, sent, wire_us)
@@ -267,7 +270,8 @@ class _Pipeline:
         free = self.attention_free if self.deployment.is_colocated else self.ffn_free
         done = np.maximum(free, arrived) + took
         wire_us = (self.f2a_us[index] * scale[:, lane])[:, None]
-        until = done + self.idle_us[1][index] + (wire_us if self.has_store_kernels else 0.0)
+        stores_us = (self.f2a_stores_us[index] * scale[:, lane])[:, None]
+        until = done + self.idle_us[1][index] + stores_us
         if self.deployment.is_colocated:
             self.attention_free = until
         else:
@@ -276,7 +280,8 @@ class _Pipeline:
         self.f2a_free = returned
         self.back[lane] = returned + self.latency_us[index]
         self.busy_us["ffn"] += float(took.mean())
-        self.busy_us["f2a"] += float(wire_us.mean())
+        own_us = stores_us if self.has_store_kernels else wire_us
+        self.busy_us["f2a"] += float(own_us.mean())
         self._record("ffn", lane, done, took)
         self._record("f2a", lane, returned, wire_us)
 

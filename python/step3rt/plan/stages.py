@@ -27,7 +27,7 @@ _A2F_METADATA_BYTES = 24  # expert ids and weights of a token, and its share of 
 _BF16_BYTES = 2
 
 
-_OF_GROUPS = ("counts", "attention", "a2f", "f2a", "ffn", "latency")
+_OF_GROUPS = ("counts", "attention", "a2f", "f2a", "a2f_stores", "f2a_stores", "ffn", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ class StageTimes:
         counts: [groups] layers of each group.
         attention: the whole attention stage of the mean GPU.
         a2f, f2a: transfer time of the busiest GPU, latency aside: the slower of the network and
-            the collective within an FFN host, which forwards pieces as they arrive. Within one
-            host kernels store the rows, and take the sender's time for it.
+            the collective within an FFN host, which forwards pieces as they arrive.
+        a2f_stores, f2a_stores: time of each sender's GPU, whose kernels store the rows within one
+            host: less than the transfer where several send to one. 0 where NICs fetch the rows.
         ffn: the whole FFN stage of the busiest GPU.
         latency: [groups] both directions' latencies together.
         head: LM head, sampling and scheduling; once a step.
@@ -50,6 +51,8 @@ class StageTimes:
     attention: Floats
     a2f: Floats
     f2a: Floats
+    a2f_stores: Floats
+    f2a_stores: Floats
     ffn: Floats
     latency: Floats
     head: Floats
@@ -259,12 +262,15 @@ def _transfers(
     if deployment.is_colocated:
         is_copied = not ffn.num_experts and deployment.ffn_parallelism == "ep"
         if is_copied or deployment.num_attention_gpus == 1:
-            return {"a2f": 0 * size, "f2a": 0 * size, "latency": 0.0}
+            names = ("a2f", "f2a", "a2f_stores", "f2a_stores", "latency")
+            return {name: 0 * size if name != "latency" else 0.0 for name in names}
         byte_us, latency = _colocated_us(ffn, deployment, profile)
         busiest_us = size * byte_us
+        sent_us = received_us = busiest_us
     elif deployment.is_one_host:
         copies = float(ffn_gpus) if is_split else _copies_to_owners(ffn, ffn_gpus)
-        busiest_us = copies * np.maximum(size, tokens / ffn_gpus) * host_us
+        sent_us, received_us = copies * size * host_us, copies * tokens / ffn_gpus * host_us
+        busiest_us = np.maximum(sent_us, received_us)
         latency = profile.nvlink_latency_us
     else:
         hosts = deployment.num_ffn_hosts
@@ -276,10 +282,14 @@ def _transfers(
         in_host = ffn_gpus / hosts
         passed = tokens if is_split else tokens * _distinct(ffn_gpus, ffn.top_k) / ffn_gpus
         busiest_us = np.maximum(network_us, passed * (in_host - 1) / in_host * host_us)
+        sent_us = received_us = 0 * size
         latency = profile.nic_latency_us + (profile.nvlink_latency_us if in_host > 1 else 0.0)
+    # What an FFN GPU receives, it sends back.
     return {
         "a2f": busiest_us * a2f_bytes + fixed[0],
         "f2a": busiest_us * f2a_bytes + fixed[1],
+        "a2f_stores": stores * (sent_us * a2f_bytes + fixed[0]),
+        "f2a_stores": stores * (received_us * f2a_bytes + fixed[1]),
         "latency": 2 * latency,
     }
 
@@ -316,8 +326,7 @@ def sharing_us(times: StageTimes, deployment: Deployment, lanes: Floats) -> Floa
     """
     if deployment.is_colocated:
         return np.zeros_like(times.attention)
-    stores = float(has_store_kernels(deployment))
-    busy = np.maximum(times.attention + stores * times.a2f, times.ffn + stores * times.f2a)
+    busy = np.maximum(times.attention + times.a2f_stores, times.ffn + times.f2a_stores)
     away = np.minimum(times.chain() - busy, busy)
     idle: Floats = np.where(times.is_sharing & (lanes == 2), away**2 / (2 * busy), 0.0)
     return idle
@@ -334,12 +343,11 @@ def step_us(times: StageTimes, deployment: Deployment, lanes: Floats | None = No
     """
     if lanes is None:
         lanes = np.full(times.head.shape, float(deployment.lanes))
-    stores = float(has_store_kernels(deployment))
     idle = sharing_us(times, deployment, lanes)
 
     def period(head_us: Floats | float) -> Floats:
-        own = times.attention + head_us + stores * times.a2f
-        served = times.ffn + stores * times.f2a
+        own = times.attention + head_us + times.a2f_stores
+        served = times.ffn + times.f2a_stores
         if deployment.is_colocated:
             compute = lanes * (own + served)
         else:

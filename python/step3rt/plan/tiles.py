@@ -22,6 +22,21 @@ _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
+def whole_tiles(rows: Floats, tile_rows: float) -> Floats:
+    """The most rows, of no more than `rows`, that fill their tiles; `rows` where none is full.
+
+    One row more costs a tile more, so the best batch is often here.
+    """
+    sizes = np.asarray(rows, dtype=np.float64)
+    if not tile_rows:
+        return sizes
+    full = tile_rows * np.floor(sizes / tile_rows)
+    for tile in sorted(SMALL_TILES, reverse=True):
+        if tile < tile_rows:
+            full = np.where((full == 0) & (sizes >= tile), tile, full)
+    return np.where(full > 0, full, sizes)
+
+
 def linear_rows(rows: Floats, tile_rows: float) -> Floats:
     """Rows that a projection computes for `rows`; `tile_rows` of 0 is a kernel without tiles."""
     return np.asarray(rows, dtype=np.float64) if not tile_rows else _padded(rows, tile_rows)

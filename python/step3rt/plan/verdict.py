@@ -18,13 +18,14 @@ from step3rt.plan.search import (
     Inventory,
     SearchResult,
     Target,
-    best_size,
     evaluate,
+    most_sequences,
     search,
     with_batch,
 )
 from step3rt.plan.simulate import Result, simulate
 from step3rt.plan.stages import Floats
+from step3rt.plan.tiles import whole_tiles
 from step3rt.plan.workload import Workload
 
 # How far the model is from whole systems that were measured: -6 % for the paper's 3A2F, +11 % for
@@ -232,17 +233,17 @@ def _rate(
     model: Model, deployment: Deployment, target: Target, profile: Profile, precision: Precision
 ) -> float:
     """Expected tokens per second at the best batch, fractions of a sequence allowed; 0 if none."""
-    size = float(best_size(model, deployment, target, profile, precision))
+    size = float(most_sequences(model, deployment, target, profile, precision))
     if not size:
         return 0.0
     places = deployment.lanes * deployment.num_attention_gpus
     limit = max_batch_by_memory(model, deployment, target.context_tokens, precision) / places
     # Whole sequences would hide gains below one in `size`: go on to where the target is met.
-    sizes: Floats = size + np.arange(20) / 20
+    more: Floats = size + np.arange(20) / 20
+    sizes = np.append(whole_tiles(more[:1], profile.linear_tile_rows), more)
     tpot_ms = evaluate(model, deployment, target, profile, precision, sizes)
-    allowed = (tpot_ms <= target.tpot_ms) & (sizes <= limit)
-    index = int(allowed.nonzero()[0][-1]) if allowed.any() else 0
-    return float(sizes[index] * places / tpot_ms[index] * 1e3)
+    allowed = (tpot_ms <= target.tpot_ms) & (sizes <= max(size, limit))
+    return float(np.max(np.where(allowed, sizes * places / tpot_ms * 1e3, 0.0)))
 
 
 def _advise(choices: list[Choice], target: Target) -> tuple[str, str]:
