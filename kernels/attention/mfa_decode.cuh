@@ -81,18 +81,28 @@ __device__ __forceinline__ void mfa_init_barriers(Shared& shared) {
 
 // ---- producer ------------------------------------------------------------------------------
 
+// Whether this CTA's first row may be one token further in the sequence of the row before it. Rows of
+// other sequences that look so cost a prefetch; of the rows after the first, all blocks come late.
+__device__ __forceinline__ bool mfa_continues_chunk(const MfaRange& range, const int* seq_lens) {
+  const int first = range.first_sequence;
+  if (first == 0 || !range.contains(first)) return false;
+  return ld_global_cg(seq_lens + first) == ld_global_cg(seq_lens + first - 1) + 1;
+}
+
 // Streams K and V of every block of every part through the ring. Runs ahead into the next sequence
 // while the consumers still finish this one, so that the memory stream has no gap in between.
 // `load(block, is_v, destination, barrier)` issues the copy of one buffer.
 //
 // Only lane 0 waits and copies: lanes that poll a barrier on their own may fall a phase behind.
 // Of all KV blocks, the previous kernel of the stream may write only the last one of a sequence
-// (the new token); everything before it is fetched while that kernel still runs.
+// (the new token); everything before it is fetched while that kernel still runs. Only a row that
+// continues a chunk has other tokens of this step before its own, perhaps in an earlier block.
 template <class Shared, class Load>
 __device__ __forceinline__ void mfa_produce_kv(Shared& shared, const MfaParams& params,
                                                const MfaRange& range, Load load) {
   const int lane = threadIdx.x % kWarpThreads;
-  bool has_waited = false;
+  bool has_waited = mfa_continues_chunk(range, params.seq_lens);
+  if (has_waited) griddepcontrol_wait();
   int consumer = 0;
   RingCursor<Shared::kStages> cursor;  // of both rings: they take turns
   for (int sequence = range.first_sequence; range.contains(sequence); ++sequence) {

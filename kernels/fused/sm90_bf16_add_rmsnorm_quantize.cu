@@ -98,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(kNormThreads, STEP3RT_NORM_CTAS)
   const int64_t row = static_cast<int64_t>(token) * kHidden;
   Tile weight;
   weight.load(params.weight);
+  griddepcontrol_launch_dependents();  // before the wait: the next kernel's weights are on their way
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
   Tile tile;
   tile.load(params.residual + row);
   if (params.num_partial_sums > 0) add_partial_sums(params, row, tile);

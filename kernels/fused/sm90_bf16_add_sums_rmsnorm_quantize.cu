@@ -66,8 +66,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   const int64_t row = static_cast<int64_t>(token) * kHidden;
   Tile weight;
   weight.load(params.weight);
+  griddepcontrol_launch_dependents();  // before the wait: the next kernel's weights are on their way
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
   Tile tile;
   tile.load(params.residual + row);
   add_present(params, token, tile);

@@ -26,8 +26,8 @@ extern "C" __global__ void __launch_bounds__(kNormThreads, 4)
                                float eps) {
   Tile weights;
   weights.load(weight);
+  griddepcontrol_launch_dependents();  // before the wait: the next kernel's weights are on their way
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
   Tile tile;
   tile.load(latent + blockIdx.x * latent_stride);
   tile.normalize(weights, eps);

@@ -23,8 +23,8 @@ extern "C" __global__ void __launch_bounds__(kRopeThreads, kRopeCtasPerSm)
     sm90_bf16_rope_append(const __grid_constant__ RopeParams params, uint16_t* q_out,
                           uint16_t* kv_cache) {
   const RopeTask task = rope_task(params);
+  griddepcontrol_launch_dependents();  // before the wait: decode's first blocks are on their way
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
   RopePacked queries[kRopeHeadsPerWarp];
   rope_load_queries(params, task, queries);
   RopePacked kv;

@@ -54,8 +54,8 @@ extern "C" __global__ void __launch_bounds__(kRopeThreads, kRopeCtasPerSm)
   const RopeTask task = rope_task(params);
   const bool appends_key = task.slot >= 0 && task.kv_half == 0;
   const bool appends_value = task.slot >= 0 && task.is_last_part;
+  griddepcontrol_launch_dependents();  // before the wait: decode's first blocks are on their way
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
   RopePacked queries[kRopeHeadsPerWarp];
   rope_load_queries(params, task, queries);
   RopePacked key;
