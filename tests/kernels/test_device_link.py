@@ -95,7 +95,7 @@ class World:
         self.link.close()
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=str)
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"gpus-{pair[0]}-{pair[1]}")
 def peers(request: pytest.FixtureRequest) -> Iterator[list[Peer]]:
     own, other = request.param
     if torch.cuda.device_count() <= max(own, other):
