@@ -159,6 +159,8 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     assert load["max_over_mean"] >= 1
     assert report["bytes_per_step"]["f2a"] > 0
     assert "roofline" not in report  # no card is known
+    device = report["device_step_ms"]
+    assert 0 < device["p50"] <= device["p99"] <= device["max"]
     assert report["jitter_ms"] == pytest.approx(
         report["step_ms"]["p99"] - report["step_ms"]["p50"], abs=1e-3
     )

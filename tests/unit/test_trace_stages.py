@@ -29,6 +29,7 @@ def test_one_lane_owns_its_gpu_and_waits_for_the_rest() -> None:
     assert found.wait_us["attention"] == pytest.approx(period_us - 22, abs=0.5)
     assert found.wait_us["ffn"] == pytest.approx(period_us - 33, abs=0.5)
     assert found.stages["head"].own_us == pytest.approx(0, abs=0.1)
+    assert found.step_ms == pytest.approx(LAYERS * period_us / 1e3, rel=0.02)
     assert sum(found.shares.values()) == pytest.approx(1, abs=1e-3)
     assert found.shares["wait"] == pytest.approx(sum(found.bubbles.values()) / 2, abs=1e-3)
 

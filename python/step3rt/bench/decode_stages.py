@@ -64,6 +64,7 @@ def stage_report(
         "stages": _stages(steady, works),
         "bubble_share": {"mean": steady.shares["wait"], "by_gpu": steady.bubbles},
         "stages_over": {"seconds": round(steady.seconds, 3), "steps": steady.num_steps},
+        "device_step_ms": _quantiles(steady.step_ms),
         "expert_load": _expert_load(merged, shape),
         "bytes_per_step": _bytes_per_step(works, shape),
     }
@@ -98,6 +99,13 @@ def _stages(steady: SteadyState, works: dict[str, Work | None]) -> dict[str, Any
         "share": steady.shares["wait"],
     }
     return stages
+
+
+def _quantiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    if not len(values):
+        return {}
+    shares = np.quantile(values, [0.5, 0.99, 1.0])
+    return dict(zip(("p50", "p99", "max"), shares.round(3).tolist(), strict=True))
 
 
 def _roofline(work: Work | None, us: float) -> dict[str, Any]:

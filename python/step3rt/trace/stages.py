@@ -48,6 +48,8 @@ class SteadyState:
         wait_us: by role, mean wait of a lane in one layer.
         bubbles: by GPU, the share of the time in which no lane of it is at work; a GPU is named
             after its instances.
+        step_ms: f64[S], from the end of a lane's last layer to that of its next step, by the
+            device's own clock.
     """
 
     seconds: float
@@ -57,6 +59,7 @@ class SteadyState:
     shares: dict[str, float]
     wait_us: dict[str, float]
     bubbles: dict[str, float]
+    step_ms: Times
 
 
 def steady_state(timeline: Timeline, max_steps: int) -> SteadyState:
@@ -105,6 +108,7 @@ def steady_state(timeline: Timeline, max_steps: int) -> SteadyState:
         shares={stage: round(share, 4) for stage, share in shares.items()},
         wait_us={role: _wait_us(timeline, role, begin, end) for role in ("attention", "ffn")},
         bubbles=bubbles,
+        step_ms=np.concatenate([_step_ms(lane, num_layers, begin, end) for lane in lanes]),
     )
 
 
@@ -206,6 +210,13 @@ def _clipped(spans: Times, begin: float, end: float) -> Times:
 def _within(rows: Rows, begin: float, end: float) -> npt.NDArray[np.bool_]:
     times = rows["send_end"].astype(np.float64)
     return (times >= begin) & (times <= end)
+
+
+def _step_ms(rows: Rows, num_layers: int, begin: float, end: float) -> Times:
+    kept = rows[_within(rows, begin, end)]
+    ends = kept["wait_end"][layer_of(kept, num_layers) == num_layers - 1]
+    times: Times = np.diff(ends.astype(np.float64)) / 1e6
+    return times
 
 
 def _less(step: StageTime, layer: StageTime) -> StageTime:
