@@ -38,7 +38,9 @@ def test_devices_are_dealt_to_instances_or_to_processes() -> None:
     assert devices_of(serve(1, 1), "disaggregated", devices) == ["cuda:0", "cuda:1"]
     assert devices_of(serve(2, 2), "disaggregated", devices) == [*devices, "cuda:0"]
     assert devices_of(serve(2, 2), "colocated", devices) == ["cuda:0", "cuda:1"]
-    assert devices_of(serve(4, 4), "colocated", devices[:1]) == ["cuda:0"] * 4
+    assert devices_of(serve(4, 4), "colocated", ["cpu"]) == ["cpu"] * 4
+    with pytest.raises(ConfigError, match="2 processes on cuda:0"):
+        devices_of(serve(4, 4), "colocated", devices)
 
 
 def test_only_different_gpus_count() -> None:
