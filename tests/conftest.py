@@ -5,6 +5,7 @@ no checkpoint. Tests must not change these checkpoints: `damaged_copy` makes one
 """
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 settings.register_profile("ci", derandomize=True, max_examples=50, deadline=None)
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests find no profile that somebody has kept, and keep theirs elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
 
 
 def _write(tmp_path_factory: pytest.TempPathFactory, name: str, **fields: Any) -> "Checkpoint":

@@ -158,6 +158,23 @@ def test_a_fitted_profile_is_saved_and_used(
     )
 
 
+def test_a_profile_that_was_kept_is_used_the_next_time(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps(RESULT))
+    search = ("search", "--gpus", "h200:4", "--context", "4096", "--json")
+    before = run(capsys, *search)
+    run(capsys, "compare", str(result), "--profile", "peers-h200", "--save")
+    kept = tmp_path / "config" / "step3rt" / "fitted.toml"
+    assert kept.is_file()
+    after = run(capsys, *search)
+    assert after == run(capsys, *search, "--profile", str(kept))
+    assert after != before
+    assert before == run(capsys, *search, "--profile", "paper-h800")
+
+
 def test_holdout_compares_with_files_that_the_fit_has_not_seen(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

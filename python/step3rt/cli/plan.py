@@ -18,6 +18,7 @@ from step3rt.cli.plan_flags import (
     deployment_of,
     model_of,
     precision_of,
+    profile_of,
     sliced_model_of,
 )
 from step3rt.cli.plan_measured import add_compare, add_kernels, add_plot
@@ -88,7 +89,7 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "predict", help="means of one deployment, as compare puts them beside a measured run"
     )
     add_common(parser)
-    add_profile(parser)
+    add_profile(parser, takes_fitted=True)
     add_kv_dtype(parser)
     add_deployment(parser)
     parser.set_defaults(run=_run_predict)
@@ -132,10 +133,9 @@ def _run_predict(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.compare import predict_run
     from step3rt.plan.deployment import max_batch_by_memory
-    from step3rt.plan.profile import load_profile
 
     model, deployment = sliced_model_of(arguments), deployment_of(arguments)
-    profile, precision = load_profile(arguments.profile), precision_of(arguments, model)
+    profile, precision = profile_of(arguments), precision_of(arguments, model)
     check_context(arguments.context)
     places = deployment.lanes * deployment.num_attention_gpus
     if arguments.batch < places:
@@ -158,12 +158,11 @@ def _run_predict(arguments: argparse.Namespace) -> int:
 def _run_simulate(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.deployment import max_batch_by_memory
-    from step3rt.plan.profile import load_profile
     from step3rt.plan.simulate import simulate, timeline
     from step3rt.plan.workload import Workload
 
     model, deployment = sliced_model_of(arguments), deployment_of(arguments)
-    profile, precision = load_profile(arguments.profile), precision_of(arguments, model)
+    profile, precision = profile_of(arguments), precision_of(arguments, model)
     workload = Workload(
         batch=arguments.batch,
         context_tokens=arguments.context,

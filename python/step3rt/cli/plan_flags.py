@@ -1,9 +1,10 @@
 """Flags that several commands of `step3rt plan` share, and what they stand for.
 
-Never predicts and never prints.
+Never predicts; says nothing but which profile it took when none was named.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from step3rt.plan.cost import Precision
     from step3rt.plan.deployment import Deployment
     from step3rt.plan.hardware import Hardware
+    from step3rt.plan.profile import Profile
 
 
 def add_common(parser: argparse.ArgumentParser, *, has_context: bool = True) -> None:
@@ -32,15 +34,33 @@ def add_common(parser: argparse.ArgumentParser, *, has_context: bool = True) -> 
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def add_profile(parser: argparse.ArgumentParser) -> None:
-    """How well kernels run."""
+def add_profile(parser: argparse.ArgumentParser, *, takes_fitted: bool = False) -> None:
+    """How well kernels run; `takes_fitted`: by default, as `profile_of` finds it."""
+    kept = "what `plan compare --save` kept, else " if takes_fitted else ""
     parser.add_argument(
         "--profile",
-        default="paper-h800",
+        default=None if takes_fitted else "paper-h800",
         metavar="NAME_OR_FILE",
         help="kernel efficiencies: paper-h800, peers-h200, step3rt-h200, or a fitted file "
-        "(default: paper-h800)",
+        f"(default: {kept}paper-h800)",
     )
+
+
+def profile_of(arguments: argparse.Namespace) -> "Profile":
+    """The profile that is named; else the one that was kept, which it says; else the paper's.
+
+    Raises:
+        ConfigError: see `load_profile`.
+    """
+    from step3rt.plan.profile import STATED, fitted_profile_path, load_profile
+
+    if arguments.profile is not None:
+        return load_profile(arguments.profile)
+    kept = fitted_profile_path()
+    if not kept.is_file():
+        return load_profile(STATED)
+    print(f"profile: {kept}, from `plan compare --save`; or name one: --profile", file=sys.stderr)
+    return load_profile(str(kept))
 
 
 def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +72,7 @@ def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
 
 def add_model_of_time(parser: argparse.ArgumentParser) -> None:
     """What every prediction of time depends on."""
-    add_profile(parser)
+    add_profile(parser, takes_fitted=True)
     add_kv_dtype(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from step3rt.plan.measurement import Measurement
 
 
+_KEPT = Path("-")
+"""For `--save` without a file."""
+
+
 def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `plan compare`."""
     parser = commands.add_parser("compare", help="predicted beside measured, and a fitted profile")
@@ -23,7 +27,14 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add_common(parser, has_context=False)
     add_profile(parser)
     parser.add_argument("--hardware", metavar="CARD", help="default: what the file's machine names")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the fitted profile")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="?",
+        const=_KEPT,
+        metavar="FILE",
+        help="write the fitted profile; without FILE it is kept, and the next predictions take it",
+    )
     parser.add_argument(
         "--fit-all",
         action="store_true",
@@ -60,7 +71,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.compare import compare, fit, split
     from step3rt.plan.cross_validation import cross_validate
-    from step3rt.plan.profile import load_profile, save_profile
+    from step3rt.plan.profile import fitted_profile_path, load_profile, save_profile
 
     measurements, model = _measurements(arguments), model_of(arguments)
     stated = load_profile(arguments.profile)
@@ -91,8 +102,11 @@ def _run_compare(arguments: argparse.Namespace) -> int:
             print(report.holdout_text(values["test"]))
             print(report.cross_validation_text(values["cross_validation"]))
     if fitted is not None and arguments.save is not None:
-        save_profile(fitted, arguments.save)
-        print(f"saved; use it with --profile {arguments.save}", file=sys.stderr)
+        is_kept = arguments.save == _KEPT
+        path = fitted_profile_path() if is_kept else arguments.save
+        save_profile(fitted, path)
+        use = "from now on used where no --profile is named" if is_kept else "use it with --profile"
+        print(f"saved; {use}: {path}", file=sys.stderr)
     return 0
 
 

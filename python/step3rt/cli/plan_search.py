@@ -15,6 +15,7 @@ from step3rt.cli.plan_flags import (
     cards_of,
     model_of,
     precision_of,
+    profile_of,
 )
 from step3rt.errors import InvalidArgument
 
@@ -51,11 +52,10 @@ def _run_search(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.emit import cluster_toml, write_text
     from step3rt.plan.hardware import parse_inventory
-    from step3rt.plan.profile import load_profile
     from step3rt.plan.search import Inventory, Target
     from step3rt.plan.verdict import decide
 
-    model, profile = model_of(arguments), load_profile(arguments.profile)
+    model, profile = model_of(arguments), profile_of(arguments)
     precision = precision_of(arguments, model)
     inventory = Inventory(parse_inventory(arguments.gpus, cards_of(arguments)))
     target = Target(

@@ -4,6 +4,7 @@ Owns the numbers that no data sheet has; never a card's peak (`hardware`) or a f
 """
 
 import json
+import os
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
@@ -88,6 +89,16 @@ class Profile:
         return self.attention_bytes_fp8 if kv_element_bytes == 1 else self.attention_bytes_bf16
 
 
+STATED = "paper-h800"
+"""What is taken when nothing is named and nothing was fitted."""
+
+
+def fitted_profile_path() -> Path:
+    """Where `plan compare --save` keeps what it fitted if no file is named."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "step3rt" / "fitted.toml"
+
+
 def load_profile(name_or_path: str) -> Profile:
     """A profile that ships, or one from a TOML file.
 
@@ -117,6 +128,7 @@ def save_profile(profile: Profile, path: Path) -> None:
         f"{name} = {value:.6g}" for name, value in asdict(profile).items() if name != "source"
     ]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
