@@ -37,10 +37,6 @@ _EARLY_NS = 3_000_000
 _LATE_NS = 1_000_000
 """How long before and after the time that the lane's last step took that is."""
 
-_SPIN_NS = 500_000
-"""So near to that time the host looks without a pause: to sleep and wake takes as long as a look,
-and on a virtual machine longer."""
-
 
 @dataclass(slots=True)
 class FlightStep:
@@ -71,11 +67,11 @@ class DeviceLane:
     last_end_ns: int = 0
     last_step_ns: int = 0
 
-    def is_near_end(self, now_ns: int, early_ns: int = _EARLY_NS, late_ns: int = _LATE_NS) -> bool:
+    def is_near_end(self, now_ns: int) -> bool:
         """Whether its step, if it takes as long as the last one, ends about now."""
         if not self.in_flight:
             return False
-        return -late_ns < self.last_end_ns + self.last_step_ns - now_ns < early_ns
+        return -_LATE_NS < self.last_end_ns + self.last_step_ns - now_ns < _EARLY_NS
 
 
 class DeviceStepLoop:
@@ -121,8 +117,6 @@ class DeviceStepLoop:
 
     def _look_s(self) -> float:
         now_ns = time.perf_counter_ns()
-        if any(lane.is_near_end(now_ns, _SPIN_NS, _SPIN_NS) for lane in self._lanes):
-            return 0.0
         is_close = any(lane.is_near_end(now_ns) for lane in self._lanes)
         return CLOSE_LOOK_S if is_close else LOOK_S
 
