@@ -74,8 +74,9 @@ class Topology:
 
 ON_CPU = Topology(1, 1, kind="cpu")
 ON_GPUS = [Topology(1, 1), Topology(2, 2), Topology(1, 3), Topology(4, 4, "colocated")]
+# On the CPU, test_device_pipeline.py kills instances of 2A2F in every run.
 TOPOLOGIES = [
-    pytest.param(ON_CPU, id=str(ON_CPU)),
+    pytest.param(ON_CPU, id=str(ON_CPU), marks=pytest.mark.slow),
     *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
 ]
 
