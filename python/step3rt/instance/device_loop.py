@@ -156,14 +156,15 @@ class DeviceStepLoop:
             plan = lane.queued[0]
             if not self._links.is_ready and self._links.are_coming:
                 return
+            # Before the plan is applied, which takes longer than a look.
+            if lane.in_flight and self._has_to_watch(lane):
+                return
             try:
                 planned = lane.table.apply(plan)
             except StepNotDueError as error:
                 self._refuse(lane, lane.queued.popleft(), error)
                 continue
-            if lane.in_flight and (
-                planned.must_wait or not self._links.is_ready or self._has_to_watch(lane)
-            ):
+            if lane.in_flight and (planned.must_wait or not self._links.is_ready):
                 return
             lane.queued.popleft()
             if not planned.sequences:
@@ -177,10 +178,12 @@ class DeviceStepLoop:
     def _has_to_watch(self, lane: DeviceLane) -> bool:
         """Whether another lane's end is near, which a launch of `lane` would have reported late.
 
-        The launch is in no hurry: the lane's step before is still computed.
+        The launch is in no hurry while the lane's own step has some time left.
         """
         now_ns = time.perf_counter_ns()
-        return any(other.is_near_end(now_ns) for other in self._lanes if other is not lane)
+        return not lane.is_near_end(now_ns) and any(
+            other.is_near_end(now_ns) for other in self._lanes if other is not lane
+        )
 
     def _launch(self, lane: DeviceLane, planned: PlannedStep) -> None:
         if planned.num_tokens > self._max_tokens:
