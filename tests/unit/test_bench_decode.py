@@ -155,7 +155,8 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     assert 1 <= report["stages_over"]["steps"] <= 4.5
     load, config = report["expert_load"], report["model"]
     rows = 2 * config["moe_top_k"]  # of a micro-batch
-    assert load["rows_per_expert"]["mean"] * report["experts"] == pytest.approx(rows, rel=0.01)
+    # Ranks are looked at in different steps, whose routing differs.
+    assert load["rows_per_expert"]["mean"] * report["experts"] == pytest.approx(rows, rel=0.05)
     assert load["max_over_mean"] >= 1
     assert report["bytes_per_step"]["f2a"] > 0
     assert "roofline" not in report  # no card is known
