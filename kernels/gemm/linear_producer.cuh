@@ -15,11 +15,20 @@ struct Producer {
   const Work& work;
   uint64_t w_policy;
 
+  // This CTA's part of the weights, for all CTAs that share them.
   __device__ __forceinline__ void load_w(int stage, int i) const {
+    constexpr int kRows = kTileN / kShare;
     uint64_t* full = &shared.full[stage];
     mbarrier_arrive_expect_tx(full, (kTileM + kTileN) * kBlockK);
-    cp_async_bulk_tensor_2d(shared.ring.w[stage], w_map, full, (work.first_block + i) * kBlockK,
-                            work.first_output, w_policy);
+    uint8_t* destination = shared.ring.w[stage] + work.share * kRows * kBlockK;
+    const int column = (work.first_block + i) * kBlockK;
+    const int row = work.first_output + work.share * kRows;
+    if constexpr (kShare == 1) {
+      cp_async_bulk_tensor_2d(destination, w_map, full, column, row, w_policy);
+    } else {
+      cp_async_bulk_tensor_2d_multicast(destination, w_map, full, column, row, work.share_ctas(),
+                                        w_policy);
+    }
   }
 
   // This CTA's share of the rows, for all CTAs of the cast.
@@ -32,8 +41,8 @@ struct Producer {
     if constexpr (kCast == 1) {
       cp_async_bulk_tensor_2d(destination, x_map, full, column, row, kEvictLast);
     } else {
-      const uint16_t ctas = ((1 << kCast) - 1) << (work.split * kCast);
-      cp_async_bulk_tensor_2d_multicast(destination, x_map, full, column, row, ctas, kEvictLast);
+      cp_async_bulk_tensor_2d_multicast(destination, x_map, full, column, row, work.cast_ctas(),
+                                        kEvictLast);
     }
   }
 

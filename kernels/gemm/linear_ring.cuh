@@ -28,20 +28,21 @@ __device__ __forceinline__ void acquire(uint64_t* barrier, uint32_t parity) {
   __syncwarp();
 }
 
-// One arrival per warp at every CTA that casts into this stage. Those of the last pass through the
+// One arrival per warp at every CTA whose copies land in this stage. Those of the last pass through the
 // ring have nobody waiting, and their CTA may be gone: `is_awaited` is false.
 __device__ __forceinline__ void release(uint64_t* barrier, const Work& work, bool is_awaited) {
   __syncwarp();
   const int lane = threadIdx.x % kWarpThreads;
   if (!is_awaited) return;
-  if constexpr (kCast == 1) {
-    if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(barrier);
-  } else {
-    if (kWarpArrivals > 1) mbarrier_arrive(barrier);
-    if (lane == work.cast) {
-      if (kWarpArrivals == 1) mbarrier_arrive(barrier);
-    } else if (lane < kCast) {
-      mbarrier_arrive_relaxed_cluster(barrier, work.split * kCast + lane);
+  if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(barrier);
+  if constexpr (kPeers > 1) {
+    // Lane c stands for CTA c of those that share x, lane kCast + s for CTA s of those that share w.
+    const bool is_cast = lane < kCast && lane != work.cast;
+    const bool is_share = lane >= kCast && lane < kCast + kShare && lane - kCast != work.share;
+    if (is_cast || is_share) {
+      mbarrier_arrive_relaxed_cluster(barrier,
+                                      is_cast ? Work::rank(work.split, lane, work.share)
+                                              : Work::rank(work.split, work.cast, lane - kCast));
     }
   }
 }

@@ -7,7 +7,8 @@
 //   out      bf16[M, N]             sum over k of x x_scale * w w_scale
 //
 // Tile            TILE_M tokens x TILE_N outputs; K is cut into SPLIT parts. A cluster holds the parts
-//                 of CAST neighbouring output tiles. See linear_layout.cuh for these choices
+//                 of CAST tiles of neighbouring outputs, which share x, times SHARE of neighbouring
+//                 tokens, which share w. See linear_layout.cuh for these choices
 // Threads         1 or 2 math warpgroups (up to 240 registers), a producer warpgroup (24 or 32): one
 //                 warp copies, three bring scales
 // Shared memory   STAGES x (128 B x (TILE_M + TILE_N) + scales), barriers; up to 227 KiB
@@ -66,7 +67,7 @@ __device__ __forceinline__ void reduce(Shared& shared, const MathRing& ring,
       for (int p = 0; p < kPairs; ++p) {
         const int i = 8 * p + 2 * h;
         const int unit = ((ring.group * kRowBlocks + b) * 2 + h) * kPairs + p;
-        const int rank = unit % kSplit * kCast + work.cast;
+        const int rank = Work::rank(unit % kSplit, work.cast, work.share);
         st_async(mapa_shared_cluster(parts + unit / kSplit * kUnitBytes, rank),
                  make_float4(sum[b][i], sum[b][i + 1], sum[b][i + 4], sum[b][i + 5]),
                  mapa_shared_cluster(summed, rank));
@@ -113,7 +114,7 @@ __device__ __forceinline__ void compute(Shared& shared, const LinearParams& para
   if constexpr (kSplit > 1) {
     reduce(shared, ring, params, sum);
   } else {
-    if constexpr (kCast > 1) barrier_cluster_arrive_relaxed();  // what is cast here has arrived
+    if constexpr (kPeers > 1) barrier_cluster_arrive_relaxed();  // what is copied here has arrived
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
 #pragma unroll
@@ -126,7 +127,7 @@ __device__ __forceinline__ void compute(Shared& shared, const LinearParams& para
         }
       }
     }
-    if constexpr (kCast > 1) barrier_cluster_wait();
+    if constexpr (kPeers > 1) barrier_cluster_wait();
   }
 }
 
@@ -149,19 +150,20 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1)
     prefetch_tensormap(&x_map);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&shared.full[i], 1 + kWarpArrivals);  // the copying thread, a scale warp
-      mbarrier_init(&shared.empty[i], (kWarpArrivals + kCast - 1) * kMathWarps);
+      mbarrier_init(&shared.empty[i], (kWarpArrivals + kPeers - 1) * kMathWarps);
     }
     mbarrier_init(&shared.summed, 1);
     fence_mbarrier_init();
     const int num_units = (kUnits - work.split + kSplit - 1) / kSplit;
     mbarrier_arrive_expect_tx(&shared.summed, kSplit * num_units * kUnitBytes);
-    producer.start();
+    if (kShare == 1) producer.start();
   }
   __syncwarp();
   if constexpr (kClusterCtas > 1) {
-    barrier_cluster_arrive_relaxed();  // nobody casts before all barriers are set up
+    barrier_cluster_arrive_relaxed();  // nobody copies to others before all barriers are set up
     barrier_cluster_wait();
   }
+  if (kShare > 1 && is_producer) producer.start();
   __syncthreads();
 
   if (warpgroup == kMathGroups) {
