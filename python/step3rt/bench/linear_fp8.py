@@ -23,8 +23,7 @@ TOKENS = (1, 64, 128, 256, 512, 1024, 2048)
 ERROR_BOUND = 2e-3
 MIN_LAUNCHES = 16
 _SHARED_BYTES = 227 * 1024
-_MAX_CLUSTER = 5
-"""Of larger clusters some H200s hold too few at a time for a CTA on most SMs."""
+_MAX_CLUSTER = 8
 _MIN_CTAS = 80
 _MAX_SPLIT_CTAS = 132
 """A cut of K that needs more than one CTA for each SM saves nothing."""

@@ -10,8 +10,7 @@ FALLBACK = LinearVariant(128, 128, split=1, cast=1, stages=6)
 
 # H200s, CUDA 13.0, 2026-11-22 (o_proj: -23): CUDA graph replay, medians, 1 GiB of weights rotated,
 # the best of several sweeps. `python -m step3rt.bench.linear_fp8` measures its candidates anew.
-# Clusters of 8 are not chosen: one of three H200s held too few of them, and o_proj took 43.5 us at
-# 128 tokens. At 256 its choice is the fastest after seconds of load, under the card's power limit.
+# o_proj with 129 to 256 tokens: the fastest after seconds of load, under the card's power limit.
 # Tile, split, cast, stages, CTAs of an SM, chunk, share.
 CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     (2560, 7168): (  # qkv
@@ -27,8 +26,8 @@ CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
         (2048, LinearVariant(256, 128, 1, 1, 4, 1, 0)),  # 17.7 us at 256
     ),
     (7168, 16384): (  # o_proj
-        (64, LinearVariant(64, 128, 2, 2, 9, 1, 4)),  # 31.1 us
-        (128, LinearVariant(128, 128, 2, 2, 6, 1, 4)),  # 37.4 us
+        (64, LinearVariant(64, 128, 2, 4, 8, 1, 4)),  # 31.6 us
+        (128, LinearVariant(128, 128, 2, 4, 6, 1, 4)),  # 34.9 us
         (256, LinearVariant(128, 128, 1, 1, 6, 1, 4, 2)),  # 62.2 us
         (1024, LinearVariant(256, 128, 1, 1, 4, 1, 0)),  # 106.8 us at 512, 234.8 at 1,024
         (2048, LinearVariant(256, 128, 1, 4, 4, 1, 0)),  # 463.7 us
