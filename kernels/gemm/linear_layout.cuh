@@ -11,6 +11,7 @@
 #define STEP3RT_TILE_N 128
 #define STEP3RT_SPLIT 1
 #define STEP3RT_CAST 1
+#define STEP3RT_SHARE 1
 #define STEP3RT_STAGES 6
 #define STEP3RT_CTAS_PER_SM 1
 #define STEP3RT_CHUNK 4
@@ -20,8 +21,11 @@ constexpr int kTileM = STEP3RT_TILE_M;
 constexpr int kTileN = STEP3RT_TILE_N;
 constexpr int kSplit = STEP3RT_SPLIT;    // CTAs that share a tile, each with its part of K
 constexpr int kCast = STEP3RT_CAST;      // CTAs that share a part of x, for tiles side by side
+constexpr int kShare = STEP3RT_SHARE;    // CTAs that share a part of w, for tiles of other tokens
 constexpr int kStages = STEP3RT_STAGES;  // of the ring
-constexpr int kClusterCtas = kSplit * kCast;
+constexpr int kClusterCtas = kSplit * kCast * kShare;
+constexpr int kPeers =
+    kCast + kShare - 1;  // CTAs whose copies land in a CTA's ring, itself included
 
 constexpr int kBlockK = 128;  // bytes and elements: the scales' granularity and the swizzle's width
 constexpr int kBlockN = 128;  // rows of one weight scale
@@ -52,6 +56,7 @@ constexpr int kChunk = STEP3RT_CHUNK;  // blocks of K that a warpgroup multiplie
 static_assert(kTileM % (kCast * 8) == 0 && kTileM <= 256, "a CTA casts whole swizzle groups of x");
 static_assert(kTileN % 16 == 0, "outputs are stored in pairs of column groups");
 static_assert(kTileN - (kTileN & -kTileN) <= kBlockN, "a tile lies in two scale blocks at most");
+static_assert(kTileN % (kShare * 8) == 0, "a CTA shares whole swizzle groups of w");
 static_assert(kClusterCtas <= 8, "the portable cluster size");
 
 // A tile is summed in units of (row block, row half, pair of column groups): 32 rows x 16 columns.
@@ -76,8 +81,9 @@ struct alignas(1024) Shared {
   };
   float scale[kStages][kScaleBlocks][kTileM];  // x_scale * w_scale
   uint64_t full[kStages];                      // completes when x, w and the scales are there
-  uint64_t empty[kStages];  // completes when the math warps of all CTAs of the cast are done
-  uint64_t summed;          // completes when all parts of this CTA's units are there
+  uint64_t
+      empty[kStages];  // completes when the math warps of all CTAs that it is copied to are done
+  uint64_t summed;     // completes when all parts of this CTA's units are there
 };
 static_assert(kSplit == 1 || sizeof(Parts) <= sizeof(Ring), "the parts need the room");
 
@@ -87,8 +93,8 @@ struct LinearParams {
   uint16_t* out;
   int num_tokens;
   int num_outputs;
-  int num_blocks;  // K / 128
-  int num_tiles_m;
+  int num_blocks;   // K / 128
+  int num_tiles_m;  // a multiple of kShare
 };
 
 // What this CTA computes. Clusters of the same weights are neighbours, so that these are read from
@@ -100,6 +106,23 @@ struct Work {
   int num_blocks;
   int split;  // rank among the CTAs of the same tile
   int cast;   // rank among the CTAs that share x
+  int share;  // rank among the CTAs that share w
+
+  // In the cluster.
+  __device__ __forceinline__ static int rank(int split, int cast, int share) {
+    return (split * kCast + cast) * kShare + share;
+  }
+  // A bit for each CTA that shares x with this one.
+  __device__ __forceinline__ uint16_t cast_ctas() const {
+    uint32_t ctas = 0;
+#pragma unroll
+    for (int c = 0; c < kCast; ++c) ctas |= 1u << rank(split, c, share);
+    return static_cast<uint16_t>(ctas);
+  }
+  // A bit for each CTA that shares w with this one.
+  __device__ __forceinline__ uint16_t share_ctas() const {
+    return static_cast<uint16_t>(((1u << kShare) - 1) << rank(split, cast, 0));
+  }
 
   // Columns of the tile that lie in its first scale block; the others lie in the second.
   __device__ __forceinline__ int first_scale_columns() const {
@@ -110,11 +133,13 @@ struct Work {
 __device__ __forceinline__ Work load_work(const LinearParams& params) {
   const int rank = cluster_ctarank();
   const int cluster = blockIdx.x / kClusterCtas;
+  const int num_groups_m = params.num_tiles_m / kShare;
   Work work;
-  work.split = rank / kCast;
-  work.cast = rank % kCast;
-  work.first_token = cluster % params.num_tiles_m * kTileM;
-  work.first_output = (cluster / params.num_tiles_m * kCast + work.cast) * kTileN;
+  work.split = rank / (kCast * kShare);
+  work.cast = rank / kShare % kCast;
+  work.share = rank % kShare;
+  work.first_token = (cluster % num_groups_m * kShare + work.share) * kTileM;
+  work.first_output = (cluster / num_groups_m * kCast + work.cast) * kTileN;
   work.first_block = params.num_blocks * work.split / kSplit;
   work.num_blocks = params.num_blocks * (work.split + 1) / kSplit - work.first_block;
   return work;

@@ -92,7 +92,7 @@ def attention_layer_rows() -> Iterator[Row]:
             work: AttentionWork = work,
             places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = places,
         ) -> None:
-            runner.launch_next_norm(buffers, layer.input_norm)
+            runner.launch_next_norm(buffers, layer.input_norm, fills_normed=runner.reads_normed)
             runner.launch_attention(buffers, work, places)
 
         launches = [partial(launch, runner) for runner in runners]

@@ -87,10 +87,13 @@ def candidates(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[L
         if tile_m * tile_n > 256 * 128 or tile_m >= 2 * max(num_tokens, 64):
             continue
         stages = min(9, _SHARED_BYTES // ((tile_m + tile_n + 8) * GROUP_SIZE))
-        for split, cast in itertools.product(range(1, _MAX_CLUSTER + 1), (1, 4)):
-            if stages < 3 or split * cast > _MAX_CLUSTER or (cast > 1 and tile_m > 64):
+        for split, cast, share in itertools.product(range(1, _MAX_CLUSTER + 1), (1, 2, 4), (1, 2)):
+            if stages < 3 or split * cast * share > _MAX_CLUSTER:
                 continue
-            variant = LinearVariant(tile_m, tile_n, split, cast, stages, 1, _chunk(tile_m, tile_n))
+            if share > 1 and num_tokens <= tile_m:
+                continue
+            chunk = _chunk(tile_m, tile_n)
+            variant = LinearVariant(tile_m, tile_n, split, cast, stages, 1, chunk, share)
             num_ctas = variant.num_ctas(num_tokens, num_outputs)
             if num_ctas < _MIN_CTAS or (split > 1 and num_ctas > _MAX_SPLIT_CTAS):
                 continue

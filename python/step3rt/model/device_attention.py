@@ -300,7 +300,8 @@ class AttentionLane:
             token_ids < 0, self._last_token_ids.index_select(0, sequence_slots), token_ids
         )
         torch.index_select(pool.weights.embed_tokens, 0, token_ids, out=buffers.residual)
-        buffers.norm_only(pool.first_norm, config.rms_norm_eps)
+        reads = [runner.reads_normed for runner in pool.runners] + [True]  # the head reads bf16
+        buffers.norm_only(pool.first_norm, config.rms_norm_eps, fills_normed=reads[0])
         for index, layer in enumerate(config.layers):
             pool.runners[index].launch_attention(buffers, work, places)
             slots.send(
@@ -313,7 +314,8 @@ class AttentionLane:
             )
             slots.wait(lane, is_first_layer=index == 0)
             sums = (slots.sums(lane), slots.present(lane))
-            buffers.add_sums_and_norm(*sums, pool.next_norms[index], config.rms_norm_eps)
+            norm = (pool.next_norms[index], config.rms_norm_eps)
+            buffers.add_sums_and_norm(*sums, *norm, fills_normed=reads[index + 1])
         final, logits = self._final[: shape.num_logits], self._padded_logits[: shape.num_logits]
         torch.index_select(buffers.normed, 0, inputs.logit_rows[: shape.num_logits], out=final)
         linear_bf16(final, pool.weights.lm_head, logits)

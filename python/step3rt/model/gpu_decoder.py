@@ -274,9 +274,11 @@ class GpuDecoder:
             self._weights.embed_tokens, 0, inputs.token_ids.long(), out=buffers.residual
         )
         norms = [layer.input_norm for layer in self._weights.layers] + [self._weights.final_norm]
-        buffers.norm_only(norms[0], self.config.rms_norm_eps)
-        for runner, next_norm in zip(self._runners, norms[1:], strict=True):
-            runner.launch(buffers, work, (inputs.positions, inputs.slots, self._table), next_norm)
+        reads = [runner.reads_normed for runner in self._runners] + [True]  # the head reads bf16
+        buffers.norm_only(norms[0], self.config.rms_norm_eps, fills_normed=reads[0])
+        places = (inputs.positions, inputs.slots, self._table)
+        for index, runner in enumerate(self._runners, start=1):
+            runner.launch(buffers, work, places, norms[index], fills_normed=reads[index])
         return buffers
 
     @torch.inference_mode()

@@ -151,14 +151,19 @@ class LayerBuffers:
             workspaces=self.workspaces,
         )
 
-    def norm_only(self, weight: torch.Tensor, eps: float) -> None:
+    def norm_only(self, weight: torch.Tensor, eps: float, *, fills_normed: bool) -> None:
         """Normalises and quantises the residual: the first layer's input."""
-        self.add_and_norm(self.partial_sums[:0], weight, eps)
+        self.add_and_norm(self.partial_sums[:0], weight, eps, fills_normed=fills_normed)
 
-    def add_and_norm(self, sums: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        """Adds bf16[n, T, H] to the residual; fills `normed` and `hidden` from it."""
+    def add_and_norm(
+        self, sums: torch.Tensor, weight: torch.Tensor, eps: float, *, fills_normed: bool
+    ) -> None:
+        """Adds bf16[n, T, H] to the residual; fills `hidden` from it, and `normed` if asked to.
+
+        Otherwise `normed` is undefined: rows that nobody reads cost time to store.
+        """
         if self.residual.shape[1] == HIDDEN_SIZE:
-            out = NormOutputs(self.residual, self.normed, self.hidden)
+            out = self._norm_outputs(fills_normed=fills_normed)
             add_rmsnorm_quantize(self.residual, sums, weight, out, eps)
             return
         if sums.shape[0]:
@@ -167,11 +172,20 @@ class LayerBuffers:
         _quantize(self.normed, self.hidden)
 
     def add_sums_and_norm(
-        self, sums: torch.Tensor, present: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        sums: torch.Tensor,
+        present: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        fills_normed: bool,
     ) -> None:
         """As `add_and_norm`, of sums that lie in slots: see `ops.sums_rmsnorm_quantize`."""
-        out = NormOutputs(self.residual, self.normed, self.hidden)
+        out = self._norm_outputs(fills_normed=fills_normed)
         add_sums_rmsnorm_quantize(self.residual, sums, present, weight, out, eps)
+
+    def _norm_outputs(self, *, fills_normed: bool) -> NormOutputs:
+        return NormOutputs(self.residual, self.normed if fills_normed else None, self.hidden)
 
 
 class LayerRunner:
@@ -190,29 +204,45 @@ class LayerRunner:
             HIDDEN_SIZE,
             router_topk.TOP_K,
         ) and config.num_experts <= router_topk.MAX_EXPERTS
+        self.reads_normed = not isinstance(weights.qkv, Fp8Matrix)
+        """Whether the layer reads its normed input in bf16 too."""
+        self._ffn_reads_normed = weights.router is not None or any(
+            isinstance(experts, Bf16Experts) for experts in weights.experts
+        )
 
     def launch(
-        self, buffers: LayerBuffers, work: AttentionWork, places: Places, next_norm: torch.Tensor
+        self,
+        buffers: LayerBuffers,
+        work: AttentionWork,
+        places: Places,
+        next_norm: torch.Tensor,
+        *,
+        fills_normed: bool,
     ) -> None:
         """Computes the layer on the current stream.
 
         `buffers.hidden` is the normed input, `buffers.residual` what it was made from. Afterwards
-        they are those of the next layer, whose input norm (or the final norm) is `next_norm`.
+        they are those of the next layer, whose input norm (or the final norm) is `next_norm`;
+        `fills_normed`: whether that is wanted in bf16 too.
         """
         self.launch_attention(buffers, work, places)
         self._compute_ffn(buffers)
-        self.launch_next_norm(buffers, next_norm)
+        self.launch_next_norm(buffers, next_norm, fills_normed=fills_normed)
 
-    def launch_next_norm(self, buffers: LayerBuffers, next_norm: torch.Tensor) -> None:
+    def launch_next_norm(
+        self, buffers: LayerBuffers, next_norm: torch.Tensor, *, fills_normed: bool
+    ) -> None:
         """Adds what the FFN gave to the residual and normalises it for the next layer."""
         sums = buffers.partial_sums[: len(self._weights.experts)]
-        buffers.add_and_norm(sums, next_norm, self._config.rms_norm_eps)
+        eps = self._config.rms_norm_eps
+        buffers.add_and_norm(sums, next_norm, eps, fills_normed=fills_normed)
 
     def launch_attention(self, buffers: LayerBuffers, work: AttentionWork, places: Places) -> None:
         """Computes the attention side: up to the FFN's quantised input and the router's choice."""
         self._attend(buffers, work, places)
         eps = self._config.rms_norm_eps
-        buffers.add_and_norm(buffers.projected, self._weights.post_attention_norm, eps)
+        norm = self._weights.post_attention_norm
+        buffers.add_and_norm(buffers.projected, norm, eps, fills_normed=self._ffn_reads_normed)
         self._route(buffers)
 
     def _attend(self, buffers: LayerBuffers, work: AttentionWork, places: Places) -> None:

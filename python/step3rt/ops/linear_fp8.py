@@ -90,10 +90,10 @@ def linear_fp8(
     params["num_tokens"] = num_tokens
     params["num_outputs"] = num_outputs
     params["num_blocks"] = num_blocks
-    params["num_tiles_m"] = -(-num_tokens // variant.tile_m)
+    params["num_tiles_m"] = variant.num_tiles_m(num_tokens)
     arguments = (
         _row_map(x, variant.tile_m // variant.cast),
-        _row_map(weight, variant.tile_n),
+        _row_map(weight, variant.tile_n // variant.share),
         params,
     )
     _kernel(variant).launch(device, variant.num_ctas(num_tokens, num_outputs), arguments)

@@ -8,9 +8,10 @@ from step3rt.ops.linear_fp8_variant import LinearVariant
 FALLBACK = LinearVariant(128, 128, split=1, cast=1, stages=6)
 """Covers every weight of whole 128x128 blocks."""
 
-# One NVIDIA H200, CUDA 13.0, 2026-11-22: CUDA graph replay, medians, 400 MiB of weights rotated,
+# H200s, CUDA 13.0, 2026-11-22 (o_proj: -23): CUDA graph replay, medians, 1 GiB of weights rotated,
 # the best of several sweeps. `python -m step3rt.bench.linear_fp8` measures its candidates anew.
-# Tile, split, cast, stages, CTAs of an SM, chunk.
+# o_proj with 129 to 256 tokens: the fastest after seconds of load, under the card's power limit.
+# Tile, split, cast, stages, CTAs of an SM, chunk, share.
 CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     (2560, 7168): (  # qkv
         (64, LinearVariant(64, 128, 5, 1, 8, 1, 4)),  # 8.6 us
@@ -27,9 +28,9 @@ CHOICES: dict[tuple[int, int], tuple[tuple[int, LinearVariant], ...]] = {
     (7168, 16384): (  # o_proj
         (64, LinearVariant(64, 128, 2, 4, 8, 1, 4)),  # 31.6 us
         (128, LinearVariant(128, 128, 2, 4, 6, 1, 4)),  # 34.9 us
-        (256, LinearVariant(256, 112, 2, 1, 4, 1, 1)),  # 57.7 us
-        (1024, LinearVariant(256, 112, 1, 1, 4, 1, 1)),  # 105.1 us at 512, 237.4 at 1,024
-        (2048, LinearVariant(256, 128, 1, 2, 4, 1, 0)),  # 477.5 us
+        (256, LinearVariant(128, 128, 1, 1, 6, 1, 4, 2)),  # 62.2 us
+        (1024, LinearVariant(256, 128, 1, 1, 4, 1, 0)),  # 106.8 us at 512, 234.8 at 1,024
+        (2048, LinearVariant(256, 128, 1, 4, 4, 1, 0)),  # 463.7 us
     ),
 }
 """(outputs, inputs) -> (most tokens, variant), in rising order; the last serves all above."""

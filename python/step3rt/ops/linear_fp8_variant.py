@@ -18,7 +18,8 @@ class LinearVariant:
     """How the kernel cuts a product.
 
     A CTA computes `tile_m` tokens x `tile_n` outputs over 1 / `split` of K; `cast` CTAs of
-    neighbouring outputs read their rows once, together. `stages` of the ring; `ctas_per_sm` that
+    neighbouring outputs read their rows once, together, `share` CTAs of neighbouring tokens their
+    weights. `stages` of the ring; `ctas_per_sm` that
     may share an SM, so that one launch starts where the last one drains. A warpgroup runs through
     `chunk` blocks of K with one product always ahead of the one it scales; 0: with none ahead.
     """
@@ -30,11 +31,12 @@ class LinearVariant:
     stages: int
     ctas_per_sm: int = 1
     chunk: int = 4
+    share: int = 1
 
     @property
     def cluster_ctas(self) -> int:
         """CTAs of a cluster."""
-        return self.split * self.cast
+        return self.split * self.cast * self.share
 
     @property
     def num_threads(self) -> int:
@@ -63,12 +65,17 @@ class LinearVariant:
             "STAGES": self.stages,
             "CTAS_PER_SM": self.ctas_per_sm,
             "CHUNK": self.chunk,
+            "SHARE": self.share,
         }
         return tuple(f"-DSTEP3RT_{name}={value}" for name, value in values.items())
 
     def num_ctas(self, num_tokens: int, num_outputs: int) -> int:
         """Grid size."""
-        return -(-num_tokens // self.tile_m) * (num_outputs // self.tile_n) * self.split
+        return self.num_tiles_m(num_tokens) * (num_outputs // self.tile_n) * self.split
+
+    def num_tiles_m(self, num_tokens: int) -> int:
+        """Tiles that cover the tokens, in whole groups of `share`."""
+        return -(-num_tokens // (self.tile_m * self.share)) * self.share
 
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether whole clusters cover a weight of that shape."""
