@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from step3rt.bench.decode import DecodeLoad, LaneStep, read_steps, summarise
+from step3rt.bench.decode import DecodeLoad, read_steps, summarise
+from step3rt.bench.decode_path import LaneStep
 from step3rt.bench.decode_stages import stage_report
 from step3rt.bench.decode_work import Shape
 from step3rt.config import resolve_model
@@ -90,7 +91,7 @@ def test_lines_of_other_events_are_passed_over() -> None:
         json.dumps({"level": "DEBUG", "fields": {"message": "step done", **values}}),
         "not JSON at all",
     ]
-    assert read_steps(lines) == [LaneStep(3, 1, 5, 4, 1, 2, 3)]
+    assert read_steps(lines) == [LaneStep(3, 1, 5, 4, 1, 2, 3, 9)]
 
 
 def test_lengths_reach_the_context_half_way_and_spread_around_it() -> None:
@@ -116,6 +117,7 @@ def test_a_real_cluster_is_measured() -> None:
     assert report["fabrics"] == ["shm"]
     tpot = report["tpot_ms"]
     assert 0 < tpot["p50"] <= tpot["p99"] <= tpot["max"]
+    assert list(report["path"]) == ["coordinator", "first_token", "last_token"]
     # 4 streams, whose mean TPOT is not known here, but is no longer than the longest.
     assert report["tokens_per_s"] > 0.99 * 4e3 / tpot["max"]
 
@@ -165,6 +167,14 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     assert report["jitter_ms"] == pytest.approx(
         report["step_ms"]["p99"] - report["step_ms"]["p50"], abs=1e-3
     )
+    path = report["path"]
+    assert list(path) == [
+        "device", "seen", "reported", "coordinator", "first_token", "last_token", "launch_ms",
+        "lanes_apart_ms",
+    ]  # fmt: skip
+    assert 0 < path["reported"]["after_ms"]["p50"] <= path["reported"]["after_ms"]["max"] < 1e3
+    seen = report["client_tpot_ms"]
+    assert 0 < seen["p50"] <= seen["p99"] <= seen["max"]
     assert (tmp_path / "trace" / "ffn-1.npz").exists()
     the_planner_takes(report, tmp_path / "decode-nano.json")
 

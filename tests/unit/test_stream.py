@@ -3,6 +3,7 @@
 import functools
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -51,6 +52,15 @@ def test_work_runs_in_order_and_an_event_is_done_with_what_was_given_before(
     event.wait()
     assert event.is_done()
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_timed_events_say_how_long_the_work_between_them_took(stream: Stream) -> None:
+    before = stream.record(is_timed=True)
+    stream.run(lambda: time.sleep(0.02))
+    after = stream.record(is_timed=True)
+    after.wait()
+    assert 0.02e9 <= after.elapsed_ns(before) < 20e9
+    assert before.elapsed_ns(after) == -after.elapsed_ns(before)
 
 
 def test_a_stream_that_is_parked_holds_up_neither_the_caller_nor_the_others() -> None:

@@ -2,7 +2,8 @@
 
 Owns the load and the arithmetic; the figures come from the coordinator's own log, where a line says
 when each lane's step was done and how many tokens it gave. A client that timed 10,000 streams would
-measure itself. What a step consists of, devices record themselves: see `decode_stages`.
+measure itself. What a step consists of, devices record themselves: see `decode_stages`; and when it
+was where on its way to the client: see `decode_path`.
 """
 
 import asyncio
@@ -22,8 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from step3rt.aio import AsyncClient
 from step3rt.bench.commit import measured_commit
+from step3rt.bench.decode_client import TokenTimes, decode_all
+from step3rt.bench.decode_path import LaneStep, client_tpot_ms, path_report
 from step3rt.bench.decode_stages import MAX_STEPS, stage_report
 from step3rt.bench.decode_work import Shape, sizes_of
 from step3rt.bench.progress import ProgressLine, warn
@@ -41,6 +43,7 @@ from step3rt.placement import HostConfig, num_gpus
 from step3rt.plan.hardware import card_of_machine, load_hardware
 from step3rt.timing import percentile
 from step3rt.trace.recording import Recording, load_all
+from step3rt.trace.step_times import Rows, load_step_times
 
 BLOCK_SIZE_TOKENS = 64
 _SLACK_STEPS = 48
@@ -86,19 +89,6 @@ class DecodeLoad:
         return [max(1, round(self.context_tokens * share) - grown) for share in shares]
 
 
-@dataclass(frozen=True, slots=True)
-class LaneStep:
-    """One line of the coordinator's log: a lane's step that is done."""
-
-    instance: int
-    lane: int
-    at_ns: int
-    num_tokens: int
-    compute_ns: int
-    wait_ns: int
-    total_ns: int
-
-
 def measure(
     serve: ServeConfig,
     load: DecodeLoad,
@@ -108,6 +98,7 @@ def measure(
     log_dir: Path | None = None,
     has_stages: bool = True,
     name: str | None = None,
+    cluster_type: type[LocalCluster] = LocalCluster,
 ) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
@@ -120,6 +111,7 @@ def measure(
         has_stages: devices note times, for what a step consists of. Without, nothing of a run is
             noted on them, to see what noting costs.
         name: what the result calls the run; None: its deployment and model.
+        cluster_type: what the cluster is started by.
 
     Raises:
         ConfigError: the placement does not fit the cluster.
@@ -164,7 +156,7 @@ def measure(
             trace_dir = log_dir / "trace"
         progress = ProgressLine("tokens of each stream", load.max_new_tokens)
         stack.callback(progress.close)
-        with LocalCluster(
+        with cluster_type(
             settings,
             **host.options(),
             trace_dir=trace_dir,
@@ -172,11 +164,14 @@ def measure(
             log_dir=log_dir,
             on_status=progress.say,
         ) as cluster:
-            asyncio.run(_decode(cluster.address, load, config.vocab_size, progress))
+            streams = asyncio.run(_decode(cluster.address, load, config.vocab_size, progress))
             fabrics = _fabrics(cluster)
         recordings = _recordings(trace_dir)
+        hosts = _step_times(trace_dir)
         lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
-    figures = summarise(read_steps(lines), load, num_lanes, config.num_layers)
+    steps = read_steps(lines)
+    figures = summarise(steps, load, num_lanes, config.num_layers)
+    figures |= _path(steps, measured_lanes(steps, load, num_lanes), hosts, streams)
     if gpus:
         per_gpu = figures["tokens_per_s"] / gpus
         figures["tokens_per_s_per_gpu"] = round(per_gpu, 1)
@@ -245,13 +240,7 @@ def summarise(
     Raises:
         Unavailable: some lane has fewer such steps than `load.steps`.
     """
-    lanes = [lane[load.warmup_steps :][: load.steps + 1] for lane in _full_steps(steps, load)]
-    if len(lanes) < num_lanes or any(len(lane) <= load.steps for lane in lanes):
-        lengths = [len(lane) for lane in lanes]
-        raise Unavailable(
-            f"Only {lengths} steps of {num_lanes} lanes had all their sequences. {load.steps} are "
-            "needed after the warm-up. Measure fewer sequences, or more steps"
-        )
+    lanes = measured_lanes(steps, load, num_lanes)
     gaps_ms = [
         ((after.at_ns - before.at_ns) / 1e6, after.num_tokens)
         for lane in lanes
@@ -279,6 +268,24 @@ def summarise(
             "lane_step": {"us": _per_layer_us(measured, "total_ns", num_layers)},
         },
     }
+
+
+def measured_lanes(
+    steps: Sequence[LaneStep], load: DecodeLoad, num_lanes: int
+) -> list[list[LaneStep]]:
+    """Lane by lane, the steps that are measured, behind the one from which they are timed.
+
+    Raises:
+        Unavailable: some lane has fewer such steps than `load.steps`.
+    """
+    lanes = [lane[load.warmup_steps :][: load.steps + 1] for lane in _full_steps(steps, load)]
+    if len(lanes) < num_lanes or any(len(lane) <= load.steps for lane in lanes):
+        lengths = [len(lane) for lane in lanes]
+        raise Unavailable(
+            f"Only {lengths} steps of {num_lanes} lanes had all their sequences. {load.steps} are "
+            "needed after the warm-up. Measure fewer sequences, or more steps"
+        )
+    return lanes
 
 
 def _about_trend_ms(lane: Sequence[LaneStep]) -> list[float]:
@@ -325,6 +332,30 @@ def _recordings(directory: Path | None) -> list[Recording] | Step3Error | None:
         return error
 
 
+def _step_times(directory: Path | None) -> list[Rows]:
+    """What the attention instances noted on their hosts; nothing where they note nothing."""
+    if directory is None:
+        return []
+    try:
+        return load_step_times(directory)
+    except Step3Error as error:
+        warn(f"the result does not say when instances saw their steps' ends: {error}")
+        return []
+
+
+def _path(
+    steps: Sequence[LaneStep],
+    lanes: Sequence[Sequence[LaneStep]],
+    hosts: Sequence[Rows],
+    streams: Sequence[TokenTimes],
+) -> dict[str, Any]:
+    seen = client_tpot_ms(lanes, steps, streams)
+    return {
+        "client_tpot_ms": _quantiles(seen.tolist()) if len(seen) else None,
+        "path": path_report(lanes, steps, hosts, streams),
+    }
+
+
 def _stages(
     recordings: list[Recording] | Step3Error,
     shape: Shape,
@@ -366,23 +397,11 @@ def _per_layer_us(steps: Sequence[LaneStep], name: str, num_layers: int) -> floa
     return round(statistics.fmean(getattr(step, name) for step in steps) / num_layers / 1e3, 2)
 
 
-async def _decode(address: str, load: DecodeLoad, vocab_size: int, progress: ProgressLine) -> None:
-    draw = random.Random(load.seed + 1)
-    async with AsyncClient(address) as client:
-
-        async def stream(num_tokens: int, *, is_last: bool) -> None:
-            prompt = draw.choices(range(vocab_size), k=num_tokens)
-            events = client.generate(
-                prompt, max_tokens=load.max_new_tokens, temperature=0.0, ignore_eos=True
-            )
-            async for event in events:
-                if is_last:
-                    progress.add(len(event.token_ids))
-
-        lengths = load.prompt_lengths()
-        async with asyncio.TaskGroup() as group:
-            for index, num_tokens in enumerate(lengths):
-                group.create_task(stream(num_tokens, is_last=index == len(lengths) - 1))
+async def _decode(
+    address: str, load: DecodeLoad, vocab_size: int, progress: ProgressLine
+) -> list[TokenTimes]:
+    tokens = (load.max_new_tokens, vocab_size, load.seed + 1)
+    return await decode_all(address, load.prompt_lengths(), *tokens, progress)
 
 
 def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:

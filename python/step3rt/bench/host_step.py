@@ -36,6 +36,9 @@ class _DoneEvent:
     def is_done(self) -> bool:
         return True
 
+    def elapsed_ns(self, since: Event) -> int:
+        return 0
+
 
 class _NoDevice:
     """A lane whose steps are done when they are launched."""

@@ -34,6 +34,7 @@ from step3rt.ops.afd_link import AttentionSlots
 from step3rt.ops.afd_slots import AfdShape
 from step3rt.ops.device_link import StopWord
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape
+from step3rt.trace.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class DeviceAttentionRole:
             )
             for index, device in enumerate(ends.lanes)
         ]
+        times = StepTimes()
         try:
-            return DeviceStepLoop(session, ends.slots, links, lanes).run()
+            return DeviceStepLoop(session, ends.slots, links, lanes, times).run()
         finally:
             ends.stop.set()
             for lane in lanes:
@@ -111,7 +113,7 @@ class DeviceAttentionRole:
                     if step.event is not None:
                         step.event.wait()
             if traces is not None:
-                traces.save()
+                traces.save(times)
             ends.slots.reset()
             ends.stop.clear()
 

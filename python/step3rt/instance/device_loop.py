@@ -23,6 +23,7 @@ from step3rt.model.device_attention import AttentionLane, PromptScores
 from step3rt.model.device_inputs import HostStep
 from step3rt.ops.afd_link import AttentionSlots
 from step3rt.ops.stream import Event
+from step3rt.trace.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,48 @@ LOOK_S = 0.0005
 it is on the device by then."""
 
 CLOSE_LOOK_S = 0.00005
-"""The same while a step is about to end: what it is reported late by is jitter to a client."""
+"""The same while a step is about to end: what it is reported late by is jitter to a client. To
+sleep so long takes twice as long, so in the middle of that time there is no pause at all."""
 
 _EARLY_NS = 3_000_000
 _LATE_NS = 1_000_000
 """How long before and after the time that the lane's last step took that is."""
 
+_NO_PAUSE_NS = 400_000
+_NO_PAUSE_SHARE = 32
+"""For so long before and after that time there is no pause, or for this part of a step if that is
+less: a core has other things to do than to look for the ends of short steps."""
+
+_LAUNCH_MARGIN_NS = 500_000
+"""A launch may take that much longer than the lane's last one."""
+
+APART_NS = 3_000_000
+"""Steps of two lanes that end nearer to each other meet all the way to the client: one's report
+waits for the other's, for its plan, and for its streams."""
+
+MOVE_NS = 6_500_000
+"""By how much one of them is moved: its next step begins so much later. Twice as much as APART_NS,
+and less than FFN ranks wait for a source that was there in the step before."""
+
+MOVE_STEPS = 256
+"""A lane is moved once in so many steps at most, and not in the first ones, in which it fills."""
+
+_FIRST_MOVE_STEP = 32
+
 
 @dataclass(slots=True)
 class FlightStep:
-    """A step on its way, or over: `host` and `event` are None for a plan that computes nothing."""
+    """A step on its way, or over: `host` and `event` are None for a plan that computes nothing.
+
+    `launched_ns`: when its launch began, and `launch_ns` how long that took.
+    """
 
     planned: PlannedStep
     host: HostStep | None
     event: Event | None
     scores: PromptScores | None
-    launched_ns: int
+    launched_ns: int = 0
+    launch_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -54,7 +81,11 @@ class DeviceLane:
     """One lane: its sequences, the steps in flight, and the plans that wait.
 
     `hosts`: buffers that no step uses. `first_due_step`: plans below it may have been made before
-    the coordinator knew that a step of this lane had failed.
+    the coordinator knew that a step of this lane had failed. `last_event`, `last_end_ns`: the end
+    of the last step that is over, and when it was seen; `last_step_ns`, `last_launch_ns`: how long
+    the last step and launch took; `looked_ns`: the last look at the step that runs. `is_moving`:
+    the next step begins later than it could, so that lanes end apart; `next_move_step`: from when
+    on that may be again.
     """
 
     index: int
@@ -64,14 +95,37 @@ class DeviceLane:
     in_flight: deque[FlightStep] = field(default_factory=deque)
     queued: deque[_core.StepPlan] = field(default_factory=deque)
     first_due_step: int = 0
+    last_event: Event | None = None
     last_end_ns: int = 0
     last_step_ns: int = 0
+    last_launch_ns: int = 0
+    looked_ns: int = 0
+    is_moving: bool = False
+    next_move_step: int = _FIRST_MOVE_STEP
 
-    def is_near_end(self, now_ns: int) -> bool:
-        """Whether its step, if it takes as long as the last one, ends about now."""
-        if not self.in_flight:
-            return False
-        return -_LATE_NS < self.last_end_ns + self.last_step_ns - now_ns < _EARLY_NS
+    def ends_in_ns(self, now_ns: int) -> int | None:
+        """When its step ends if it takes as long as the last one; below 0 if it is late.
+
+        None: there is no step, or none before it.
+        """
+        if not self.in_flight or not self.last_step_ns:
+            return None
+        begun_ns = max(self.last_end_ns, self.in_flight[0].launched_ns)
+        return begun_ns + self.last_step_ns - now_ns
+
+    def is_near_end(self, now_ns: int, early_ns: int = _EARLY_NS) -> bool:
+        """Whether its step ends about now, or within `early_ns`."""
+        left_ns = self.ends_in_ns(now_ns)
+        return left_ns is not None and -_LATE_NS < left_ns < early_ns
+
+    def look_s(self, now_ns: int) -> float:
+        """How long to wait before the next look at its step."""
+        left_ns = self.ends_in_ns(now_ns)
+        if left_ns is None or not -_LATE_NS < left_ns < _EARLY_NS:
+            return LOOK_S
+        if abs(left_ns) < min(_NO_PAUSE_NS, self.last_step_ns // _NO_PAUSE_SHARE):
+            return 0.0
+        return CLOSE_LOOK_S
 
 
 class DeviceStepLoop:
@@ -83,12 +137,14 @@ class DeviceStepLoop:
         slots: AttentionSlots,
         links: FfnLinks,
         lanes: list[DeviceLane],
+        times: StepTimes | None = None,
     ) -> None:
-        """Starts with idle lanes and without links."""
+        """Starts with idle lanes and without links; `times`: where steps' times are noted."""
         self._session = session
         self._slots = slots
         self._links = links
         self._lanes = lanes
+        self._times = times or StepTimes()
         self._max_tokens = session.settings.max_tokens_per_micro_batch
         self._max_steps_in_flight = session.settings.max_steps_in_flight
         self._is_draining = False
@@ -113,12 +169,14 @@ class DeviceStepLoop:
             if not any(lane.in_flight for lane in self._lanes):
                 self._links.settle()
             for lane in self._lanes:
-                self._launch_queued(lane)
+                if lane.queued:
+                    self._launch_queued(lane)
+                    # Another lane's step may have ended meanwhile.
+                    self.collect()
 
     def _look_s(self) -> float:
         now_ns = time.perf_counter_ns()
-        is_close = any(lane.is_near_end(now_ns) for lane in self._lanes)
-        return CLOSE_LOOK_S if is_close else LOOK_S
+        return min(lane.look_s(now_ns) for lane in self._lanes)
 
     def collect(self) -> None:
         """Reports the steps that are over."""
@@ -127,7 +185,7 @@ class DeviceStepLoop:
 
     def _handle(self, event: _core.Event) -> None:
         if event.kind == "step_plan":
-            self.launch(event)
+            self._queue(event)
         elif event.kind == "arrival":
             self._links.on_arrival(event)
         elif event.kind == "link_up":
@@ -139,6 +197,10 @@ class DeviceStepLoop:
 
     def launch(self, plan: _core.StepPlan) -> None:
         """Launches a plan's step, or has it wait."""
+        self._queue(plan)
+        self._launch_queued(self._lanes[plan.lane])
+
+    def _queue(self, plan: _core.StepPlan) -> None:
         lane = self._lanes[plan.lane]
         num_unanswered = len(lane.queued) + len(lane.in_flight)
         if num_unanswered >= self._max_steps_in_flight:
@@ -148,7 +210,26 @@ class DeviceStepLoop:
                 f"{self._max_steps_in_flight}. The coordinator's plan is wrong."
             )
         lane.queued.append(plan)
-        self._launch_queued(lane)
+        if lane.in_flight and plan.step >= lane.next_move_step:
+            self._keep_apart(lane, plan.step)
+
+    def _keep_apart(self, lane: DeviceLane, step: int) -> None:
+        """Has a lane's next step begin later if its steps end when those of one before it do.
+
+        Lanes of one GPU take turns layer by layer, so that neither overtakes the other, and they
+        begin about together: left alone they would end together for ever.
+        """
+        now_ns, step_ns = time.perf_counter_ns(), lane.last_step_ns
+        left_ns = lane.ends_in_ns(now_ns)
+        if left_ns is None or step_ns < 2 * len(self._lanes) * MOVE_NS:
+            return
+        others = (other.ends_in_ns(now_ns) for other in self._lanes[: lane.index])
+        behind = ((left_ns - other_ns) % step_ns for other_ns in others if other_ns is not None)
+        if all(APART_NS <= by_ns <= step_ns - APART_NS for by_ns in behind):
+            return
+        lane.is_moving = True
+        lane.next_move_step = step + MOVE_STEPS
+        logger.info("Lane %d begins step %d later, apart from other lanes", lane.index, step)
 
     def _launch_queued(self, lane: DeviceLane) -> None:
         """Launches what waits, unless it has to go on waiting."""
@@ -156,6 +237,11 @@ class DeviceStepLoop:
             plan = lane.queued[0]
             if not self._links.is_ready and self._links.are_coming:
                 return
+            if lane.is_moving:
+                begins_ns = lane.last_end_ns + MOVE_NS - lane.last_launch_ns
+                if lane.in_flight or time.perf_counter_ns() < begins_ns:
+                    return
+                lane.is_moving = False
             # Before the plan is applied, which takes longer than a look.
             if lane.in_flight and self._has_to_watch(lane):
                 return
@@ -168,7 +254,7 @@ class DeviceStepLoop:
                 return
             lane.queued.popleft()
             if not planned.sequences:
-                lane.in_flight.append(FlightStep(planned, None, None, None, 0))
+                lane.in_flight.append(FlightStep(planned, None, None, None))
                 self._collect(lane)
             elif self._links.is_ready:
                 self._launch(lane, planned)
@@ -178,12 +264,16 @@ class DeviceStepLoop:
     def _has_to_watch(self, lane: DeviceLane) -> bool:
         """Whether another lane's end is near, which a launch of `lane` would have reported late.
 
-        The launch is in no hurry while the lane's own step has some time left.
+        The launch is in no hurry while the lane's own step has time left for it; a step of unknown
+        length, or one that is late, may end at once.
         """
         now_ns = time.perf_counter_ns()
-        return not lane.is_near_end(now_ns) and any(
-            other.is_near_end(now_ns) for other in self._lanes if other is not lane
-        )
+        early_ns = max(_EARLY_NS, lane.last_launch_ns + _LAUNCH_MARGIN_NS)
+        left_ns = lane.ends_in_ns(now_ns)
+        if left_ns is None or left_ns < early_ns:
+            return False
+        others = (other for other in self._lanes if other is not lane)
+        return any(other.is_near_end(now_ns, early_ns) for other in others)
 
     def _launch(self, lane: DeviceLane, planned: PlannedStep) -> None:
         if planned.num_tokens > self._max_tokens:
@@ -196,22 +286,32 @@ class DeviceStepLoop:
         order = fill_step(planned, lane.table, host)
         lane.table.launched(planned)
         event, scores = lane.device.launch(host, order)
-        lane.in_flight.append(FlightStep(planned, host, event, scores, launched_ns))
+        lane.last_launch_ns = time.perf_counter_ns() - launched_ns
+        step = FlightStep(planned, host, event, scores, launched_ns, lane.last_launch_ns)
+        lane.in_flight.append(step)
 
     def _collect(self, lane: DeviceLane) -> None:
         """Reports the steps that are over, in their order."""
         while lane.in_flight:
             step = lane.in_flight[0]
+            now_ns = time.perf_counter_ns()
             if step.event is not None and not step.event.is_done():
+                lane.looked_ns = now_ns
                 return
             lane.in_flight.popleft()
-            if step.host is None:
+            if step.host is None or step.event is None:
                 self._session.complete_step(lane.index, step.planned.number, [], 0, 0, 0)
                 continue
             lane.hosts.append(step.host)
             errors = self._slots.errors()[lane.index]
+            device_ns = 0 if lane.last_event is None else step.event.elapsed_ns(lane.last_event)
+            lane.last_event = step.event
             if errors.is_ok:
+                # A step that was launched early began when the one before it ended.
+                lane.last_step_ns = now_ns - max(step.launched_ns, lane.last_end_ns)
+                lane.last_end_ns = now_ns
                 self._complete(lane, step, step.host)
+                self._note(lane, step, device_ns)
                 continue
             bad = {rank: error.name for rank, error in enumerate(errors.peers) if error}
             self._links.break_all(f"lane {lane.index} stopped: {errors.lane.name}, ranks {bad}")
@@ -224,11 +324,16 @@ class DeviceStepLoop:
         is_corrupt = corrupt_chunks(planned, host, step.scores)
         is_corrupt = lane.table.accept(planned, sampled, is_corrupt)
         outputs = step_outputs(planned, host, step.scores, is_corrupt)
-        now_ns = time.perf_counter_ns()
-        # A step that was launched early began when the one before it ended.
-        total_ns = now_ns - max(step.launched_ns, lane.last_end_ns)
-        lane.last_end_ns, lane.last_step_ns = now_ns, total_ns
-        self._session.complete_step(lane.index, planned.number, outputs, total_ns, 0, total_ns)
+        took_ns = lane.last_step_ns
+        self._session.complete_step(lane.index, planned.number, outputs, took_ns, 0, took_ns)
+
+    def _note(self, lane: DeviceLane, step: FlightStep, device_ns: int) -> None:
+        """Notes when what happened to a step that was just reported."""
+        launch_end_ns = step.launched_ns + step.launch_ns
+        launch = (lane.index, step.planned.number, step.launched_ns, launch_end_ns)
+        ends = (lane.looked_ns, lane.last_end_ns, time.perf_counter_ns())
+        self._times.add((*launch, lane.last_step_ns, device_ns, *ends))
+        lane.looked_ns = 0
 
     def _refuse(self, lane: DeviceLane, plan: _core.StepPlan, error: StepNotDueError) -> None:
         if plan.step >= lane.first_due_step:

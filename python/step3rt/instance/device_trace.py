@@ -14,6 +14,7 @@ from step3rt.instance.group_rows import GroupRows
 from step3rt.ops.afd_endpoint import AfdEndpoint
 from step3rt.ops.afd_slots import AFD_TRACE_ROW
 from step3rt.trace.recording import Recording, Shape
+from step3rt.trace.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ class LaneTraces:
         if self._group_rows is not None:
             self._group_rows.look()
 
-    def save(self) -> None:
-        """Writes what was noted; the lanes must be idle."""
+    def save(self, times: StepTimes | None = None) -> None:
+        """Writes what was noted, and the host's own times; the lanes must be idle."""
         rings = [ring.cpu().numpy().view(AFD_TRACE_ROW)[:, 0] for ring in self._rings]
         group_rows = None
         if self._group_rows is not None:
@@ -76,6 +77,8 @@ class LaneTraces:
             group_rows = self._group_rows.rows()
         try:
             path = Recording.of_rings(self._shape, rings, group_rows).save(self._directory)
+            if times is not None:
+                times.save(self._directory, self._shape.rank)
         except OSError as error:
             # The streams were served; that nobody can see how fast is no reason to fail.
             logger.error("The trace cannot be written to %s: %s", self._directory, error)

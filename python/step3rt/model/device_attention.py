@@ -221,7 +221,8 @@ class AttentionLane:
     def launch(self, host: HostStep, order: StepOrder) -> tuple[Event, PromptScores | None]:
         """Queues a step and returns at once.
 
-        `host` belongs to the step until the event is done; then it has the results.
+        `host` belongs to the step until the event is done; then it has the results. The event is a
+        timed one.
         """
         num_logits = order.num_samples + len(order.scored_token_ids)
         shape = GraphShape.of_step(
@@ -235,7 +236,7 @@ class AttentionLane:
         self._stream.run(lambda: self._copy_in(step))
         self._graphs[shape].replay()
         self._stream.run(lambda: self._finish(step))
-        return self._stream.record(), step.scores
+        return self._stream.record(is_timed=True), step.scores
 
     def close(self) -> None:
         """Ends the lane's stream; nothing may be parked in it."""

@@ -7,6 +7,7 @@ stream runs in order, streams do not wait for each other, and whoever gives work
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -41,6 +42,14 @@ class Event:
             Exception: what work of the stream has raised, or the driver's error.
         """
         self._recorded.synchronize()
+
+    def elapsed_ns(self, since: "Event") -> int:
+        """Returns the nanoseconds by the device's own clock from the end of `since` to this one's.
+
+        Both are done, of one stream, and were recorded with `is_timed`.
+        """
+        elapsed_ms = since._recorded.elapsed_time(self._recorded)  # type: ignore[arg-type]
+        return round(elapsed_ms * 1e6)
 
 
 class Stream:
@@ -84,15 +93,18 @@ class Stream:
         with torch.cuda.stream(self._cuda):
             work()
 
-    def record(self) -> Event:
+    def record(self, *, is_timed: bool = False) -> Event:
         """Returns the event of all work given so far.
+
+        Args:
+            is_timed: The device notes when it gets there, see `Event.elapsed_ns`.
 
         Raises:
             Exception: what earlier work has raised.
         """
         if self._cuda is None:
             return Event(self._worker.record())
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True, enable_timing=is_timed)  # type: ignore[no-untyped-call]
         event.record(self._cuda)
         return Event(event)
 
@@ -138,9 +150,15 @@ class _CpuEvent:
     def __init__(self, worker: "_Worker") -> None:
         self._worker = worker
         self._reached = threading.Event()
+        self._reached_ns = 0
 
     def reach(self) -> None:
+        self._reached_ns = time.perf_counter_ns()
         self._reached.set()
+
+    def elapsed_time(self, other: "_CpuEvent") -> float:
+        """Milliseconds from here to the other one."""
+        return (other._reached_ns - self._reached_ns) / 1e6
 
     def query(self) -> bool:
         is_reached = self._reached.is_set()

@@ -31,6 +31,7 @@ use tracing::{error, info, warn};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::clock::Clock;
 use crate::config::{ConfigError, CoordinatorConfig};
+use crate::control_runtime::ControlRuntime;
 use crate::drive::{Drive, DriveParts};
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message};
 use crate::health;
@@ -254,18 +255,19 @@ impl Coordinator {
                 incoming(listeners.public, public_security)?,
                 closed(close.clone()),
             );
-        let control = server_builder()
-            .add_service(node_service)
-            .serve_with_incoming_shutdown(
-                incoming(listeners.control, control_security)?,
-                closed(close),
-            );
+        let control_runtime = ControlRuntime::start()?;
+        let control = control_runtime.spawn(|| {
+            let connections = incoming(listeners.control, control_security)?;
+            let server = server_builder().add_service(node_service);
+            Ok::<_, io::Error>(server.serve_with_incoming_shutdown(connections, closed(close)))
+        })?;
         tokio::spawn(health::report(reporter, status));
         Ok(Running {
             drive: drive_handle,
             drive_task: on_own_thread(drive.run(messages)),
             public: tokio::spawn(public),
-            control: tokio::spawn(control),
+            control,
+            _control_runtime: control_runtime,
             close: close_sender,
         })
     }
@@ -279,6 +281,7 @@ struct Running {
     drive_task: JoinHandle<()>,
     public: ServerTask,
     control: ServerTask,
+    _control_runtime: ControlRuntime,
     close: watch::Sender<bool>,
 }
 

@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
+mod control_runtime;
 pub mod coordinator;
 pub mod deadline;
 pub mod drive;
