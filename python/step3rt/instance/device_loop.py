@@ -83,9 +83,9 @@ class DeviceLane:
     `hosts`: buffers that no step uses. `first_due_step`: plans below it may have been made before
     the coordinator knew that a step of this lane had failed. `last_event`, `last_end_ns`: the end
     of the last step that is over, and when it was seen; `last_step_ns`, `last_launch_ns`: how long
-    the last step and launch took; `looked_ns`: the last look at the step that runs. `is_moving`:
-    the next step begins later than it could, so that lanes end apart; `next_move_step`: from when
-    on that may be again.
+    the last step and launch took; `looked_ns`: the last look at the step that runs. The step that
+    waits is not launched before `held_until_ns`, so that lanes are apart; `next_move_step`: from
+    when on that may be again.
     """
 
     index: int
@@ -100,7 +100,7 @@ class DeviceLane:
     last_step_ns: int = 0
     last_launch_ns: int = 0
     looked_ns: int = 0
-    is_moving: bool = False
+    held_until_ns: int = 0
     next_move_step: int = _FIRST_MOVE_STEP
 
     def ends_in_ns(self, now_ns: int) -> int | None:
@@ -227,7 +227,8 @@ class DeviceStepLoop:
         behind = ((left_ns - other_ns) % step_ns for other_ns in others if other_ns is not None)
         if all(APART_NS <= by_ns <= step_ns - APART_NS for by_ns in behind):
             return
-        lane.is_moving = True
+        left_ns += step_ns * (len(lane.in_flight) - 1)
+        lane.held_until_ns = now_ns + left_ns + MOVE_NS - lane.last_launch_ns
         lane.next_move_step = step + MOVE_STEPS
         logger.info("Lane %d begins step %d later, apart from other lanes", lane.index, step)
 
@@ -237,11 +238,8 @@ class DeviceStepLoop:
             plan = lane.queued[0]
             if not self._links.is_ready and self._links.are_coming:
                 return
-            if lane.is_moving:
-                begins_ns = lane.last_end_ns + MOVE_NS - lane.last_launch_ns
-                if lane.in_flight or time.perf_counter_ns() < begins_ns:
-                    return
-                lane.is_moving = False
+            if time.perf_counter_ns() < lane.held_until_ns:
+                return
             # Before the plan is applied, which takes longer than a look.
             if lane.in_flight and self._has_to_watch(lane):
                 return
