@@ -47,19 +47,6 @@ less: a core has other things to do than to look for the ends of short steps."""
 _LAUNCH_MARGIN_NS = 500_000
 """A launch may take that much longer than the lane's last one."""
 
-APART_NS = 3_000_000
-"""Steps of two lanes that end nearer to each other meet all the way to the client: one's report
-waits for the other's, for its plan, and for its streams."""
-
-MOVE_NS = 6_500_000
-"""By how much one of them is moved: its next step begins so much later. Twice as much as APART_NS,
-and less than FFN ranks wait for a source that was there in the step before."""
-
-MOVE_STEPS = 256
-"""A lane is moved once in so many steps at most, and not in the first ones, in which it fills."""
-
-_FIRST_MOVE_STEP = 32
-
 
 @dataclass(slots=True)
 class FlightStep:
@@ -83,9 +70,7 @@ class DeviceLane:
     `hosts`: buffers that no step uses. `first_due_step`: plans below it may have been made before
     the coordinator knew that a step of this lane had failed. `last_event`, `last_end_ns`: the end
     of the last step that is over, and when it was seen; `last_step_ns`, `last_launch_ns`: how long
-    the last step and launch took; `looked_ns`: the last look at the step that runs. The step that
-    waits is not launched before `held_until_ns`, so that lanes are apart; `next_move_step`: from
-    when on that may be again.
+    the last step and launch took; `looked_ns`: the last look at the step that runs.
     """
 
     index: int
@@ -100,8 +85,6 @@ class DeviceLane:
     last_step_ns: int = 0
     last_launch_ns: int = 0
     looked_ns: int = 0
-    held_until_ns: int = 0
-    next_move_step: int = _FIRST_MOVE_STEP
 
     def ends_in_ns(self, now_ns: int) -> int | None:
         """When its step ends if it takes as long as the last one; below 0 if it is late.
@@ -210,35 +193,12 @@ class DeviceStepLoop:
                 f"{self._max_steps_in_flight}. The coordinator's plan is wrong."
             )
         lane.queued.append(plan)
-        if lane.in_flight and plan.step >= lane.next_move_step:
-            self._keep_apart(lane, plan.step)
-
-    def _keep_apart(self, lane: DeviceLane, step: int) -> None:
-        """Has a lane's next step begin later if its steps end when those of one before it do.
-
-        Lanes of one GPU take turns layer by layer, so that neither overtakes the other, and they
-        begin about together: left alone they would end together for ever.
-        """
-        now_ns, step_ns = time.perf_counter_ns(), lane.last_step_ns
-        left_ns = lane.ends_in_ns(now_ns)
-        if left_ns is None or step_ns < 2 * len(self._lanes) * MOVE_NS:
-            return
-        others = (other.ends_in_ns(now_ns) for other in self._lanes[: lane.index])
-        behind = ((left_ns - other_ns) % step_ns for other_ns in others if other_ns is not None)
-        if all(APART_NS <= by_ns <= step_ns - APART_NS for by_ns in behind):
-            return
-        left_ns += step_ns * (len(lane.in_flight) - 1)
-        lane.held_until_ns = now_ns + left_ns + MOVE_NS - lane.last_launch_ns
-        lane.next_move_step = step + MOVE_STEPS
-        logger.info("Lane %d begins step %d later, apart from other lanes", lane.index, step)
 
     def _launch_queued(self, lane: DeviceLane) -> None:
         """Launches what waits, unless it has to go on waiting."""
         while lane.queued:
             plan = lane.queued[0]
             if not self._links.is_ready and self._links.are_coming:
-                return
-            if time.perf_counter_ns() < lane.held_until_ns:
                 return
             # Before the plan is applied, which takes longer than a look.
             if lane.in_flight and self._has_to_watch(lane):
