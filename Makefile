@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PROMPT ?= It was a fine morning, and Elizabeth
 export INSTA_UPDATE ?= no
 
-.PHONY: help demo test test-rust test-python test-sim test-rdma loom miri fuzz lint format build proto clean
+.PHONY: help demo test test-rust test-python test-units test-clusters test-sim test-rdma loom miri fuzz lint format build proto clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | column -ts '	'
@@ -22,8 +22,15 @@ test: test-rust test-python test-sim  ## all tests that need no GPU and no RDMA 
 test-rust:       ## unit, property and integration tests of the Rust crates
 	cargo test --workspace --quiet
 
-test-python: build  ## unit, kernel-compile and end-to-end tests
-	$(BIN)/python -m pytest
+# Either half leaves a core idle half of the time. Each prints once it has ended.
+test-python: build  ## unit, kernel-compile and end-to-end tests, two at a time
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-units test-clusters
+
+test-units:
+	$(BIN)/python -m pytest tests/unit tests/kernels
+
+test-clusters:
+	$(BIN)/python -m pytest tests/e2e
 
 test-sim: build  ## 20,000 seeds of the scheduler's simulator
 	$(BIN)/step3rt sim --seeds 20000

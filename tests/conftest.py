@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tests.fixtures.checkpoint import Checkpoint
     from tests.oracle.step3_numpy import Step3Oracle
 
+# Torch and BLAS read it when they are imported, here and in processes that tests start. Threads
+# meet at every operation, late where others compute: `make test-python` runs two halves at a time.
+os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))
+
 # Deadlines measure the machine, not the code: other work on it would fail tests at random.
 settings.register_profile("ci", derandomize=True, max_examples=50, deadline=None)
 settings.register_profile("dev", max_examples=20, deadline=None)

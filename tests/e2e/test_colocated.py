@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from step3rt import LLM, LocalCluster, SamplingParams
 from step3rt.config import ServeConfig
 from step3rt.errors import ConfigError
 from tests.e2e.clusters import assert_all_blocks_return, pid_of, snapshot, wait_until
-from tests.e2e.commands import Commands, run
+from tests.e2e.commands import Commands, Running, run
 from tests.e2e.device_clusters import (
     SETTINGS,
+    Texts,
     assert_same_while_decided,
     device_cluster,
     generate,
@@ -42,27 +44,45 @@ def assert_one_process_has_both_roles(cluster: LocalCluster, num_processes: int)
     assert sorted(map(sorted, roles.values())) == [["attention", "ffn"]] * num_processes
 
 
-def test_one_process_gives_the_decoders_tokens_and_drains_at_a_signal(commands: Commands) -> None:
-    coordinator = commands.serve(NANO, *setting_flags(SETTINGS))
-    node = commands.node("colocated", NANO, coordinator, "--device=cpu")
-    assert_agrees(reference_decoder(), generate(coordinator))
-    node.process.terminate()
-    assert node.process.wait(ENDED_WITHIN_S) == 0, node.output()
-    assert node.output().count("Stopped, as it was told") == 2
+@dataclass(slots=True)
+class Drained:
+    """One process, started as an operator does, what it gave, and how it ended at a signal."""
+
+    commands: Commands
+    coordinator: Running
+    node: Running
+    texts: Texts
+    exit_code: int
 
 
-def test_a_process_outlives_a_killed_coordinator_and_serves_the_next_one(
-    commands: Commands,
-) -> None:
-    first = commands.serve(NANO, *setting_flags(SETTINGS))
-    node = commands.node("colocated", NANO, first, "--device=cpu")
-    texts = generate(first)
+@pytest.fixture(scope="module")
+def drained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drained]:
+    """Its coordinator goes on, without an instance."""
+    with Commands(tmp_path_factory.mktemp("one")) as commands:
+        coordinator = commands.serve(NANO, *setting_flags(SETTINGS))
+        node = commands.node("colocated", NANO, coordinator, "--device=cpu")
+        texts = generate(coordinator)
+        node.process.terminate()
+        exit_code = node.process.wait(ENDED_WITHIN_S)
+        yield Drained(commands, coordinator, node, texts, exit_code)
+
+
+def test_one_process_gives_the_decoders_tokens_and_drains_at_a_signal(drained: Drained) -> None:
+    assert_agrees(reference_decoder(), drained.texts)
+    assert drained.exit_code == 0, drained.node.output()
+    assert drained.node.output().count("Stopped, as it was told") == 2
+
+
+def test_a_process_outlives_a_killed_coordinator_and_serves_the_next_one(drained: Drained) -> None:
+    first = drained.coordinator
+    node = drained.commands.node("colocated", NANO, first, "--device=cpu")
+    wait_until(lambda: snapshot(first.control_address)["is_serving"], "serving")
     first.process.kill()
     first.process.wait()
     addresses = {"listen": first.address, "control-listen": first.control_address}
-    second = commands.serve(NANO, *setting_flags({**SETTINGS, **addresses}))
+    second = drained.commands.serve(NANO, *setting_flags({**SETTINGS, **addresses}))
     # One rank: tokens do not depend on batch mates, not even in the last bit.
-    assert generate(second) == texts
+    assert generate(second) == drained.texts
     assert node.process.poll() is None
     second.process.terminate()
     assert second.process.wait(ENDED_WITHIN_S) == 0

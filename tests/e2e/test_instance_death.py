@@ -27,7 +27,7 @@ from tests.e2e.commands import Commands
 from tests.fixtures import checkpoint
 
 PROMPTS = [[10 + number] * (20 * number + 1) for number in range(6)]
-NUM_TOKENS = 300
+NUM_TOKENS = 200
 
 
 class Reader:
@@ -198,27 +198,38 @@ def test_a_frozen_instance_is_lost_and_its_streams_go_on(
     assert_all_blocks_return(cluster)
 
 
+@pytest.fixture(scope="module")
+def impatient(tiny_checkpoint: checkpoint.Checkpoint) -> Iterator[LocalCluster]:
+    """1A1F that gives up on who is lost after a moment; every test here leaves it whole again."""
+    with running_cluster(
+        tiny_checkpoint.directory, lease_ms=1000, recovery_timeout_ms=1000
+    ) as running:
+        yield running
+
+
+def assert_serves_with_another_ffn(cluster: LocalCluster, client: Client) -> None:
+    """Starts an instance in place of the one that was lost, and generates."""
+    cluster.start_instance("ffn")
+    wait_until(lambda: snapshot(cluster.control_address)["is_serving"], "recovery")
+    assert len(client.generate([10], max_tokens=2).result().outputs[0].token_ids) == 2
+
+
 def test_when_no_instance_returns_streams_end_and_the_next_ones_are_told_to_wait(
-    tiny_checkpoint: checkpoint.Checkpoint,
+    impatient: LocalCluster,
 ) -> None:
-    with (
-        running_cluster(tiny_checkpoint.directory, recovery_timeout_ms=1500) as cluster,
-        Client(cluster.address) as client,
-    ):
-        stream = client.generate([10], temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with Client(impatient.address) as client:
+        stream = client.generate([10], temperature=0, max_tokens=1000, ignore_eos=True)
         next(stream)
-        kill(cluster, "ffn")
+        kill(impatient, "ffn")
         with pytest.raises(Unavailable) as caught:
             stream.result()
         assert caught.value.reason == "NODE_LOST"
         assert caught.value.is_retryable
-        assert_all_blocks_return(cluster)
+        assert_all_blocks_return(impatient)
         with pytest.raises(Unavailable) as caught:
             client.generate([10], max_tokens=1, timeout_s=5).result()
         assert caught.value.reason == "ENGINE_NOT_READY"
-        cluster.start_instance("ffn")
-        wait_until(lambda: snapshot(cluster.control_address)["is_serving"], "recovery")
-        assert len(client.generate([10], max_tokens=2).result().outputs[0].token_ids) == 2
+        assert_serves_with_another_ffn(impatient, client)
 
 
 def join_as_an_ffn_that_nobody_can_link(cluster: LocalCluster, model: Path) -> _core.NodeSession:
@@ -237,24 +248,18 @@ def join_as_an_ffn_that_nobody_can_link(cluster: LocalCluster, model: Path) -> _
 
 
 def test_streams_do_not_wait_for_ever_for_an_instance_that_cannot_link(
-    tiny_checkpoint: checkpoint.Checkpoint,
+    impatient: LocalCluster, tiny_checkpoint: checkpoint.Checkpoint
 ) -> None:
-    model = tiny_checkpoint.directory
-    with (
-        running_cluster(model, lease_ms=1000, recovery_timeout_ms=1500) as cluster,
-        Client(cluster.address) as client,
-    ):
-        stream = client.generate([10], temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with Client(impatient.address) as client:
+        stream = client.generate([10], temperature=0, max_tokens=1000, ignore_eos=True)
         next(stream)
-        kill(cluster, "ffn")
-        misfit = join_as_an_ffn_that_nobody_can_link(cluster, model)
+        kill(impatient, "ffn")
+        misfit = join_as_an_ffn_that_nobody_can_link(impatient, tiny_checkpoint.directory)
         with pytest.raises(Unavailable) as caught:
             stream.result()
         assert caught.value.reason == "NODE_LOST"
         misfit.close()
-        cluster.start_instance("ffn")
-        wait_until(lambda: snapshot(cluster.control_address)["is_serving"], "recovery")
-        assert len(client.generate([10], max_tokens=2).result().outputs[0].token_ids) == 2
+        assert_serves_with_another_ffn(impatient, client)
 
 
 def test_instances_outlive_a_killed_coordinator_and_join_the_next_one(

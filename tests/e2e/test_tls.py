@@ -9,6 +9,7 @@ import pytest
 
 from step3rt import AsyncClient, Client, SamplingParams
 from step3rt.errors import ConfigError, Unavailable
+from step3rt.model.monolithic import MonolithicModel
 from tests.e2e.clusters import running_cluster, wait_until
 from tests.e2e.commands import Commands, run
 from tests.fixtures.certificates import DAY, Authority, as_flags
@@ -16,7 +17,8 @@ from tests.fixtures.checkpoint import Checkpoint
 
 EX_CONFIG = 78
 PROMPTS = ([5, 6, 7, 8], [9, 10, 11], list(range(5, 60)))
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+NUM_TOKENS = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
 @pytest.fixture
@@ -33,15 +35,12 @@ def continuations(client: Client) -> list[list[int]]:
     return [client.generate(prompt, GREEDY).result().outputs[0].token_ids for prompt in PROMPTS]
 
 
-def test_two_attention_and_two_ffn_instances_over_tls_generate_what_shared_memory_does(
+def test_two_attention_and_two_ffn_instances_over_tls_generate_what_one_process_does(
     tiny_checkpoint: Checkpoint, authority: Authority
 ) -> None:
     model = tiny_checkpoint.directory
-    with (
-        running_cluster(model, attention=2, ffn=2, fabric="shm") as cluster,
-        Client(cluster.address) as client,
-    ):
-        expected = continuations(client)
+    alone = MonolithicModel.load(model)
+    expected = [alone.generate_greedy(prompt, NUM_TOKENS)[0] for prompt in PROMPTS]
     files = authority.issue("member")
     with (
         running_cluster(model, attention=2, ffn=2, fabric="tcp", **files) as cluster,

@@ -30,7 +30,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_link_is_reported_beside_ucx_where_that_is_installed(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    flags = ["--fabric", "shm", "--bytes", "64", "--rounds", "5", "--json"]
+    flags = ["--fabric", "shm", "--bytes", "64", "--rounds", "2", "--json"]
     assert main(["bench", "link", *flags]) == 0
     assert json.loads(capfd.readouterr().out)["ucx"] == {
         "name": "ucx_perftest, ucp_am_lat, UCX_TLS=posix",

@@ -11,7 +11,8 @@ import torch
 
 from step3rt.ops import launch
 from step3rt.ops.afd_endpoint import DEFAULT_WAIT_LIMIT_NS, REPORT_WORDS, AfdEndpoint
-from step3rt.ops.afd_reference import AttentionHostLane, HostFlag, HostLane, RankSlot
+from step3rt.ops.afd_host_lane import HostFlag, HostLane
+from step3rt.ops.afd_reference import AttentionHostLane, RankSlot
 from step3rt.ops.afd_slots import AFD_PEER, SEQUENCE_BITS, AfdShape, Role
 from step3rt.ops.device_link import StopWord
 from step3rt.ops.rmsnorm_quantize import QuantizedRows

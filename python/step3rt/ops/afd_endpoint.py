@@ -13,7 +13,7 @@ import torch
 
 from step3rt.errors import InvalidArgument
 from step3rt.ops import launch
-from step3rt.ops.afd_reference import HostLane
+from step3rt.ops.afd_host_lane import HostLane
 from step3rt.ops.afd_region import HostWords, Mapping, allocate_region, map_region
 from step3rt.ops.afd_slots import (
     AFD_LANE,

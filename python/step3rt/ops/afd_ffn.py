@@ -14,7 +14,8 @@ import torch
 from step3rt.errors import InvalidArgument
 from step3rt.ops import launch
 from step3rt.ops.afd_endpoint import REPORT_WORDS, AfdEndpoint
-from step3rt.ops.afd_reference import FfnHostLane, HostFlag, HostLane, SourceSlot
+from step3rt.ops.afd_host_lane import HostFlag, HostLane
+from step3rt.ops.afd_reference import FfnHostLane, SourceSlot
 from step3rt.ops.afd_region import HostWords
 from step3rt.ops.afd_slots import AFD_PEER, MAX_PEERS, SEQUENCE_BITS, AfdShape, Role
 from step3rt.ops.device_link import StopWord

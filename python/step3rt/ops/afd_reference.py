@@ -5,48 +5,20 @@ their order is told, over memory that processes share. It never hangs without a 
 it, and holds no lock while it sleeps.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from step3rt.ops.afd_host_lane import HostFlag, HostLane, Pause, bits, frame_number
 from step3rt.ops.afd_region import HostWords
-from step3rt.ops.afd_slots import SEQUENCE_BITS, AfdShape, LaneState, PeerState, local_ids
+from step3rt.ops.afd_slots import AfdShape, PeerState, local_ids
 from step3rt.ops.device_link import LinkError
 from step3rt.ops.rmsnorm_quantize import QuantizedRows
 
-_FIRST_SLEEP_S = 20e-6
-_LONGEST_SLEEP_S = 500e-6
-"""Between looks at the flags: what a wait adds to a layer at worst."""
 _SEND_COLUMN, _WAIT_COLUMN = 1, 3  # of AFD_TRACE_ROW
 _MASK_SHIFT = 32  # in the second word of a frame's flag; the rows lie below
-
-
-class HostFlag:
-    """A flag of 16 bytes that another process reads or writes.
-
-    Two aligned words: the writer stores the number last, the reader loads it first. Processors
-    that keep the order of stores (x86) need no more; on others the interpreter's own locks, taken
-    between two bytecodes of different threads, are what orders them.
-    """
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        """Takes u8[16 or more] of a region."""
-        data: Any = memory.numpy()
-        self._words = memoryview(data).cast("B")[:16].cast("Q")
-
-    def publish(self, number: int, payload: int) -> None:
-        """Makes everything written before visible to who sees `number`."""
-        self._words[1] = payload
-        self._words[0] = number
-
-    def read(self) -> tuple[int, int]:
-        """Returns the number, and the payload that came with it if the number is awaited."""
-        number = self._words[0]
-        return number, self._words[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,72 +44,6 @@ class SourceSlot:
     peer_flag: HostFlag
     peer_admission: HostFlag
     flag: HostFlag
-
-
-class _Pause:
-    """Sleeps between two looks, longer and longer."""
-
-    def __init__(self) -> None:
-        self._next_s = _FIRST_SLEEP_S
-        self._start_ns = time.monotonic_ns()
-
-    @property
-    def elapsed_ns(self) -> int:
-        return time.monotonic_ns() - self._start_ns
-
-    def sleep(self) -> None:
-        time.sleep(self._next_s)
-        self._next_s = min(2 * self._next_s, _LONGEST_SLEEP_S)
-
-
-class HostLane:
-    """What both ends share: errors and numbers of frames."""
-
-    def __init__(self, stop: Callable[[], bool], report: HostWords, first_report: int) -> None:
-        self.lock = threading.Lock()
-        self.state = LaneState(peers=[])
-        self.wait_limit_ns = 0
-        self.trace: torch.Tensor | None = None
-        self._stop = stop
-        self._report = report.values
-        self._first_report = first_report
-
-    def fail(self, error: LinkError) -> None:
-        """Ends the lane: it sends and awaits nothing until its links are made anew."""
-        self.state.error = error
-        self._report[self._first_report] = error
-
-    def lose(self, peer: int, error: LinkError) -> None:
-        """Notes what a peer did wrong."""
-        self.state.peers[peer].error = error
-        self._report[self._first_report + 1 + peer] = error
-
-    def connect(self, peer: int, epoch: int) -> None:
-        """Counts a peer's frames from 1 under a new epoch."""
-        self.state.peers[peer] = PeerState(epoch=epoch)
-        self._report[self._first_report + 1 + peer] = LinkError.OK
-
-    def note(
-        self, column: int, begin_ns: int, frame: int, participants: int, num_rows: int
-    ) -> None:
-        """Writes begin and end of a launch into the trace, if there is one."""
-        if self.trace is not None:
-            row = self.trace[frame % len(self.trace)]
-            row[0], row[column], row[column + 1] = frame, begin_ns, time.time_ns()
-            row[5], row[6] = participants, num_rows
-
-    def reset(self) -> None:
-        """Forgets all peers and errors."""
-        self.state = LaneState(peers=[PeerState() for _ in self.state.peers])
-        self._report[self._first_report :][: 1 + len(self.state.peers)] = LinkError.OK
-
-
-def _number(peer: PeerState, sequence: int) -> int:
-    return peer.epoch << SEQUENCE_BITS | sequence
-
-
-def _bits(mask: int) -> Iterable[int]:
-    return (bit for bit in range(mask.bit_length()) if mask >> bit & 1)
 
 
 class AttentionHostLane(HostLane):
@@ -206,14 +112,14 @@ class AttentionHostLane(HostLane):
 
     def _publish(self, rank: int, mask: int) -> None:
         slot, peer = self._linked[rank], self.state.peers[rank]
-        slot.peer_flag.publish(_number(peer, peer.sent), peer.num_rows | mask << _MASK_SHIFT)
+        slot.peer_flag.publish(frame_number(peer, peer.sent), peer.num_rows | mask << _MASK_SHIFT)
 
     def wait(self, *, is_first_layer: bool) -> None:
         """Waits for the sums of every rank."""
         begin_ns = time.time_ns()
         if self.state.error:
             return
-        slots, pause = self._linked, _Pause()
+        slots, pause = self._linked, Pause()
         if is_first_layer and len(slots) > 1:
             mask = self._await(0, self._admission, self.state.peers[0].sent, pause)
             if self.state.error:
@@ -232,8 +138,8 @@ class AttentionHostLane(HostLane):
         self.note(_WAIT_COLUMN, begin_ns, self.state.frames, 1 << self._source, num_rows)
         self.state.frames += 1
 
-    def _await(self, rank: int, flag: HostFlag, sequence: int, pause: _Pause) -> int:
-        expected = _number(self.state.peers[rank], sequence)
+    def _await(self, rank: int, flag: HostFlag, sequence: int, pause: Pause) -> int:
+        expected = frame_number(self.state.peers[rank], sequence)
         while True:
             number, payload = flag.read()
             if number == expected:
@@ -313,7 +219,7 @@ class FfnHostLane(HostLane):
             state.participants &= 0 if state.error else arrived
             self._private_ids.fill_(-1)
             self._private_weights.zero_()
-            for source in _bits(state.participants):
+            for source in bits(state.participants):
                 peer = state.peers[source]
                 peer.received += 1
                 rows = slice(0, peer.num_rows)
@@ -326,13 +232,13 @@ class FfnHostLane(HostLane):
 
     def _admit(self) -> int:
         """Rank 0: who has sent by the end of the join window begins the step."""
-        state, pause = self.state, _Pause()
+        state, pause = self.state, Pause()
         window_start_ns: int | None = None
         arrived = 0
         while self._may_begin(0 if arrived else pause.elapsed_ns):
             with self.lock:
                 active = self._active()
-                arrived = sum(1 << source for source in _bits(active) if self._look(source, True))
+                arrived = sum(1 << source for source in bits(active) if self._look(source, True))
                 if arrived:
                     if window_start_ns is None:
                         window_start_ns = pause.elapsed_ns
@@ -346,17 +252,17 @@ class FfnHostLane(HostLane):
         return 0
 
     def _tell(self, admitted: int) -> None:
-        for source in _bits(admitted) if self._shape.num_ranks > 1 else ():
+        for source in bits(admitted) if self._shape.num_ranks > 1 else ():
             slot, peer = self.sources[source], self.state.peers[source]
             if slot is not None:
-                slot.peer_admission.publish(_number(peer, peer.received + 1), admitted)
+                slot.peer_admission.publish(frame_number(peer, peer.received + 1), admitted)
 
     def _await_admitted(self) -> int:
         """Other ranks: the first frame says whom rank 0 has admitted to the step."""
-        pause = _Pause()
+        pause = Pause()
         while self._may_begin(pause.elapsed_ns):
             with self.lock:
-                arrived = next((s for s in _bits(self._active()) if self._look(s, True)), None)
+                arrived = next((s for s in bits(self._active()) if self._look(s, True)), None)
                 if arrived is not None:
                     admitted = self._mask(arrived) & self._active()
                     self._begin(admitted)
@@ -367,14 +273,14 @@ class FfnHostLane(HostLane):
         return self._await_all(is_first_layer=True)
 
     def _await_all(self, *, is_first_layer: bool = False) -> int:
-        state, pause = self.state, _Pause()
+        state, pause = self.state, Pause()
         first_ns: int | None = None
         while True:
             with self.lock:
                 state.participants &= self._active()
                 arrived = sum(
                     1 << source
-                    for source in _bits(state.participants)
+                    for source in bits(state.participants)
                     if self._look(source, is_first_layer)
                 )
                 missing = state.participants & self._active() & ~arrived
@@ -389,13 +295,13 @@ class FfnHostLane(HostLane):
                 # While nobody has come, another rank may be waiting for one, and all with it.
                 is_late = first_ns is not None and now_ns - first_ns > self.wait_limit_ns
                 if is_late or now_ns > 2 * self.wait_limit_ns:
-                    for source in _bits(missing):
+                    for source in bits(missing):
                         self.lose(source, LinkError.TIMED_OUT)
                     return arrived
             pause.sleep()
 
     def _num_rows(self) -> int:
-        return sum(self.state.peers[source].num_rows for source in _bits(self.state.participants))
+        return sum(self.state.peers[source].num_rows for source in bits(self.state.participants))
 
     def _may_begin(self, idle_ns: int) -> bool:
         if self._stop():
@@ -427,7 +333,7 @@ class FfnHostLane(HostLane):
         if slot is None:
             return False
         number, payload = slot.flag.read()
-        expected = _number(peer, peer.received + 1)
+        expected = frame_number(peer, peer.received + 1)
         if number < expected:
             return False
         mask, num_rows = payload >> _MASK_SHIFT, payload & ((1 << _MASK_SHIFT) - 1)
@@ -447,13 +353,13 @@ class FfnHostLane(HostLane):
         with self.lock:
             if state.error or not state.participants:
                 return
-            for source in _bits(state.participants):
+            for source in bits(state.participants):
                 slot, peer = self.sources[source], state.peers[source]
                 if slot is None:
                     continue
                 rows = (self._private_ids[source] >= 0).any(dim=1).nonzero()[:, 0]
                 slot.sums[rows] = by_source[source, rows]
                 peer.sent += 1
-                slot.peer_flag.publish(_number(peer, peer.sent), peer.num_rows)
+                slot.peer_flag.publish(frame_number(peer, peer.sent), peer.num_rows)
             frame, num_rows = state.frames - 1, self._num_rows()
             self.note(_SEND_COLUMN, begin_ns, frame, state.participants, num_rows)
