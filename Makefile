@@ -22,8 +22,9 @@ test: test-rust test-python test-sim  ## all tests that need no GPU and no RDMA 
 test-rust:       ## unit, property and integration tests of the Rust crates
 	cargo test --workspace --quiet
 
-# Either half leaves a core idle half of the time. Each prints once it has ended.
+# Either half leaves a core idle half of the time.
 test-python: build  ## unit, kernel-compile and end-to-end tests, two at a time
+	@echo "Two halves at a time, about 10 minutes on two cores; each prints when it has ended."
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-units test-clusters
 
 test-units:
