@@ -28,7 +28,7 @@ test-python: build  ## unit, kernel-compile and end-to-end tests, two at a time
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-units test-clusters
 
 test-units:
-	$(BIN)/python -m pytest tests/unit tests/kernels
+	$(BIN)/python -m pytest --ignore=tests/e2e
 
 test-clusters:
 	$(BIN)/python -m pytest tests/e2e
