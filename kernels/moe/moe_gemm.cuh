@@ -64,7 +64,7 @@ struct MoeShared {
   uint64_t empty[kStages];  // completes when the consumers of both CTAs are done
 };
 
-// As RingCursor, in one register.
+// As RingCursor, in one register: consumers have none to spare.
 template <int kStages>
 struct MoeCursor {
   uint32_t state = 0;  // stage, and the parity at bit 8

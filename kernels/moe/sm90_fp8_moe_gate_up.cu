@@ -9,12 +9,13 @@
 //   out_scales     f32[I/128, R]        amax / 448 of the 128 values; 1 where all are 0
 //   H, I multiples of 128; rows past a group's end are not written.
 //
-// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more: a remainder that
-//                 would read all weights again for itself. A consumer has 64 gate and the same 64
-//                 up weights, so that a thread holds both factors of its outputs
+// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more than 128: a remainder
+//                 that would read all weights again for itself. Of more than 64 rows a consumer has
+//                 64, and all weights. Of up to 64 it has all, and 64 gate and the same 64 up weights.
+//                 So a thread holds both factors of its outputs
 // Threads         384: producer warpgroup (40 registers), two consumers (232); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
-// Shared memory   209,920 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
+// Shared memory   214,016 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
 // Roofline        HBM up to about 160 rows an expert: 73.4 MB of weights each
 // Accuracy        The tensor core sums 4 steps of 32; every 128 values are added in fp32
 // Reference       step3rt.ops.moe_fp8.reference_expert
@@ -49,8 +50,8 @@ struct Shared : Ring {
   float extra_amax[kConsumers * kWarpgroupWarps][kExtraRows];
   float extra_up[kExtraRegs][kWarpgroupThreads];
   float4 split_amax[kClusterCtas * kWarpgroupWarps][4];
-  uint32_t split_parity;
-  uint64_t split_full;  // completes when split_amax has come from both CTAs
+  uint32_t split_parity;  // of the next tile that splits its extra rows
+  uint64_t split_full;    // completes when split_amax has come from both CTAs
 };
 static_assert(sizeof(Shared) == 214016, "the launcher asks for this many bytes");
 
@@ -340,7 +341,7 @@ __device__ __forceinline__ void compute_tall(Shared& shared, const MoeGemmParams
   }
 }
 
-// Finds the warp's next tile. All lanes write the same to its place in shared memory.
+// Finds the warp's next tile; its place is in shared memory.
 __device__ __forceinline__ bool next_tile(Shared& shared, const MoeGemmParams& params, int warp) {
   MoeWalk<Ring, true> walk = shared.walks[warp];
   MoeTile tile;
@@ -381,7 +382,7 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0) - kWarpgroupWarps;
     MoeTile& tile = shared.tiles[warp];
     MoeCursor<Shared::kStages> cursor;
-    shared.walks[warp] = {};
+    shared.walks[warp] = {};  // by each lane
     while (next_tile(shared, params, warp)) {
       if (!tile.is_real) {
         moe_skip(shared, tile, cursor);

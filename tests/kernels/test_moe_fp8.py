@@ -72,6 +72,28 @@ def test_one_expert_gets_all_tokens_and_the_others_none(rows: int) -> None:
         check(make_case(torch.full((rows, 1), expert, dtype=torch.int32), 5, 5))
 
 
+# With 8 or more blocks of K the two CTAs of a pair share the rows past 256; of three blocks the
+# last has them alone.
+@pytest.mark.parametrize("rows", [256, 257, 264, 265, 272, 273, 392, 400, 528])
+@pytest.mark.parametrize("num_ctas", [4, 132])
+def test_rows_past_a_pair_of_blocks_are_split_between_its_ctas(rows: int, num_ctas: int) -> None:
+    ids = torch.full((rows + 300, 1), 1, dtype=torch.int32)
+    ids[rows:] = 2
+    case = make_case(ids, 4, 4, sizes=(1024, 640), num_ctas=num_ctas)
+    check(case)
+    first = case.run()
+    for _ in range(10):
+        poison(case.workspace)
+        assert torch.equal(case.run(), first)
+
+
+# The last round of items of a single group comes in halves if that fits the clusters.
+@pytest.mark.parametrize("num_tokens", [65, 100, 128, 144, 193, 256, 272, 300, 384])
+@pytest.mark.parametrize("num_ctas", [6, 10, 132])
+def test_the_last_round_of_a_dense_ffn_may_be_halved(num_tokens: int, num_ctas: int) -> None:
+    check(make_case(only_shared(num_tokens), 1, 0, sizes=(1024, 1024), num_ctas=num_ctas))
+
+
 def test_tokens_without_a_local_expert_get_zero() -> None:
     case = make_case(torch.tensor([[9, 8, 7]] * 40, dtype=torch.int32), 4, 4)
     assert bool((case.run() == 0).all())
