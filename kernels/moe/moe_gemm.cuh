@@ -234,7 +234,7 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
     for (int i = 0; i < Shared::kStages; ++i) {
       mbarrier_init(&shared.full[i], kProducers);
       mbarrier_init(&shared.empty[i],
-                    (kWarpArrivals + kClusterCtas - 1) * Shared::kConsumers * kWarpgroupWarps);
+                    kWarpArrivals * kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
     }
     fence_mbarrier_init();
   }
@@ -386,14 +386,18 @@ __device__ __forceinline__ void moe_acquire(Shared& shared,
 // once its own empty barrier has completed for this use. So both have, at which time nobody owes them
 // an arrival. Were all shared rows one CTA's to copy, that CTA could go on alone and be counted, at
 // the other's barrier, in the place of a warp whose arrival there is still on its way.
+//
+// Built for racecheck, every lane arrives at the neighbour's barrier, too: the neighbour's copies land
+// in this CTA as well, on rows that all lanes have read by ldmatrix, and the tool would order only one
+// lane's reads before them.
 template <class Shared>
 __device__ __forceinline__ void moe_release(Shared& shared,
                                             const MoeCursor<Shared::kStages>& cursor) {
   const int rank = cluster_ctarank();  // read again: consumers have no register for it
   __syncwarp();
-  const bool is_first = threadIdx.x % kWarpThreads == 0;
-  if (kWarpArrivals > 1 || is_first) mbarrier_arrive(&shared.empty[cursor.stage()]);
-  if (is_first) mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage()], 1 - rank);
+  const bool arrives = kWarpArrivals > 1 || threadIdx.x % kWarpThreads == 0;
+  if (arrives) mbarrier_arrive(&shared.empty[cursor.stage()]);
+  if (arrives) mbarrier_arrive_relaxed_cluster(&shared.empty[cursor.stage()], 1 - rank);
 }
 
 // A consumer without work of its own in this tile keeps the ring turning.
