@@ -1,4 +1,5 @@
-// The products of a tile of more than 64 rows: a consumer has 64 rows and all weights of the tile.
+// The products of a large tile, one of a pair of row blocks or with rows past 128: a consumer has 64
+// rows and all weights of the tile.
 // Its rows go to registers once per stage; then every value in shared memory is read by one product
 // for each consumer, where two operands in shared memory would read the rows over and over. Bandwidth
 // of shared memory, copies included, is what such tiles wait for.

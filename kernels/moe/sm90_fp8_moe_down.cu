@@ -8,9 +8,10 @@
 //   out            bf16[S, R, H]        slice s holds the sum over the s-th part of I
 //   H, I multiples of 128; rows past a group's end are not written.
 //
-// Tile            192 weights x up to 128 rows. Of more than 64 rows a consumer has 64, and all weights.
-//                 Of fewer it has all rows, in steps of 16, and weights 64 and 64 of 192 are the tall
-//                 side of its products, so that few rows cost little; consumer 0 has the last 64, too
+// Tile            192 weights x up to 128 rows. Of pairs of blocks of rows a consumer has 64 rows, and
+//                 all weights. Of a single block it has all rows, in steps of 16, and 64 of the weights
+//                 are the tall side of a product, so that few rows cost little; consumer 0 has two
+//                 parts of 64, consumer 1 the third
 // Threads         384: producer warpgroup (40 registers), two consumers (232); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
 // Shared memory   208,896 B: ring of 5 x (24 KiB weights, 16 KiB rows, scales), barriers
@@ -29,6 +30,7 @@ constexpr int kConsumerRegs = 232;
 constexpr int kParts = 3;           // of 64 weights, of a tile
 constexpr int kRowStep = 16;        // rows as the narrow side come in multiples of this
 constexpr int kScaleWeights = 128;  // weights of one scale
+constexpr int kTogetherRegs = 96;   // per thread, of products that are under way together
 
 using Shared = MoeShared<kParts * kQuarterWeights, 5, kConsumers, 0>;
 static_assert(sizeof(Shared) == 208896, "the launcher asks for this many bytes");
@@ -53,7 +55,7 @@ struct ScaleRows {
 };
 static_assert(Shared::kTileWeights % kScaleWeights == kScaleWeights / 2, "see ScaleRows");
 
-// ---- tiles of more than 64 rows ------------------------------------------------------------------
+// ---- tiles of more than 64 rows that share weights -----------------------------------------------
 
 // Register 4j + 2r + c of a part is row 16w + g + 8r and place 8j + 2t + c (warp w, lane 4g + t), where
 // pack_down has put output 16 (j / 2) + 4t + 2c + j % 2: four in a row for each lane.
@@ -87,33 +89,39 @@ __device__ __forceinline__ void compute_tall(Shared& shared, const MoeGemmParams
   }
 }
 
-// ---- tiles of up to 64 rows ----------------------------------------------------------------------
+// ---- others --------------------------------------------------------------------------------------
 
-// acc[p] = parts `consumer` and, with kNumParts 2, the last one, times the rows.
+// acc[p] = parts `consumer` and, with kNumParts 2, the last one, times the rows. The two products are
+// under way together where registers suffice for both, else one after the other.
 template <int kNumParts, int kRegs>
 __device__ __forceinline__ void accumulate(Shared& shared, const MoeTile& tile, int consumer,
                                            MoeCursor<Shared::kStages>& cursor,
                                            float (&acc)[kNumParts][kRegs]) {
   constexpr int kPartBytes = kQuarterWeights * kBlockK;
-  float product[kNumParts][kRegs];
+  constexpr int kBuffers = kNumParts * kRegs <= kTogetherRegs ? kNumParts : 1;
+  float product[kBuffers][kRegs];
 #pragma unroll
   for (int i = 0; i < kNumParts * kRegs; ++i) acc[i / kRegs][i % kRegs] = 0.0f;
   for (int num_left = tile.k_end - tile.k_begin; num_left > 0; --num_left) {
     moe_acquire(shared, cursor);
     const uint8_t* weights = shared.weights[cursor.stage()];
 #pragma unroll
-    for (int p = 0; p < kNumParts; ++p) {
+    for (int p = 0; p < kBuffers; ++p) {
       moe_multiply(weights + (p == 0 ? consumer : kParts - 1) * kPartBytes,
                    shared.rows[cursor.stage()], product[p]);
     }
     const float2 weight = shared.weight_scales[cursor.stage()];
-    wgmma_wait_group<kNumParts - 1>(product[0]);
+    wgmma_wait_group<kBuffers - 1>(product[0]);
     moe_promote(product[0], shared.row_scales[cursor.stage()],
                 ScaleRows::of(consumer, weight, tile), acc[0]);
     if (kNumParts == 2) {
-      wgmma_wait_group<0>(product[kNumParts - 1]);
-      moe_promote(product[kNumParts - 1], shared.row_scales[cursor.stage()],
-                  ScaleRows::of(kParts - 1, weight, tile), acc[kNumParts - 1]);
+      float (&last)[kRegs] = product[kBuffers - 1];
+      if (kBuffers == 1) {
+        moe_multiply(weights + (kParts - 1) * kPartBytes, shared.rows[cursor.stage()], last);
+      }
+      wgmma_wait_group<0>(last);
+      moe_promote(last, shared.row_scales[cursor.stage()], ScaleRows::of(kParts - 1, weight, tile),
+                  acc[kNumParts - 1]);
     }
     moe_release(shared, cursor);
     cursor.advance();
@@ -149,7 +157,7 @@ template <int kNumParts, int kRows = kRowStep>
 __device__ __forceinline__ void compute(Shared& shared, const MoeGemmParams& params,
                                         const MoeTile& tile, int consumer,
                                         MoeCursor<Shared::kStages>& cursor) {
-  if constexpr (kRows < kLongRows) {
+  if constexpr (kRows < kTileRows) {
     if (tile.num_rows > kRows) {
       compute<kNumParts, kRows + kRowStep>(shared, params, tile, consumer, cursor);
       return;
@@ -194,7 +202,7 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
     while (walk.next(shared, params, rank, tile)) {
       if (!tile.is_real) {
         moe_skip(shared, tile, cursor);
-      } else if (tile.num_rows > kLongRows) {
+      } else if (tile.shares_weights && tile.num_rows > kLongRows) {
         compute_tall(shared, params, tile, consumer, cursor);
       } else if (consumer == 0) {
         compute<2>(shared, params, tile, consumer, cursor);

@@ -10,12 +10,13 @@
 //   H, I multiples of 128; rows past a group's end are not written.
 //
 // Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more than 128: a remainder
-//                 that would read all weights again for itself. Of more than 64 rows a consumer has
-//                 64, and all weights. Of up to 64 it has all, and 64 gate and the same 64 up weights.
-//                 So a thread holds both factors of its outputs
+//                 that would read all weights again for itself. A single block of up to 128 rows is
+//                 read by both consumers, each for 64 gate and the same 64 up weights. Of pairs of
+//                 blocks, and with a remainder, a consumer has 64 rows, and all weights. So a thread
+//                 holds both factors of its outputs
 // Threads         384: producer warpgroup (40 registers), two consumers (232); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
-// Shared memory   214,016 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
+// Shared memory   215,040 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
 // Roofline        HBM up to about 160 rows an expert: 73.4 MB of weights each
 // Accuracy        The tensor core sums 4 steps of 32; every 128 values are added in fp32
 // Reference       step3rt.ops.moe_fp8.reference_expert
@@ -46,14 +47,14 @@ struct Shared : Ring {
   // Of each consumer warp; a product leaves no registers for them.
   MoeWalk<Ring, true> walks[kConsumers * kWarpgroupWarps];
   MoeTile tiles[kConsumers * kWarpgroupWarps];
-  float amax[kConsumers][kLongRows];
+  float amax[kConsumers][kTileRows];
   float extra_amax[kConsumers * kWarpgroupWarps][kExtraRows];
   float extra_up[kExtraRegs][kWarpgroupThreads];
   float4 split_amax[kClusterCtas * kWarpgroupWarps][4];
   uint32_t split_parity;  // of the next tile that splits its extra rows
   uint64_t split_full;    // completes when split_amax has come from both CTAs
 };
-static_assert(sizeof(Shared) == 214016, "the launcher asks for this many bytes");
+static_assert(sizeof(Shared) == 215040, "the launcher asks for this many bytes");
 
 // A tile is one block of 128 gate weights and one of up: quarters 0 and 2 are gate's, 1 and 3 up's.
 struct ScaleRows {
@@ -80,81 +81,93 @@ __device__ __forceinline__ float2 quantization_scale(float amax) {
   return amax > 0.0f ? make_float2(amax / kE4m3Max, kE4m3Max / amax) : make_float2(1.0f, 1.0f);
 }
 
-// ---- tiles of up to 64 rows: a consumer has all of them, and half of the weights --------------------
+// ---- single blocks of rows: a consumer has all of them, and half of the weights ---------------------
 
-// acc = the rows times the consumer's 128 weights. Register 4j + 2r + c is row 16w + g + 8r (warp w,
-// lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
+// acc[b] = 64-row block b times the consumer's 128 weights. Register 4j + 2r + c is row 16w + g + 8r
+// (warp w, lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
+template <int kBlocks>
 __device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
                                            const MoeTile& tile, int consumer,
                                            MoeCursor<Shared::kStages>& cursor,
-                                           float (&acc)[kProductRegs]) {
+                                           float (&acc)[kBlocks][kProductRegs]) {
   float product[kProductRegs];
 #pragma unroll
-  for (int i = 0; i < kProductRegs; ++i) acc[i] = 0.0f;
+  for (int i = 0; i < kBlocks * kProductRegs; ++i) acc[i / kProductRegs][i % kProductRegs] = 0.0f;
   for (int k = 0; k < params.num_k_blocks; ++k) {  // never cut into slices
     moe_acquire(shared, cursor);
-    moe_multiply(shared.rows[cursor.stage()],
-                 shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK, product);
-    const int thread = tid_x() % kWarpgroupThreads;
-    const float* scales =
-        shared.row_scales[cursor.stage()] + thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
-    const float scale[2] = {scales[0], scales[8]};
-    const float2 weight = shared.weight_scales[cursor.stage()];
-    wgmma_wait_group<0>(product);
-    moe_release(shared, cursor);
-    const float factors[2][2] = {{scale[0] * weight.x, scale[1] * weight.x},
-                                 {scale[0] * weight.y, scale[1] * weight.y}};
 #pragma unroll
-    for (int i = 0; i < kProductRegs; ++i) {
-      acc[i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[i]);
+    for (int b = 0; b < kBlocks; ++b) {
+      moe_multiply(shared.rows[cursor.stage()] + b * kBlockRows * kBlockK,
+                   shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK, product);
+      const int thread = tid_x() % kWarpgroupThreads;
+      const float* scales = shared.row_scales[cursor.stage()] + b * kBlockRows +
+                            thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+      const float scale[2] = {scales[0], scales[8]};
+      const float2 weight = shared.weight_scales[cursor.stage()];
+      wgmma_wait_group<0>(product);
+      if (b == kBlocks - 1) moe_release(shared, cursor);
+      const float factors[2][2] = {{scale[0] * weight.x, scale[1] * weight.x},
+                                   {scale[0] * weight.y, scale[1] * weight.y}};
+#pragma unroll
+      for (int i = 0; i < kProductRegs; ++i) {
+        acc[b][i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[b][i]);
+      }
     }
     cursor.advance();
   }
 }
 
+template <int kBlocks>
 __device__ __forceinline__ void finish(Shared& shared, const MoeGemmParams& params,
                                        const MoeTile& tile, int consumer,
-                                       float (&acc)[kProductRegs]) {
+                                       float (&acc)[kBlocks][kProductRegs]) {
   const int thread = tid_x() % kWarpgroupThreads;
   const int lane = thread % kWarpThreads;
   const int row = thread / kWarpThreads * 16 + lane / 4;
-  float amax[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < kProductRegs / 2; ++i) {
-    acc[i] = swiglu(acc[i], acc[i + kProductRegs / 2]);
-    amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(acc[i]));
-  }
+  for (int b = 0; b < kBlocks; ++b) {
+    float amax[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 1));
-    amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 2));
-    if (lane % 4 == 0) shared.amax[consumer][row + 8 * r] = amax[r];
+    for (int i = 0; i < kProductRegs / 2; ++i) {
+      acc[b][i] = swiglu(acc[b][i], acc[b][i + kProductRegs / 2]);
+      amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(acc[b][i]));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 1));
+      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 2));
+      if (lane % 4 == 0) shared.amax[consumer][b * kBlockRows + row + 8 * r] = amax[r];
+    }
   }
   bar_sync<kBarrierConsumers, kConsumerThreads>();
   const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_row;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int at = row + 8 * r;
-    if (at < tile.num_rows) {
-      const float2 scale = quantization_scale(fmaxf(shared.amax[0][at], shared.amax[1][at]));
-      if (consumer == 0 && lane % 4 == 0) params.out_scales[block + at] = scale.x;
-      uint8_t* out = params.out + (block + at) * kBlockK + lane % 4 * 4;
+  for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {  // 16 outputs of the row: 4 of each lane
-        const int i = 8 * w + 2 * r;
-        *reinterpret_cast<uint32_t*>(out + 16 * ((4 * consumer + w) ^ (at % kRowGroup))) =
-            cvt_e4m3x4(acc[i] * scale.y, acc[i + 4] * scale.y, acc[i + 1] * scale.y,
-                       acc[i + 5] * scale.y);
+    for (int r = 0; r < 2; ++r) {
+      const int at = b * kBlockRows + row + 8 * r;
+      if (at < tile.num_rows) {
+        const float2 scale = quantization_scale(fmaxf(shared.amax[0][at], shared.amax[1][at]));
+        if (consumer == 0 && lane % 4 == 0) params.out_scales[block + at] = scale.x;
+        uint8_t* out = params.out + (block + at) * kBlockK + lane % 4 * 4;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {  // 16 outputs of the row: 4 of each lane
+          const int i = 8 * w + 2 * r;
+          *reinterpret_cast<uint32_t*>(out + 16 * ((4 * consumer + w) ^ (at % kRowGroup))) =
+              cvt_e4m3x4(acc[b][i] * scale.y, acc[b][i + 4] * scale.y, acc[b][i + 1] * scale.y,
+                         acc[b][i + 5] * scale.y);
+        }
       }
     }
   }
   bar_sync<kBarrierConsumers, kConsumerThreads>();  // amax may be written again
 }
 
+template <int kBlocks>
 __device__ __forceinline__ void compute(Shared& shared, const MoeGemmParams& params,
                                         const MoeTile& tile, int consumer,
                                         MoeCursor<Shared::kStages>& cursor) {
-  float acc[kProductRegs];
+  float acc[kBlocks][kProductRegs];
   accumulate(shared, params, tile, consumer, cursor, acc);
   finish(shared, params, tile, consumer, acc);
 }
@@ -206,7 +219,7 @@ __device__ __forceinline__ void store_extra(const Shared& shared, const MoeGemmP
   }
 }
 
-// ---- tiles of more than 64 rows: a consumer has 64 of them, and all weights ------------------------
+// ---- tiles that share weights, or have rows past 128: a consumer has 64 rows, and all weights -------
 
 // The extra rows of a pair of tiles: each CTA has 64 outputs of them, consumer 0 the gate's part and
 // consumer 1 the up's. Leaves the outputs in consumer 0's registers, in activate_extra's order, and
@@ -390,10 +403,12 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
         compute_tall<1>(shared, params, tile, consumer, cursor);
       } else if (tile.num_rows > kTileRows) {
         compute_tall<2>(shared, params, tile, consumer, cursor);
-      } else if (tile.num_rows > kLongRows) {
+      } else if (tile.num_rows <= kLongRows) {
+        compute<1>(shared, params, tile, consumer, cursor);
+      } else if (tile.shares_weights) {
         compute_tall<0>(shared, params, tile, consumer, cursor);
       } else {
-        compute(shared, params, tile, consumer, cursor);
+        compute<2>(shared, params, tile, consumer, cursor);
       }
     }
   }

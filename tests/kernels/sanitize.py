@@ -142,6 +142,10 @@ def moe() -> None:
         ids = torch.tensor([[0, 1]] * 79 + [[0, 2]] * 61 + [[9, 9]] * 124, dtype=torch.int32)
         case = make_case(ids, 4, 3, sizes, num_ctas=num_ctas, num_slices=num_slices)
         assert relative_error(case.run(), case.reference()) < 1e-2
+    # A dense FFN whose only round comes in halves of 64 and 36 rows.
+    none = torch.zeros(100, 0, dtype=torch.int32)
+    case = make_case(none, 1, 0, (512, 512), num_ctas=8)
+    assert relative_error(case.run(), case.reference()) < 1e-2
 
 
 def norms() -> None:
