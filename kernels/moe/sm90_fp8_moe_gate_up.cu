@@ -9,11 +9,11 @@
 //   out_scales     f32[I/128, R]        amax / 448 of the 128 values; 1 where all are 0
 //   H, I multiples of 128; rows past a group's end are not written.
 //
-// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more than 128: a remainder
-//                 that would read all weights again for itself. A single block of up to 128 rows is
-//                 read by both consumers, each for 64 gate and the same 64 up weights. Of pairs of
-//                 blocks, and with a remainder, a consumer has 64 rows, and all weights. So a thread
-//                 holds both factors of its outputs
+// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more: a remainder that would
+//                 read all weights again for itself. A single block of up to 128 rows is read by both
+//                 consumers, each for 64 gate and the same 64 up weights. Of pairs of blocks, and of
+//                 more than 128 rows, a consumer has 64 rows, and all weights. So a thread holds both
+//                 factors of its outputs
 // Threads         384: producer warpgroup (40 registers), two consumers (232); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
 // Shared memory   215,040 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
@@ -81,98 +81,7 @@ __device__ __forceinline__ float2 quantization_scale(float amax) {
   return amax > 0.0f ? make_float2(amax / kE4m3Max, kE4m3Max / amax) : make_float2(1.0f, 1.0f);
 }
 
-// ---- single blocks of rows: a consumer has all of them, and half of the weights ---------------------
-
-// acc[b] = 64-row block b times the consumer's 128 weights. Register 4j + 2r + c is row 16w + g + 8r
-// (warp w, lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
-template <int kBlocks>
-__device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
-                                           const MoeTile& tile, int consumer,
-                                           MoeCursor<Shared::kStages>& cursor,
-                                           float (&acc)[kBlocks][kProductRegs]) {
-  float product[kProductRegs];
-#pragma unroll
-  for (int i = 0; i < kBlocks * kProductRegs; ++i) acc[i / kProductRegs][i % kProductRegs] = 0.0f;
-  for (int k = 0; k < params.num_k_blocks; ++k) {  // never cut into slices
-    moe_acquire(shared, cursor);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      moe_multiply(shared.rows[cursor.stage()] + b * kBlockRows * kBlockK,
-                   shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK, product);
-      const int thread = tid_x() % kWarpgroupThreads;
-      const float* scales = shared.row_scales[cursor.stage()] + b * kBlockRows +
-                            thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
-      const float scale[2] = {scales[0], scales[8]};
-      const float2 weight = shared.weight_scales[cursor.stage()];
-      wgmma_wait_group<0>(product);
-      if (b == kBlocks - 1) moe_release(shared, cursor);
-      const float factors[2][2] = {{scale[0] * weight.x, scale[1] * weight.x},
-                                   {scale[0] * weight.y, scale[1] * weight.y}};
-#pragma unroll
-      for (int i = 0; i < kProductRegs; ++i) {
-        acc[b][i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[b][i]);
-      }
-    }
-    cursor.advance();
-  }
-}
-
-template <int kBlocks>
-__device__ __forceinline__ void finish(Shared& shared, const MoeGemmParams& params,
-                                       const MoeTile& tile, int consumer,
-                                       float (&acc)[kBlocks][kProductRegs]) {
-  const int thread = tid_x() % kWarpgroupThreads;
-  const int lane = thread % kWarpThreads;
-  const int row = thread / kWarpThreads * 16 + lane / 4;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    float amax[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kProductRegs / 2; ++i) {
-      acc[b][i] = swiglu(acc[b][i], acc[b][i + kProductRegs / 2]);
-      amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(acc[b][i]));
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 1));
-      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 2));
-      if (lane % 4 == 0) shared.amax[consumer][b * kBlockRows + row + 8 * r] = amax[r];
-    }
-  }
-  bar_sync<kBarrierConsumers, kConsumerThreads>();
-  const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_row;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int at = b * kBlockRows + row + 8 * r;
-      if (at < tile.num_rows) {
-        const float2 scale = quantization_scale(fmaxf(shared.amax[0][at], shared.amax[1][at]));
-        if (consumer == 0 && lane % 4 == 0) params.out_scales[block + at] = scale.x;
-        uint8_t* out = params.out + (block + at) * kBlockK + lane % 4 * 4;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {  // 16 outputs of the row: 4 of each lane
-          const int i = 8 * w + 2 * r;
-          *reinterpret_cast<uint32_t*>(out + 16 * ((4 * consumer + w) ^ (at % kRowGroup))) =
-              cvt_e4m3x4(acc[b][i] * scale.y, acc[b][i + 4] * scale.y, acc[b][i + 1] * scale.y,
-                         acc[b][i + 5] * scale.y);
-        }
-      }
-    }
-  }
-  bar_sync<kBarrierConsumers, kConsumerThreads>();  // amax may be written again
-}
-
-template <int kBlocks>
-__device__ __forceinline__ void compute(Shared& shared, const MoeGemmParams& params,
-                                        const MoeTile& tile, int consumer,
-                                        MoeCursor<Shared::kStages>& cursor) {
-  float acc[kBlocks][kProductRegs];
-  accumulate(shared, params, tile, consumer, cursor, acc);
-  finish(shared, params, tile, consumer, acc);
-}
-
-// ---- the rows past 128 of a tile, all weights in one CTA --------------------------------------------
+// ---- up to 16 rows past the first 64 or 128 of a tile, all weights in one CTA -----------------------
 
 // Leaves the rows' outputs in extra[0]. Output 16w + 2g + h of the consumer's 64 is register
 // 4j + 2h + c of warp w, lane 4g + t; the row is 8j + 2t + c.
@@ -217,6 +126,122 @@ __device__ __forceinline__ void store_extra(const Shared& shared, const MoeGemmP
           cvt_e4m3x2(extra[0][at] * scale.y, extra[0][at + 2] * scale.y);
     }
   }
+}
+
+// ---- single blocks of rows: a consumer has all of them, and half of the weights ---------------------
+
+// acc[b] = 64-row block b times the consumer's 128 weights. Register 4j + 2r + c is row 16w + g + 8r
+// (warp w, lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
+// extra[0] and extra[1] = the consumer's 64 gate and 64 up weights times the rows after the blocks:
+// register 4j + 2h + c is weight 16w + g + 8h and row 8j + 2t + c.
+template <int kBlocks, bool kHasExtra>
+__device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
+                                           const MoeTile& tile, int consumer,
+                                           MoeCursor<Shared::kStages>& cursor,
+                                           float (&acc)[kBlocks][kProductRegs],
+                                           float (&extra)[2][kExtraRegs]) {
+  float product[kProductRegs];
+#pragma unroll
+  for (int i = 0; i < kBlocks * kProductRegs; ++i) acc[i / kProductRegs][i % kProductRegs] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2 * kExtraRegs; ++i) extra[i / kExtraRegs][i % kExtraRegs] = 0.0f;
+  for (int k = 0; k < params.num_k_blocks; ++k) {  // never cut into slices
+    moe_acquire(shared, cursor);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      moe_multiply(shared.rows[cursor.stage()] + b * kBlockRows * kBlockK,
+                   shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK, product);
+      const int thread = tid_x() % kWarpgroupThreads;
+      const float* scales = shared.row_scales[cursor.stage()] + b * kBlockRows +
+                            thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+      const float scale[2] = {scales[0], scales[8]};
+      const float2 weight = shared.weight_scales[cursor.stage()];
+      wgmma_wait_group<0>(product);
+      if (b == kBlocks - 1 && !kHasExtra) moe_release(shared, cursor);
+      const float factors[2][2] = {{scale[0] * weight.x, scale[1] * weight.x},
+                                   {scale[0] * weight.y, scale[1] * weight.y}};
+#pragma unroll
+      for (int i = 0; i < kProductRegs; ++i) {
+        acc[b][i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[b][i]);
+      }
+    }
+    if (kHasExtra) {
+      const uint8_t* weights =
+          shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK;
+      const uint8_t* rows = shared.rows[cursor.stage()] + kBlocks * kBlockRows * kBlockK;
+      const float* row_scales = shared.row_scales[cursor.stage()] + kBlocks * kBlockRows;
+      const float2 weight = shared.weight_scales[cursor.stage()];
+      float gate[kExtraRegs];
+      float up[kExtraRegs];
+      moe_multiply(weights, rows, gate);
+      moe_multiply(weights + kConsumerWeights / 2 * kBlockK, rows, up);
+      wgmma_wait_group<1>(gate);
+      moe_promote(gate, row_scales, weight.x, extra[0]);
+      wgmma_wait_group<0>(up);
+      moe_promote(up, row_scales, weight.y, extra[1]);
+      moe_release(shared, cursor);
+    }
+    cursor.advance();
+  }
+}
+
+template <int kBlocks, bool kHasExtra>
+__device__ __forceinline__ void finish(Shared& shared, const MoeGemmParams& params,
+                                       const MoeTile& tile, int consumer,
+                                       float (&acc)[kBlocks][kProductRegs],
+                                       float (&extra)[2][kExtraRegs]) {
+  const int thread = tid_x() % kWarpgroupThreads;
+  const int lane = thread % kWarpThreads;
+  const int row = thread / kWarpThreads * 16 + lane / 4;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    float amax[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kProductRegs / 2; ++i) {
+      acc[b][i] = swiglu(acc[b][i], acc[b][i + kProductRegs / 2]);
+      amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(acc[b][i]));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 1));
+      amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 2));
+      if (lane % 4 == 0) shared.amax[consumer][b * kBlockRows + row + 8 * r] = amax[r];
+    }
+  }
+  if (kHasExtra) activate_extra(shared, extra);
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_row;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = b * kBlockRows + row + 8 * r;
+      if (at < tile.num_rows) {
+        const float2 scale = quantization_scale(fmaxf(shared.amax[0][at], shared.amax[1][at]));
+        if (consumer == 0 && lane % 4 == 0) params.out_scales[block + at] = scale.x;
+        uint8_t* out = params.out + (block + at) * kBlockK + lane % 4 * 4;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {  // 16 outputs of the row: 4 of each lane
+          const int i = 8 * w + 2 * r;
+          *reinterpret_cast<uint32_t*>(out + 16 * ((4 * consumer + w) ^ (at % kRowGroup))) =
+              cvt_e4m3x4(acc[b][i] * scale.y, acc[b][i + 4] * scale.y, acc[b][i + 1] * scale.y,
+                         acc[b][i + 5] * scale.y);
+        }
+      }
+    }
+  }
+  if (kHasExtra) store_extra(shared, params, tile, kBlocks * kBlockRows, block, extra);
+  bar_sync<kBarrierConsumers, kConsumerThreads>();  // amax may be written again
+}
+
+template <int kBlocks, bool kHasExtra>
+__device__ __forceinline__ void compute(Shared& shared, const MoeGemmParams& params,
+                                        const MoeTile& tile, int consumer,
+                                        MoeCursor<Shared::kStages>& cursor) {
+  float acc[kBlocks][kProductRegs];
+  float extra[2][kExtraRegs];
+  accumulate<kBlocks, kHasExtra>(shared, params, tile, consumer, cursor, acc, extra);
+  finish<kBlocks, kHasExtra>(shared, params, tile, consumer, acc, extra);
 }
 
 // ---- tiles that share weights, or have rows past 128: a consumer has 64 rows, and all weights -------
@@ -404,11 +429,13 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
       } else if (tile.num_rows > kTileRows) {
         compute_tall<2>(shared, params, tile, consumer, cursor);
       } else if (tile.num_rows <= kLongRows) {
-        compute<1>(shared, params, tile, consumer, cursor);
+        compute<1, false>(shared, params, tile, consumer, cursor);
       } else if (tile.shares_weights) {
         compute_tall<0>(shared, params, tile, consumer, cursor);
+      } else if (tile.num_rows <= kLongRows + kExtraRows) {
+        compute<1, true>(shared, params, tile, consumer, cursor);
       } else {
-        compute<2>(shared, params, tile, consumer, cursor);
+        compute<2, false>(shared, params, tile, consumer, cursor);
       }
     }
   }

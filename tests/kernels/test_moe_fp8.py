@@ -65,8 +65,8 @@ def test_routed_and_shared_experts_agree_with_the_float64_reference(num_tokens: 
     check(make_case(distinct_ids(num_tokens, 3, 6), 4, 3, first_expert=2))
 
 
-# 16 rows more than 128 are part of gate and up's tile, 17 are not; down takes single blocks in steps
-# of 16.
+# 16 rows more than 64 or 128 are a part of their own of gate and up's tile, 17 are not; down takes
+# single blocks in steps of 16.
 @pytest.mark.parametrize(
     "rows",
     [1, 64, 65, 80, 81, 96, 97, 112, 113, 128, 129, 144, 145, 192, 256, 272, 273, 513],
