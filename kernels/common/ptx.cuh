@@ -144,6 +144,15 @@ __device__ __forceinline__ float2 ld_global_cg(const float2* address) {
   return v;
 }
 
+// Four 8x8 matrices of 16-bit values, or of rows of 16 bytes: lane l gives the shared-memory address of
+// row l % 8 of matrix l / 8, and gets bytes 4 (l % 4) ... of row l / 4 of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t address, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Adds and returns the old value; releases this thread's writes and acquires those of the others.
 __device__ __forceinline__ int atom_add_acq_rel_gpu(int* address, int value) {
   int old;

@@ -9,17 +9,20 @@
 //   out_scales     f32[I/128, R]        amax / 448 of the 128 values; 1 where all are 0
 //   H, I multiples of 128; rows past a group's end are not written.
 //
-// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more: a remainder that
-//                 would read all weights again for itself. A consumer has 64 gate and the same 64
-//                 up weights, so that a thread holds both factors of its outputs
+// Tile            256 weights (128 outputs) x 64 or 128 rows, and up to 16 more: a remainder that would
+//                 read all weights again for itself. A single block of up to 128 rows is read by both
+//                 consumers, each for 64 gate and the same 64 up weights. Of pairs of blocks, and of
+//                 more than 128 rows, a consumer has 64 rows, and all weights. So a thread holds both
+//                 factors of its outputs
 // Threads         384: producer warpgroup (40 registers), two consumers (232); one CTA per SM, in
 //                 clusters of 2 that share weights (two row blocks) or rows (two weight tiles)
-// Shared memory   209,920 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
+// Shared memory   215,040 B: ring of 4 x (32 KiB weights, 18 KiB rows, scales), amax, barriers
 // Roofline        HBM up to about 160 rows an expert: 73.4 MB of weights each
 // Accuracy        The tensor core sums 4 steps of 32; every 128 values are added in fp32
 // Reference       step3rt.ops.moe_fp8.reference_expert
 
 #include "moe/moe_gemm.cuh"
+#include "moe/moe_tall_rows.cuh"
 
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
@@ -34,37 +37,38 @@ constexpr int kConsumerWeights = 128;  // 64 of gate, then 64 of up
 constexpr int kBlockRows = 64;         // the tall side of one product
 constexpr int kProductRegs = kBlockRows * kConsumerWeights / kWarpgroupThreads;  // 64 per thread
 constexpr int kExtraRows = 16;  // the narrow side of products of 64 weights
-constexpr int kExtraRegs = 64 * kExtraRows / kWarpgroupThreads;  // 8 per thread
+static_assert(kExtraRegs == 64 * kExtraRows / kWarpgroupThreads, "8 per thread");
 constexpr float kE4m3Max = 448.0f;
 constexpr float kLog2E = 1.4426950408889634f;
 
-struct Shared : MoeShared<kTileWeights, 4, kConsumers, kExtraRows> {
+using Ring = MoeShared<kTileWeights, 4, kConsumers, kExtraRows>;
+
+struct Shared : Ring {
+  // Of each consumer warp; a product leaves no registers for them.
+  MoeWalk<Ring, true> walks[kConsumers * kWarpgroupWarps];
+  MoeTile tiles[kConsumers * kWarpgroupWarps];
   float amax[kConsumers][kTileRows];
   float extra_amax[kConsumers * kWarpgroupWarps][kExtraRows];
+  float extra_up[kExtraRegs][kWarpgroupThreads];
+  float4 split_amax[kClusterCtas * kWarpgroupWarps][4];
+  uint32_t split_parity;  // of the next tile that splits its extra rows
+  uint64_t split_full;    // completes when split_amax has come from both CTAs
 };
-static_assert(sizeof(Shared) == 209920, "the launcher asks for this many bytes");
+static_assert(sizeof(Shared) == 215040, "the launcher asks for this many bytes");
 
-// Scales of the weights of one consumer, a stage ahead of their use.
-struct WeightScales {
-  const float* gate;
-  const float* up;
-  float next[2];
+// A tile is one block of 128 gate weights and one of up: quarters 0 and 2 are gate's, 1 and 3 up's.
+struct ScaleRows {
+  int first;
+  int step;
 
-  __device__ __forceinline__ WeightScales(const MoeGemmParams& params, const MoeTile& tile) {
+  __device__ __forceinline__ ScaleRows(const MoeGemmParams& params, const MoeTile& tile) {
     const int num_tiles = params.num_weight_rows / kTileWeights;
-    gate = params.weight_scales + (2 * tile.group * num_tiles + tile.n) * params.num_k_blocks;
-    up = gate + num_tiles * params.num_k_blocks;
-    next[0] = gate[0];
-    next[1] = up[0];
+    first = (2 * tile.group * num_tiles + tile.n) * params.num_k_blocks;
+    step = num_tiles * params.num_k_blocks;
   }
 
-  __device__ __forceinline__ void take(const MoeGemmParams& params, int k, float (&scales)[2]) {
-    scales[0] = next[0];
-    scales[1] = next[1];
-    if (k + 1 < params.num_k_blocks) {
-      next[0] = gate[k + 1];
-      next[1] = up[k + 1];
-    }
+  static __device__ __forceinline__ float of(int quarter, float2 scales, const MoeTile& tile) {
+    return quarter % 2 == 0 ? scales.x : scales.y;
   }
 };
 
@@ -77,55 +81,7 @@ __device__ __forceinline__ float2 quantization_scale(float amax) {
   return amax > 0.0f ? make_float2(amax / kE4m3Max, kE4m3Max / amax) : make_float2(1.0f, 1.0f);
 }
 
-// acc[b] = 64-row block b times the consumer's 128 weights. Register 4j + 2r + c is row
-// 16w + g + 8r (warp w, lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
-// extra[0] and extra[1] = the consumer's 64 gate and 64 up weights times the rows after the blocks:
-// register 4j + 2h + c is weight 16w + g + 8h and row 8j + 2t + c.
-template <int kBlocks, bool kHasExtra>
-__device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
-                                           const MoeTile& tile, int consumer,
-                                           RingCursor<Shared::kStages>& cursor,
-                                           float (&acc)[kBlocks][kProductRegs],
-                                           float (&extra)[2][kExtraRegs]) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-  const int row = thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
-  WeightScales weight_scales(params, tile);
-  float product[kProductRegs];
-  for (int k = 0; k < params.num_k_blocks; ++k) {  // never cut into slices
-    float weight[2];
-    weight_scales.take(params, k, weight);
-    moe_acquire(shared, cursor);
-    const uint8_t* weights = shared.weights[cursor.stage] + consumer * kConsumerWeights * kBlockK;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      moe_multiply(shared.rows[cursor.stage] + b * kBlockRows * kBlockK, weights, product);
-      const float scale[2] = {shared.row_scales[cursor.stage][b * kBlockRows + row],
-                              shared.row_scales[cursor.stage][b * kBlockRows + row + 8]};
-      wgmma_wait_group<0>(product);
-      if (b == kBlocks - 1 && !kHasExtra) moe_release(shared, cursor, tile.rank);
-      const float factors[2][2] = {{scale[0] * weight[0], scale[1] * weight[0]},
-                                   {scale[0] * weight[1], scale[1] * weight[1]}};
-#pragma unroll
-      for (int i = 0; i < kProductRegs; ++i) {
-        acc[b][i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[b][i]);
-      }
-    }
-    if (kHasExtra) {
-      const uint8_t* rows = shared.rows[cursor.stage] + kBlocks * kBlockRows * kBlockK;
-      const float* row_scales = shared.row_scales[cursor.stage] + kBlocks * kBlockRows;
-      float gate[kExtraRegs];
-      float up[kExtraRegs];
-      moe_multiply(weights, rows, gate);
-      moe_multiply(weights + kConsumerWeights / 2 * kBlockK, rows, up);
-      wgmma_wait_group<1>(gate);
-      moe_promote(gate, row_scales, weight[0], extra[0]);
-      wgmma_wait_group<0>(up);
-      moe_promote(up, row_scales, weight[1], extra[1]);
-      moe_release(shared, cursor, tile.rank);
-    }
-    cursor.advance();
-  }
-}
+// ---- up to 16 rows past the first 64 or 128 of a tile, all weights in one CTA -----------------------
 
 // Leaves the rows' outputs in extra[0]. Output 16w + 2g + h of the consumer's 64 is register
 // 4j + 2h + c of warp w, lane 4g + t; the row is 8j + 2t + c.
@@ -169,6 +125,63 @@ __device__ __forceinline__ void store_extra(const Shared& shared, const MoeGemmP
                                    lane / 4 * 2) =
           cvt_e4m3x2(extra[0][at] * scale.y, extra[0][at + 2] * scale.y);
     }
+  }
+}
+
+// ---- single blocks of rows: a consumer has all of them, and half of the weights ---------------------
+
+// acc[b] = 64-row block b times the consumer's 128 weights. Register 4j + 2r + c is row 16w + g + 8r
+// (warp w, lane 4g + t) and weight 8j + 2t + c, gate for j < 8.
+// extra[0] and extra[1] = the consumer's 64 gate and 64 up weights times the rows after the blocks:
+// register 4j + 2h + c is weight 16w + g + 8h and row 8j + 2t + c.
+template <int kBlocks, bool kHasExtra>
+__device__ __forceinline__ void accumulate(Shared& shared, const MoeGemmParams& params,
+                                           const MoeTile& tile, int consumer,
+                                           MoeCursor<Shared::kStages>& cursor,
+                                           float (&acc)[kBlocks][kProductRegs],
+                                           float (&extra)[2][kExtraRegs]) {
+  float product[kProductRegs];
+#pragma unroll
+  for (int i = 0; i < kBlocks * kProductRegs; ++i) acc[i / kProductRegs][i % kProductRegs] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2 * kExtraRegs; ++i) extra[i / kExtraRegs][i % kExtraRegs] = 0.0f;
+  for (int k = 0; k < params.num_k_blocks; ++k) {  // never cut into slices
+    moe_acquire(shared, cursor);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      moe_multiply(shared.rows[cursor.stage()] + b * kBlockRows * kBlockK,
+                   shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK, product);
+      const int thread = tid_x() % kWarpgroupThreads;
+      const float* scales = shared.row_scales[cursor.stage()] + b * kBlockRows +
+                            thread / kWarpThreads * 16 + thread % kWarpThreads / 4;
+      const float scale[2] = {scales[0], scales[8]};
+      const float2 weight = shared.weight_scales[cursor.stage()];
+      wgmma_wait_group<0>(product);
+      if (b == kBlocks - 1 && !kHasExtra) moe_release(shared, cursor);
+      const float factors[2][2] = {{scale[0] * weight.x, scale[1] * weight.x},
+                                   {scale[0] * weight.y, scale[1] * weight.y}};
+#pragma unroll
+      for (int i = 0; i < kProductRegs; ++i) {
+        acc[b][i] = fmaf(product[i], factors[i / (kProductRegs / 2)][i / 2 % 2], acc[b][i]);
+      }
+    }
+    if (kHasExtra) {
+      const uint8_t* weights =
+          shared.weights[cursor.stage()] + consumer * kConsumerWeights * kBlockK;
+      const uint8_t* rows = shared.rows[cursor.stage()] + kBlocks * kBlockRows * kBlockK;
+      const float* row_scales = shared.row_scales[cursor.stage()] + kBlocks * kBlockRows;
+      const float2 weight = shared.weight_scales[cursor.stage()];
+      float gate[kExtraRegs];
+      float up[kExtraRegs];
+      moe_multiply(weights, rows, gate);
+      moe_multiply(weights + kConsumerWeights / 2 * kBlockK, rows, up);
+      wgmma_wait_group<1>(gate);
+      moe_promote(gate, row_scales, weight.x, extra[0]);
+      wgmma_wait_group<0>(up);
+      moe_promote(up, row_scales, weight.y, extra[1]);
+      moe_release(shared, cursor);
+    }
+    cursor.advance();
   }
 }
 
@@ -224,15 +237,160 @@ __device__ __forceinline__ void finish(Shared& shared, const MoeGemmParams& para
 template <int kBlocks, bool kHasExtra>
 __device__ __forceinline__ void compute(Shared& shared, const MoeGemmParams& params,
                                         const MoeTile& tile, int consumer,
-                                        RingCursor<Shared::kStages>& cursor) {
+                                        MoeCursor<Shared::kStages>& cursor) {
   float acc[kBlocks][kProductRegs];
   float extra[2][kExtraRegs];
-#pragma unroll
-  for (int i = 0; i < kBlocks * kProductRegs; ++i) acc[i / kProductRegs][i % kProductRegs] = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 2 * kExtraRegs; ++i) extra[i / kExtraRegs][i % kExtraRegs] = 0.0f;
   accumulate<kBlocks, kHasExtra>(shared, params, tile, consumer, cursor, acc, extra);
   finish<kBlocks, kHasExtra>(shared, params, tile, consumer, acc, extra);
+}
+
+// ---- tiles that share weights, or have rows past 128: a consumer has 64 rows, and all weights -------
+
+// The extra rows of a pair of tiles: each CTA has 64 outputs of them, consumer 0 the gate's part and
+// consumer 1 the up's. Leaves the outputs in consumer 0's registers, in activate_extra's order, and
+// tells both CTAs the largest of each warp's.
+__device__ __forceinline__ void activate_split(Shared& shared, int rank, int consumer,
+                                               float (&extra)[kExtraRegs]) {
+  const int thread = tid_x() % kWarpgroupThreads;
+  const int warp = thread / kWarpThreads;
+  const int lane = thread % kWarpThreads;
+  if (consumer == 1) {
+#pragma unroll
+    for (int i = 0; i < kExtraRegs; ++i) shared.extra_up[i][thread] = extra[i];
+  }
+  bar_sync<kBarrierConsumers, kConsumerThreads>();
+  if (consumer == 1) return;
+#pragma unroll
+  for (int i = 0; i < kExtraRegs; ++i) extra[i] = swiglu(extra[i], shared.extra_up[i][thread]);
+  float amax[4];  // of rows 8j + 2t + c, 2j + c of them
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    amax[i] = fmaxf(fabsf(extra[at]), fabsf(extra[at + 2]));
+#pragma unroll
+    for (int step = 4; step < kWarpThreads; step *= 2) {
+      amax[i] = fmaxf(amax[i], __shfl_xor_sync(kFullWarp, amax[i], step));
+    }
+  }
+  if (thread == 0) mbarrier_arrive_expect_tx(&shared.split_full, sizeof(shared.split_amax));
+  if (lane < 4) {
+    const uint32_t slot = shared_address(&shared.split_amax[rank * kWarpgroupWarps + warp][lane]);
+    const uint32_t barrier = shared_address(&shared.split_full);
+#pragma unroll
+    for (int cta = 0; cta < kClusterCtas; ++cta) {
+      st_async(mapa_shared_cluster(slot, cta), make_float4(amax[0], amax[1], amax[2], amax[3]),
+               mapa_shared_cluster(barrier, cta));
+    }
+  }
+}
+
+// Consumer 0 stores what activate_split left.
+__device__ __forceinline__ void store_split(Shared& shared, const MoeGemmParams& params,
+                                            const MoeTile& tile, const float (&extra)[kExtraRegs]) {
+  const int thread = tid_x() % kWarpgroupThreads;
+  const int lane = thread % kWarpThreads;
+  float amax[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int w = 0; w < kClusterCtas * kWarpgroupWarps; ++w) {
+    const float4 part = shared.split_amax[w][lane % 4];
+    amax[0] = fmaxf(amax[0], part.x);
+    amax[1] = fmaxf(amax[1], part.y);
+    amax[2] = fmaxf(amax[2], part.z);
+    amax[3] = fmaxf(amax[3], part.w);
+  }
+  const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_extra_row();
+  const int chunk = tile.rank * kWarpgroupWarps + thread / kWarpThreads;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+    if (kTileRows + row < tile.num_rows) {
+      const float2 scale = quantization_scale(amax[i]);
+      const int at = i / 2 * 4 + i % 2;
+      if (tile.rank == 0 && thread < 4) params.out_scales[block + row] = scale.x;
+      uint8_t* out = params.out + (block + row) * kBlockK;
+      *reinterpret_cast<uint16_t*>(out + 16 * (chunk ^ (row % kRowGroup)) + lane / 4 * 2) =
+          cvt_e4m3x2(extra[at] * scale.y, extra[at + 2] * scale.y);
+    }
+  }
+}
+
+// acc[0] and acc[1]: gate and up of the first 64 outputs; acc[2] and acc[3]: of the others.
+__device__ __forceinline__ void finish_tall(const MoeGemmParams& params, const MoeTile& tile,
+                                            int consumer, float (&acc)[4][kQuarterRegs]) {
+  const int thread = tid_x() % kWarpgroupThreads;
+  const int lane = thread % kWarpThreads;
+  const int row = consumer * kTallRows + thread / kWarpThreads * 16 + lane / 4;
+  const int num_rows = min(tile.num_rows, kTileRows);
+  const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_row;
+  float amax[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kQuarterRegs; ++i) {
+      acc[2 * half][i] = swiglu(acc[2 * half][i], acc[2 * half + 1][i]);
+      amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(acc[2 * half][i]));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int at = row + 8 * r;
+    amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 1));
+    amax[r] = fmaxf(amax[r], __shfl_xor_sync(kFullWarp, amax[r], 2));
+    if (at < num_rows) {
+      const float2 scale = quantization_scale(amax[r]);
+      if (lane % 4 == 0) params.out_scales[block + at] = scale.x;
+      uint8_t* out = params.out + (block + at) * kBlockK + lane % 4 * 4;
+#pragma unroll
+      for (int chunk = 0; chunk < 8; ++chunk) {  // 16 outputs of the row: 4 of each lane
+        const float (&sums)[kQuarterRegs] = acc[chunk / 4 * 2];
+        const int i = chunk % 4 * 8 + 2 * r;
+        *reinterpret_cast<uint32_t*>(out + 16 * (chunk ^ (at % kRowGroup))) = cvt_e4m3x4(
+            sums[i] * scale.y, sums[i + 4] * scale.y, sums[i + 1] * scale.y, sums[i + 5] * scale.y);
+      }
+    }
+  }
+}
+
+// kExtras: parts of the extra rows that a consumer has, gate and up in one CTA or one of them in each
+// of two.
+template <int kExtras>
+__device__ __forceinline__ void compute_tall(Shared& shared, const MoeGemmParams& params,
+                                             const MoeTile& tile, int consumer,
+                                             MoeCursor<Shared::kStages>& cursor) {
+  float acc[4][kQuarterRegs];
+  float extra[kExtras > 0 ? kExtras : 1][kExtraRegs];
+  moe_accumulate_tall<ScaleRows, 4, kExtras>(shared, tile, consumer, cursor, acc, extra);
+  finish_tall(params, tile, consumer, acc);
+  if constexpr (kExtras == 1) {
+    activate_split(shared, tile.rank, consumer, extra[0]);
+    // Both consumers wait: extra_up may be written again when it has been read.
+    mbarrier_wait(&shared.split_full, shared.split_parity);
+    __syncwarp();
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+    if (tid_x() == kWarpgroupThreads) shared.split_parity ^= 1;
+    if (consumer == 0) store_split(shared, params, tile, extra[0]);
+  }
+  if constexpr (kExtras == 2) {
+    activate_extra(shared, extra);
+    bar_sync<kBarrierConsumers, kConsumerThreads>();
+    const int64_t block = static_cast<int64_t>(tile.n) * params.row_capacity + tile.first_row;
+    store_extra(shared, params, tile, kTileRows, block, extra);
+    bar_sync<kBarrierConsumers, kConsumerThreads>();  // extra_amax may be written again
+  }
+}
+
+// Finds the warp's next tile; its place is in shared memory.
+__device__ __forceinline__ bool next_tile(Shared& shared, const MoeGemmParams& params, int warp) {
+  MoeWalk<Ring, true> walk = shared.walks[warp];
+  MoeTile tile;
+  const bool found = walk.next(shared, params, cluster_ctarank(), tile);
+  __syncwarp();
+  if (tid_x() % kWarpThreads == 0) {
+    shared.walks[warp] = walk;
+    shared.tiles[warp] = tile;
+  }
+  __syncwarp();
+  return found;
 }
 
 extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kThreads, 1)
@@ -241,6 +399,10 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
   Shared& shared = *reinterpret_cast<Shared*>(shared_base);
   if (shared_address(shared_base) % alignof(Shared) != 0) __trap();
   const int rank = cluster_ctarank();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&shared.split_full, 1);
+    shared.split_parity = 0;
+  }
   moe_set_up<true>(shared, params);  // waits for dispatch: groups and rows
   griddepcontrol_launch_dependents();
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads, 0);
@@ -249,25 +411,31 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
     setmaxnreg_dec<kProducerRegs>();
     if (threadIdx.x == 0) moe_produce_weights(shared, params, rank);
     if (threadIdx.x == kWarpThreads) moe_produce_rows(shared, params, rank);
+    if (threadIdx.x == 2 * kWarpThreads) {
+      moe_produce_weight_scales<ScaleRows>(shared, params, rank);
+    }
   } else {
     setmaxnreg_inc<kConsumerRegs>();
     const int consumer = warpgroup - 1;
-    MoeWalk<Shared, true> walk;
-    MoeTile tile;
-    RingCursor<Shared::kStages> cursor;
-    while (walk.next(shared, params, rank, tile)) {
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpThreads, 0) - kWarpgroupWarps;
+    MoeTile& tile = shared.tiles[warp];
+    MoeCursor<Shared::kStages> cursor;
+    shared.walks[warp] = {};  // by each lane
+    while (next_tile(shared, params, warp)) {
       if (!tile.is_real) {
         moe_skip(shared, tile, cursor);
-        continue;
-      }
-      if (tile.num_rows > 2 * kBlockRows) {
-        compute<2, true>(shared, params, tile, consumer, cursor);
-      } else if (tile.num_rows > kBlockRows + kExtraRows) {
-        compute<2, false>(shared, params, tile, consumer, cursor);
-      } else if (tile.num_rows > kBlockRows) {
+      } else if (tile.splits_extra) {
+        compute_tall<1>(shared, params, tile, consumer, cursor);
+      } else if (tile.num_rows > kTileRows) {
+        compute_tall<2>(shared, params, tile, consumer, cursor);
+      } else if (tile.num_rows <= kLongRows) {
+        compute<1, false>(shared, params, tile, consumer, cursor);
+      } else if (tile.shares_weights) {
+        compute_tall<0>(shared, params, tile, consumer, cursor);
+      } else if (tile.num_rows <= kLongRows + kExtraRows) {
         compute<1, true>(shared, params, tile, consumer, cursor);
       } else {
-        compute<1, false>(shared, params, tile, consumer, cursor);
+        compute<2, false>(shared, params, tile, consumer, cursor);
       }
     }
   }

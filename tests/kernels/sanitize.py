@@ -136,12 +136,20 @@ def linear() -> None:
 
 
 def moe() -> None:
-    for num_ctas, num_slices in ((2, 1), (8, 2)):
-        # Groups of 140 (128 and a remainder), 79, 61 and 264 rows (shared weights); odd numbers of
-        # weight tiles.
+    for num_ctas, num_slices, sizes in (
+        (2, 1, (384, 384)),
+        (8, 2, (384, 384)),
+        (4, 1, (1024, 384)),
+    ):
+        # Groups of 140 (128 and a remainder), 79, 61 and 264 rows (shared weights; with 8 blocks of
+        # K two CTAs split the remainder); odd numbers of weight tiles.
         ids = torch.tensor([[0, 1]] * 79 + [[0, 2]] * 61 + [[9, 9]] * 124, dtype=torch.int32)
-        case = make_case(ids, 4, 3, (384, 384), num_ctas=num_ctas, num_slices=num_slices)
+        case = make_case(ids, 4, 3, sizes, num_ctas=num_ctas, num_slices=num_slices)
         assert relative_error(case.run(), case.reference()) < 1e-2
+    # A dense FFN whose only round comes in halves of 64 and 36 rows.
+    none = torch.zeros(100, 0, dtype=torch.int32)
+    case = make_case(none, 1, 0, (512, 512), num_ctas=8)
+    assert relative_error(case.run(), case.reference()) < 1e-2
 
 
 def norms() -> None:

@@ -65,11 +65,55 @@ def test_routed_and_shared_experts_agree_with_the_float64_reference(num_tokens: 
     check(make_case(distinct_ids(num_tokens, 3, 6), 4, 3, first_expert=2))
 
 
-# 16 rows more than 64 or 128 are part of a tile, 17 are not.
-@pytest.mark.parametrize("rows", [1, 64, 65, 80, 81, 128, 129, 144, 145, 192, 272, 273, 513])
+# 16 rows more than 64 or 128 are a part of their own of gate and up's tile, 17 are not; down takes
+# single blocks in steps of 16.
+@pytest.mark.parametrize(
+    "rows",
+    [1, 64, 65, 80, 81, 96, 97, 112, 113, 128, 129, 144, 145, 192, 256, 272, 273, 513],
+)
 def test_one_expert_gets_all_tokens_and_the_others_none(rows: int) -> None:
     for expert in (0, 1, 4):
         check(make_case(torch.full((rows, 1), expert, dtype=torch.int32), 5, 5))
+
+
+# With 8 or more blocks of K the two CTAs of a pair share the rows past 256; of three blocks the
+# last has them alone.
+@pytest.mark.parametrize("rows", [256, 257, 264, 265, 272, 273, 392, 400, 528])
+@pytest.mark.parametrize("num_ctas", [4, 132])
+def test_rows_past_a_pair_of_blocks_are_split_between_its_ctas(rows: int, num_ctas: int) -> None:
+    ids = torch.full((rows + 300, 1), 1, dtype=torch.int32)
+    ids[rows:] = 2
+    case = make_case(ids, 4, 4, sizes=(1024, 640), num_ctas=num_ctas)
+    check(case)
+    first = case.run()
+    for _ in range(10):
+        poison(case.workspace)
+        assert torch.equal(case.run(), first)
+
+
+# A single block of rows, a pair of blocks, a pair and a remainder: each is read and multiplied in a
+# way of its own, which must not show.
+@pytest.mark.parametrize("rows", [64, 65, 80, 96, 112, 128, 144, 145, 256, 257, 272])
+@pytest.mark.parametrize("num_ctas", [6, 132])
+def test_a_row_gets_the_same_bits_in_every_kind_of_tile(rows: int, num_ctas: int) -> None:
+    case = make_case(torch.zeros(300, 1), 2, 2, sizes=(1024, 640), num_ctas=num_ctas)
+    together = case.run()
+    first = MoeTokens(
+        *(
+            getattr(case.tokens, field.name)[:rows].contiguous()
+            for field in dataclasses.fields(MoeTokens)
+        )
+    )
+    out = torch.full_like(together[:rows], float("nan"))
+    moe_fp8(first, case.experts, case.workspace, out)
+    assert torch.equal(out, together[:rows])
+
+
+# The last round of items of a single group comes in halves if that fits the clusters.
+@pytest.mark.parametrize("num_tokens", [65, 100, 128, 144, 193, 256, 272, 300, 384])
+@pytest.mark.parametrize("num_ctas", [6, 10, 132])
+def test_the_last_round_of_a_dense_ffn_may_be_halved(num_tokens: int, num_ctas: int) -> None:
+    check(make_case(only_shared(num_tokens), 1, 0, sizes=(1024, 1024), num_ctas=num_ctas))
 
 
 def test_tokens_without_a_local_expert_get_zero() -> None:
@@ -92,8 +136,9 @@ def test_odd_numbers_of_tiles_and_any_number_of_ctas(sizes: tuple[int, int], num
 
 
 @pytest.mark.parametrize("num_slices", [1, 2, 3, 7])
-def test_a_dense_ffn_is_a_shared_expert_alone(num_slices: int) -> None:
-    check(make_case(only_shared(130), 1, 0, sizes=(512, 1024), num_slices=num_slices))
+@pytest.mark.parametrize("num_tokens", [100, 130])
+def test_a_dense_ffn_is_a_shared_expert_alone(num_tokens: int, num_slices: int) -> None:
+    check(make_case(only_shared(num_tokens), 1, 0, sizes=(512, 1024), num_slices=num_slices))
 
 
 @pytest.mark.parametrize("num_tokens", [16, 86, 256])

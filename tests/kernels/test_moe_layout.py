@@ -12,6 +12,7 @@ from step3rt.ops.moe_layout import (
     GRANULE,
     pack_down,
     pack_gate_up,
+    pack_rows,
     unpack_rows,
 )
 
@@ -71,6 +72,36 @@ def test_packed_down_rows_give_a_thread_two_neighbouring_columns() -> None:
     for row in range(hidden):
         granule, in_block = divmod(row, GRANULE)
         assert torch.equal(staged[:, row], raw[:, granule * GRANULE + output_of(in_block)])
+
+
+def test_four_neighbouring_outputs_are_in_a_thread_that_has_rows_on_the_tall_side() -> None:
+    """Accumulator 4j + 2r + c of lane 4g + t is place 8j + 2t + c of 64 weights."""
+    for lane in range(4):
+        for chunk in range(4):  # of 16 outputs
+            places = [8 * j + 2 * lane + c for c in (0, 1) for j in (2 * chunk, 2 * chunk + 1)]
+            first = 16 * chunk + 4 * lane
+            assert [output_of(place) for place in places] == list(range(first, first + 4))
+
+
+def test_rows_loaded_to_registers_are_wgmmas_left_operand() -> None:
+    """Replays moe_load_rows: ldmatrix by 16-byte rows, at the addresses that the lanes give."""
+    plain = torch.randint(0, 255, (128, 128), dtype=torch.uint8)
+    packed = pack_rows(plain.view(torch.float8_e4m3fn), torch.arange(128))
+    stage = packed.view(torch.uint8).flatten()
+    for warp in range(8):  # of both consumers
+        for step in range(4):
+            rows = []
+            for lane in range(32):
+                address = (16 * warp + lane % 16) * 128 + 16 * (lane // 16 ^ lane % 8)
+                start = address ^ 32 * step
+                rows.append(stage[start : start + 16])
+            for lane in range(32):
+                group, in_group = divmod(lane, 4)
+                for register in range(4):
+                    got = rows[8 * register + group][4 * in_group : 4 * in_group + 4]
+                    row = 16 * warp + group + 8 * (register % 2)
+                    first = 32 * step + 16 * (register // 2) + 4 * in_group
+                    assert torch.equal(got, plain[row, first : first + 4])
 
 
 @pytest.mark.parametrize("shape", [(1, 200, 256), (1, 256, 200)])

@@ -26,10 +26,10 @@ _DISPATCH_CTAS_PER_SM = 4  # of 512 threads
 
 _DISPATCH = launch.Kernel("moe/sm90_fp8_moe_dispatch.cu", num_threads=512, is_dependent=True)
 _GATE_UP = launch.Kernel(
-    "moe/sm90_fp8_moe_gate_up.cu", num_threads=384, shared_bytes=209_920, is_dependent=True
+    "moe/sm90_fp8_moe_gate_up.cu", num_threads=384, shared_bytes=215_040, is_dependent=True
 )
 _DOWN = launch.Kernel(
-    "moe/sm90_fp8_moe_down.cu", num_threads=512, shared_bytes=208_896, is_dependent=True
+    "moe/sm90_fp8_moe_down.cu", num_threads=384, shared_bytes=208_896, is_dependent=True
 )
 _COMBINE = launch.Kernel("moe/sm90_bf16_moe_combine.cu", num_threads=448, is_dependent=True)
 
