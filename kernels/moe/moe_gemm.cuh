@@ -13,7 +13,7 @@
 
 constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 constexpr int kClusterCtas = 2;
-constexpr int kProducers = 3;   // threads: of weights, of rows and of the scales of weights
+constexpr int kProducers = 3;   // warps: of weights, of rows and of the scales of weights
 constexpr int kBlockK = 128;    // values, and bytes, of a row in one stage: one scale group
 constexpr int kTileRows = 128;  // token rows of a tile, and kExtraRows more in the last of a group
 constexpr int kLongRows = 64;   // a tile of more rows counts as long
@@ -341,27 +341,33 @@ __device__ __forceinline__ void moe_produce_rows(Shared& shared, const MoeGemmPa
   }
 }
 
-// The scales of weights come with their stage, by a thread of its own: the tile's two rows of them
-// start at `ScaleRows::first` and `step` later. Consumers have no registers to load them ahead.
+// The scales of weights come with their stage, by a warp of its own, which loads those of 32 stages at
+// once: one after the other they would take as long as the weights. The tile's two rows of them start
+// at `ScaleRows::first` and `step` later. Consumers have no registers to load them ahead.
 template <class ScaleRows, class Shared>
 __device__ __forceinline__ void moe_produce_weight_scales(Shared& shared,
                                                           const MoeGemmParams& params, int rank) {
   MoeWalk<Shared, false> walk;
   MoeTile tile;
   MoeCursor<Shared::kStages> cursor;
+  const int lane = threadIdx.x % kWarpThreads;
   while (walk.next(shared, params, rank, tile)) {
     const ScaleRows rows(params, tile);
-    const float* source = params.weight_scales + rows.first + tile.k_begin;
-    int num_left = tile.k_end - tile.k_begin;
-    const bool is_real = tile.is_real;
-    float2 scales = make_float2(0.0f, 0.0f);
-    if (is_real && num_left > 0) scales = make_float2(source[0], source[rows.step]);
-    for (; num_left > 0; --num_left) {
+    const float* source = params.weight_scales + rows.first;
+    float2 scales = make_float2(0.0f, 0.0f);  // of the stage `lane` after the last load
+    for (int k = tile.k_begin; k < tile.k_end; ++k) {
+      const int at = (k - tile.k_begin) % kWarpThreads;
+      if (at == 0 && tile.is_real && k + lane < tile.k_end) {
+        scales = make_float2(source[k + lane], source[rows.step + k + lane]);
+      }
+      const float2 of_stage =
+          make_float2(__shfl_sync(kFullWarp, scales.x, at), __shfl_sync(kFullWarp, scales.y, at));
       moe_wait_empty(shared, cursor);
-      shared.weight_scales[cursor.stage()] = scales;
-      mbarrier_arrive(&shared.full[cursor.stage()]);
-      ++source;
-      if (is_real && num_left > 1) scales = make_float2(source[0], source[rows.step]);
+      if (lane == 0) {
+        shared.weight_scales[cursor.stage()] = of_stage;
+        mbarrier_arrive(&shared.full[cursor.stage()]);
+      }
+      __syncwarp();
       cursor.advance();
     }
   }

@@ -190,7 +190,7 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
       griddepcontrol_launch_dependents();
       moe_produce_rows(shared, params, rank);
     }
-    if (threadIdx.x == 2 * kWarpThreads) {
+    if (threadIdx.x / kWarpThreads == 2) {
       moe_produce_weight_scales<ScaleRows>(shared, params, rank);
     }
   } else {

@@ -411,7 +411,7 @@ extern "C" __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds_
     setmaxnreg_dec<kProducerRegs>();
     if (threadIdx.x == 0) moe_produce_weights(shared, params, rank);
     if (threadIdx.x == kWarpThreads) moe_produce_rows(shared, params, rank);
-    if (threadIdx.x == 2 * kWarpThreads) {
+    if (threadIdx.x / kWarpThreads == 2) {
       moe_produce_weight_scales<ScaleRows>(shared, params, rank);
     }
   } else {
