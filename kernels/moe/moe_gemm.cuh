@@ -13,7 +13,6 @@
 
 constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
 constexpr int kClusterCtas = 2;
-constexpr int kProducers = 3;   // warps: of weights, of rows and of the scales of weights
 constexpr int kBlockK = 128;    // values, and bytes, of a row in one stage: one scale group
 constexpr int kTileRows = 128;  // token rows of a tile, and kExtraRows more in the last of a group
 constexpr int kLongRows = 64;   // a tile of more rows counts as long
@@ -46,9 +45,10 @@ struct MoeGemmParams {
   int num_slices;  // of K; each writes sums of its own
 };
 
-template <int kTileWeights_, int kStages_, int kConsumers_, int kExtraRows_>
+template <int kTileWeights_, int kStages_, int kConsumers_, int kProducers_, int kExtraRows_>
 struct MoeShared {
   static constexpr int kConsumers = kConsumers_;  // warpgroups
+  static constexpr int kProducers = kProducers_;  // that arrive for a stage
   static constexpr int kTileWeights = kTileWeights_;
   static constexpr int kStages = kStages_;
   static constexpr int kExtraRows = kExtraRows_;
@@ -232,7 +232,7 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      mbarrier_init(&shared.full[i], kProducers);
+      mbarrier_init(&shared.full[i], Shared::kProducers);
       mbarrier_init(&shared.empty[i],
                     kWarpArrivals * kClusterCtas * Shared::kConsumers * kWarpgroupWarps);
     }

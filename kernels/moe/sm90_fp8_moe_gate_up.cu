@@ -29,6 +29,7 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
 constexpr int kProducerRegs = 40;  // 40 * 128 + 232 * 256 = 64,512 of 65,536 registers
 constexpr int kConsumerRegs = 232;
+constexpr int kProducers = 3;  // of weights, of rows and of the scales of weights
 constexpr int kBarrierConsumers = 1;
 
 constexpr int kTileOutputs = 128;
@@ -41,7 +42,7 @@ static_assert(kExtraRegs == 64 * kExtraRows / kWarpgroupThreads, "8 per thread")
 constexpr float kE4m3Max = 448.0f;
 constexpr float kLog2E = 1.4426950408889634f;
 
-using Ring = MoeShared<kTileWeights, 4, kConsumers, kExtraRows>;
+using Ring = MoeShared<kTileWeights, 4, kConsumers, kProducers, kExtraRows>;
 
 struct Shared : Ring {
   // Of each consumer warp; a product leaves no registers for them.

@@ -29,7 +29,7 @@ _GATE_UP = launch.Kernel(
     "moe/sm90_fp8_moe_gate_up.cu", num_threads=384, shared_bytes=215_040, is_dependent=True
 )
 _DOWN = launch.Kernel(
-    "moe/sm90_fp8_moe_down.cu", num_threads=384, shared_bytes=208_896, is_dependent=True
+    "moe/sm90_fp8_moe_down.cu", num_threads=512, shared_bytes=208_896, is_dependent=True
 )
 _COMBINE = launch.Kernel("moe/sm90_bf16_moe_combine.cu", num_threads=448, is_dependent=True)
 
