@@ -240,11 +240,10 @@ __device__ __forceinline__ void moe_set_up(Shared& shared, const MoeGemmParams& 
   }
   if (kWaits) griddepcontrol_wait();
   if (thread < params.num_groups) {
-    shared.groups[thread] = make_int2(ld_global_cg(params.groups + 2 * thread),
-                                      ld_global_cg(params.groups + 2 * thread + 1));
-  }
-  if (thread == 0) {
-    shared.first_half = moe_first_half<Shared>(params, ld_global_cg(params.groups + 1));
+    const int2 group = make_int2(ld_global_cg(params.groups + 2 * thread),
+                                 ld_global_cg(params.groups + 2 * thread + 1));
+    shared.groups[thread] = group;
+    if (thread == 0) shared.first_half = moe_first_half<Shared>(params, group.y);
   }
   __syncthreads();
   barrier_cluster_relaxed();  // the neighbour's barriers exist from here on
