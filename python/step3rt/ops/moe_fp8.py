@@ -46,7 +46,7 @@ _DISPATCH_DTYPE = np.dtype(
     ],
     align=True,
 )
-# struct MoeGemmParams of kernels/moe/moe_gemm.cuh.
+# struct MoeGemmParams of kernels/moe/moe_layout.cuh.
 _GEMM_DTYPE = np.dtype(
     [
         *((name, np.uint64) for name in ("groups", "weights", "weight_scales", "rows")),
