@@ -233,13 +233,9 @@ class LocalCluster:
         config = replace(config, trace_dir=self._trace_dir, trace_steps=self._trace_steps)
         return self._spawn(f"{role}-{number}", node_command(config))
 
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """How a child is started; `arguments`: those of `step3rt`."""
-        return [sys.executable, "-m", "step3rt", *arguments]
-
     def _spawn(self, name: str, arguments: Sequence[str]) -> int:
         log = self._log_dir / f"{name}.log"
-        command = self.command(arguments)
+        command = [sys.executable, "-m", "step3rt", *arguments]
         with log.open("ab") as output, _interrupts_held():
             # A group of its own: Ctrl-C reaches this process alone, which then stops the
             # children in order.

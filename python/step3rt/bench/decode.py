@@ -98,7 +98,6 @@ def measure(
     log_dir: Path | None = None,
     has_stages: bool = True,
     name: str | None = None,
-    cluster_type: type[LocalCluster] = LocalCluster,
 ) -> dict[str, Any]:
     """Starts a cluster, decodes, stops it, and returns the result file's object.
 
@@ -111,7 +110,6 @@ def measure(
         has_stages: devices note times, for what a step consists of. Without, nothing of a run is
             noted on them, to see what noting costs.
         name: what the result calls the run; None: its deployment and model.
-        cluster_type: what the cluster is started by.
 
     Raises:
         ConfigError: the placement does not fit the cluster.
@@ -156,7 +154,7 @@ def measure(
             trace_dir = log_dir / "trace"
         progress = ProgressLine("tokens of each stream", load.max_new_tokens)
         stack.callback(progress.close)
-        with cluster_type(
+        with LocalCluster(
             settings,
             **host.options(),
             trace_dir=trace_dir,
