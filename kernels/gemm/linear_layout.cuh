@@ -24,8 +24,7 @@ constexpr int kCast = STEP3RT_CAST;      // CTAs that share a part of x, for til
 constexpr int kShare = STEP3RT_SHARE;    // CTAs that share a part of w, for tiles of other tokens
 constexpr int kStages = STEP3RT_STAGES;  // of the ring
 constexpr int kClusterCtas = kSplit * kCast * kShare;
-constexpr int kPeers =
-    kCast + kShare - 1;  // CTAs whose copies land in a CTA's ring, itself included
+constexpr int kPeers = kCast + kShare - 1;  // CTAs that copy to a CTA's ring, itself among them
 
 constexpr int kBlockK = 128;  // bytes and elements: the scales' granularity and the swizzle's width
 constexpr int kBlockN = 128;  // rows of one weight scale
@@ -81,9 +80,8 @@ struct alignas(1024) Shared {
   };
   float scale[kStages][kScaleBlocks][kTileM];  // x_scale * w_scale
   uint64_t full[kStages];                      // completes when x, w and the scales are there
-  uint64_t
-      empty[kStages];  // completes when the math warps of all CTAs that it is copied to are done
-  uint64_t summed;     // completes when all parts of this CTA's units are there
+  uint64_t empty[kStages];  // completes when the math warps of all CTAs that get copies are done
+  uint64_t summed;          // completes when all parts of this CTA's units are there
 };
 static_assert(kSplit == 1 || sizeof(Parts) <= sizeof(Ring), "the parts need the room");
 
