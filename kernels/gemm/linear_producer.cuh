@@ -15,35 +15,34 @@ struct Producer {
   const Work& work;
   uint64_t w_policy;
 
+  // A box of a map to a stage of this CTA, or of all `kReceivers` of them whose bits are in `ctas`.
+  template <int kReceivers>
+  static __device__ __forceinline__ void copy(uint8_t* destination, const TensorMap* map,
+                                              uint64_t* full, int column, int row, uint16_t ctas,
+                                              uint64_t policy) {
+    if constexpr (kReceivers == 1) {
+      cp_async_bulk_tensor_2d(destination, map, full, column, row, policy);
+    } else {
+      cp_async_bulk_tensor_2d_multicast(destination, map, full, column, row, ctas, policy);
+    }
+  }
+
   // This CTA's part of the weights, for all CTAs that share them.
   __device__ __forceinline__ void load_w(int stage, int i) const {
     constexpr int kRows = kTileN / kShare;
     uint64_t* full = &shared.full[stage];
     mbarrier_arrive_expect_tx(full, (kTileM + kTileN) * kBlockK);
-    uint8_t* destination = shared.ring.w[stage] + work.share * kRows * kBlockK;
-    const int column = (work.first_block + i) * kBlockK;
-    const int row = work.first_output + work.share * kRows;
-    if constexpr (kShare == 1) {
-      cp_async_bulk_tensor_2d(destination, w_map, full, column, row, w_policy);
-    } else {
-      cp_async_bulk_tensor_2d_multicast(destination, w_map, full, column, row, work.share_ctas(),
-                                        w_policy);
-    }
+    copy<kShare>(shared.ring.w[stage] + work.share * kRows * kBlockK, w_map, full,
+                 (work.first_block + i) * kBlockK, work.first_output + work.share * kRows,
+                 work.share_ctas(), w_policy);
   }
 
-  // This CTA's share of the rows, for all CTAs of the cast.
+  // This CTA's part of the rows, for all CTAs that share them.
   __device__ __forceinline__ void load_x(int stage, int i) const {
     constexpr int kRows = kTileM / kCast;
-    uint64_t* full = &shared.full[stage];
-    uint8_t* destination = shared.ring.x[stage] + work.cast * kRows * kBlockK;
-    const int column = (work.first_block + i) * kBlockK;
-    const int row = work.first_token + work.cast * kRows;
-    if constexpr (kCast == 1) {
-      cp_async_bulk_tensor_2d(destination, x_map, full, column, row, kEvictLast);
-    } else {
-      cp_async_bulk_tensor_2d_multicast(destination, x_map, full, column, row, work.cast_ctas(),
-                                        kEvictLast);
-    }
+    copy<kCast>(shared.ring.x[stage] + work.cast * kRows * kBlockK, x_map, &shared.full[stage],
+                (work.first_block + i) * kBlockK, work.first_token + work.cast * kRows,
+                work.cast_ctas(), kEvictLast);
   }
 
   // Weights that need no wait: the first pass through the ring.
