@@ -170,8 +170,10 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
         {"type": "text", "text": "two"}]}]"#;
     let tools =
         r#"[{"type": "function", "function": {"name": "f", "parameters": {"a": [1, null]}}}]"#;
+    let string = format!(r#""{}""#, "a".repeat(MAX_ERROR_BYTES));
     let mut seeds = vec![
         seed(0, "[", ""),
+        seed(0, &string, ""),
         seed(0, "[]", ""),
         seed(0, plain, "{}"),
         seed(3, r#"[{"role": "user", "content": "a|b"}]"#, ""),

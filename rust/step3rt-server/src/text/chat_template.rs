@@ -168,8 +168,17 @@ fn parse_list(field: &str, json: &str) -> Result<Vec<Value>, String> {
             json.len()
         ));
     }
-    serde_json::from_str(json)
-        .map_err(|error| format!("{field} is not a JSON array: {error}. Correct it"))
+    let kind = match serde_json::from_str(json) {
+        Ok(Value::Array(items)) => return Ok(items),
+        Ok(Value::Object(_)) => "an object",
+        Ok(Value::String(_)) => "a string",
+        Ok(Value::Number(_)) => "a number",
+        Ok(Value::Bool(_)) => "a boolean",
+        Ok(Value::Null) => "null",
+        Err(error) => return Err(format!("{field} is not JSON: {error}. Correct it")),
+    };
+    // Not serde's words, which quote the whole string.
+    Err(format!("{field} is {kind}. Send a JSON array"))
 }
 
 #[cfg(test)]
@@ -247,6 +256,22 @@ mod tests {
         );
         let deep = "[".repeat(100_000);
         assert!(render("x", &deep).is_err());
+    }
+
+    #[test]
+    fn messages_of_another_kind_are_named_and_not_quoted() {
+        let long = format!(r#""{}""#, "ä".repeat(100_000));
+        for (json, expected) in [
+            (long.as_str(), "is a string. Send a JSON array"),
+            ("1e3", "is a number. Send a JSON array"),
+            ("null", "is null. Send a JSON array"),
+            ("[1,", "is not JSON: EOF while parsing"),
+            ("1e999", "is not JSON: number out of range"),
+        ] {
+            let error = render("x", json).expect_err("no list");
+            assert!(error.contains(expected), "{error}");
+            assert!(error.len() < MAX_REASON_BYTES, "{} bytes", error.len());
+        }
     }
 
     #[test]
