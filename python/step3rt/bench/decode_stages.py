@@ -116,8 +116,15 @@ def _roofline(work: Work | None, us: float) -> dict[str, Any]:
         values["flops"] = round(work.flops)
     if work.peak_us is not None and us > 0:
         values["roofline_us"] = round(work.peak_us, 2)
-        values["roofline_share"] = round(work.peak_us / us, 4)
         values["roofline_limit"] = work.limit
+        if us < work.peak_us:
+            # Nothing is faster than the card: of a GPU that lanes share, this one took more than
+            # the equal part that counts as its own.
+            values["roofline_share_missing"] = (
+                f"{us} us are less than it takes: lanes share a GPU's time in unequal parts"
+            )
+        else:
+            values["roofline_share"] = round(work.peak_us / us, 4)
     return values
 
 
