@@ -182,6 +182,15 @@ def leave_an_earlier_run(directory: Path) -> None:
         (directory / "trace" / name).write_bytes(b"another run's")
 
 
+def test_stages_are_put_beside_the_work_of_their_own_steps() -> None:
+    load = DecodeLoad(batch=4, context_tokens=4096, steps=1000)
+    # The mean of the run is at its middle, 628 steps before the first stream ends.
+    first, last = load.prompt_lengths()[0], load.max_new_tokens
+    ends = [first + last - step for step in range(load.stage_steps)]
+    assert load.stage_context_tokens == pytest.approx(sum(ends) / len(ends), abs=1)
+    assert load.stage_context_tokens == 4096 + 484
+
+
 def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     leave_an_earlier_run(tmp_path)
     result = run_bench(
@@ -260,6 +269,10 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report | on_gpus))
     measurement = load_measurement(path, load_hardware())
     assert measurement.deployment.label == "1A+2F h200 ep x2"
+    over = report["stages_over"]
+    assert measurement.stage_context_tokens == pytest.approx(over["context"], abs=1.5)
+    kv = report["batch"] / 2 * over["context"] * 2 * 128  # 2 lanes, K and V of one head, FP8
+    assert report["stages"]["attention"]["bytes"] > kv
     profile = load_profile("peers-h200")
     rows = compare(load_model("step3"), [measurement], profile)
     quantities = {row.quantity for row in rows}

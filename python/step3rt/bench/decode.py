@@ -80,7 +80,7 @@ class DecodeLoad:
     @property
     def trace_steps(self) -> int:
         """Steps of a lane that devices record: what stages are means of, and those that follow."""
-        return min(MAX_TRACE_STEPS, min(self.steps, MAX_STEPS) + 2 * _SLACK_STEPS)
+        return min(MAX_TRACE_STEPS, self.stage_steps + 2 * _SLACK_STEPS)
 
     @property
     def max_new_tokens(self) -> int:
@@ -91,6 +91,17 @@ class DecodeLoad:
     def grown_tokens(self) -> int:
         """Tokens that a sequence has generated when half of the measured steps are over."""
         return _SLACK_STEPS + self.warmup_steps + self.steps // 2
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps of each lane that stages are means of: the last ones with every sequence."""
+        return min(MAX_STEPS, self.steps)
+
+    @property
+    def stage_context_tokens(self) -> float:
+        """Mean length of a sequence over those steps, the last of which begins the last token."""
+        after_middle = self.max_new_tokens - self.grown_tokens - self.stage_steps / 2
+        return self.context_tokens + after_middle
 
     def prompt_lengths(self) -> list[int]:
         """Tokens of each sequence at the start: `context_tokens` are reached half way."""
@@ -394,7 +405,7 @@ def _stages(
         if isinstance(recordings, Step3Error):
             raise recordings
         card = card_of_machine(machine, load_hardware())
-        report = stage_report(recordings, shape, card, min(MAX_STEPS, load.steps))
+        report = stage_report(recordings, shape, card, load.stage_steps)
     except Step3Error as error:
         warn(f"the result has no stages: {error}")
         return _without_stages(known, str(error))
@@ -414,7 +425,7 @@ def _shape(serve: ServeConfig, load: DecodeLoad, config: Step3Config) -> Shape:
         num_ffn=serve.ffn,
         num_lanes=serve.lanes,
         batch=load.batch,
-        context_tokens=load.context_tokens,
+        context_tokens=load.stage_context_tokens,
         kv_dtype=serve.wire_dtypes()[2],
     )
 

@@ -63,7 +63,11 @@ def stage_report(
     report: dict[str, Any] = {
         "stages": _stages(steady, works),
         "bubble_share": {"mean": steady.shares["wait"], "by_gpu": steady.bubbles},
-        "stages_over": {"seconds": round(steady.seconds, 3), "steps": steady.num_steps},
+        "stages_over": {
+            "seconds": round(steady.seconds, 3),
+            "steps": steady.num_steps,
+            "context": shape.context_tokens,
+        },
         "device_step_ms": _quantiles(steady.step_ms),
         "expert_load": _expert_load(merged, shape),
         "bytes_per_step": _bytes_per_step(works, shape),
