@@ -310,6 +310,10 @@ def test_the_command_prints_and_converts(tmp_path: Path) -> None:
     assert out.stat().st_size > 10_000
     missing = run("summary", str(tmp_path / "nothing"))
     assert (missing.returncode, missing.stdout) == (2, "")
+    unwritable = run("convert", str(directory), str(tmp_path / "nowhere" / "out.pftrace"))
+    assert unwritable.returncode == 2
+    assert "cannot be written: No such file or directory" in unwritable.stderr
+    assert "Traceback" not in unwritable.stderr
 
 
 def test_the_format_is_the_one_that_instances_write() -> None:

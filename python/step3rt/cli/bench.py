@@ -235,7 +235,7 @@ def _write_trace(directory: Path, out: Path) -> dict[str, Any]:
         timeline = build(load_all(directory))
         perfetto.write(timeline, out)
         return {"trace": summarise(timeline)}
-    except (Step3Error, OSError) as error:
+    except Step3Error as error:
         warn(f"there is no trace: {error}")
         return {"trace_missing": str(error)}
 

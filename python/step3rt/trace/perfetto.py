@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from step3rt.errors import ConfigError
+from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.trace.recording import Recording
 from step3rt.trace.timeline import Rows, Timeline
 
@@ -44,6 +44,7 @@ def write(timeline: Timeline, path: Path) -> int:
 
     Raises:
         ConfigError: the package that knows the format is not installed.
+        InvalidArgument: the file cannot be written.
     """
     check_installed()
     from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import TrackEvent
@@ -76,7 +77,13 @@ def write(timeline: Timeline, path: Path) -> int:
                 end.timestamp, end.trusted_packet_sequence_id = each.end_ns, _SEQUENCE_ID
                 end.track_event.type = TrackEvent.TYPE_SLICE_END
                 end.track_event.track_uuid = uuid
-    path.write_bytes(builder.serialize())
+    try:
+        path.write_bytes(builder.serialize())
+    except OSError as error:
+        raise InvalidArgument(
+            f"{str(path)!r} cannot be written: {error.strerror}. The trace goes there. Give "
+            "another file"
+        ) from error
     return num_slices
 
 
