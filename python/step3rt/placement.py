@@ -100,16 +100,28 @@ def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> li
                 "of the device pipeline. Set devices to cpu or cuda:N"
             )
     used = [devices[place % len(devices)] for place in range(count)]
+    _check_one_kind(used)
     if placement == COLOCATED:
         _check_one_process_each(used)
     return used
 
 
+def _check_one_kind(used: Sequence[str]) -> None:
+    """No links lead from one kind of device to another: such a cluster would never serve."""
+    kinds = list(dict.fromkeys(device.partition(":")[0] for device in used))
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"The devices are {', '.join(used)}: of {len(kinds)} kinds. Instances are linked to "
+            f"others of their own kind alone. Set devices to {' or '.join(kinds)} for all"
+        )
+
+
 def _check_one_process_each(used: Sequence[str]) -> None:
-    for device in set(used):
-        if device.startswith("cuda") and used.count(device) > 1:
+    names = [_gpu_name(device) for device in used]
+    for device in dict.fromkeys(names):
+        if device.startswith("cuda") and names.count(device) > 1:
             raise ConfigError(
-                f"The placement is colocated, with {used.count(device)} processes on {device}. A "
+                f"The placement is colocated, with {names.count(device)} processes on {device}. A "
                 "GPU gives processes turns, and one that waits for another would wait through its "
                 "own. Name as many GPUs in devices as there are attention instances"
             )
@@ -117,5 +129,10 @@ def _check_one_process_each(used: Sequence[str]) -> None:
 
 def num_gpus(devices: Sequence[str]) -> int:
     """Different GPUs among devices."""
-    names = {"cuda:0" if device == "cuda" else device for device in devices}
+    names = {_gpu_name(device) for device in devices}
     return sum(name.startswith("cuda") for name in names)
+
+
+def _gpu_name(device: str) -> str:
+    """The same for all names of a GPU."""
+    return "cuda:0" if device == "cuda" else device

@@ -1,8 +1,12 @@
 """What `step3rt bench decode` makes of a coordinator's log, and of a real cluster."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from step3rt.plan.hf_config import load_model
 from step3rt.plan.measurement import load_measurement
 from step3rt.plan.profile import load_profile
 from step3rt.trace.recording import load_all
+from tests.e2e.clusters import processes_with, wait_until
 
 
 def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
@@ -104,6 +109,36 @@ def test_lengths_reach_the_context_half_way_and_spread_around_it() -> None:
     assert lengths == load.prompt_lengths()
 
 
+@pytest.mark.parametrize(("command", "name"), [("node ffn", "ffn-0"), ("serve", "coordinator")])
+def test_a_run_that_loses_a_process_ends_at_once_and_says_which(
+    tmp_path: Path, command: str, name: str
+) -> None:
+    # Nobody takes a process's place here, however long streams would wait for that.
+    flags = (
+        "--batch=2", "--context=400", "--lanes=1", "--devices=cpu", "--dtype=bfloat16",
+        "--precision=production", "--recovery-timeout-ms=60000", f"--log-dir={tmp_path}",
+    )  # fmt: skip
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "step3rt", "bench", "decode", *flags],
+        env={**os.environ, "STEP3RT_TEST_RUN": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "coordinator.log"
+    wait_until(lambda: log.exists() and log.read_text().count("step done") > 3, "some steps")
+    processes = processes_with(str(tmp_path))
+    [victim] = [pid for pid, line in processes.items() if f"step3rt {command}" in line]
+    os.kill(victim, signal.SIGKILL)
+    killed_s = time.monotonic()
+    _, errors = bench.communicate(timeout=60)
+    assert bench.returncode != 0
+    assert f"error: The {name} process ended with code -9" in errors
+    assert "Traceback" not in errors
+    # Most of it to stop the others, one by one.
+    assert time.monotonic() - killed_s < 20
+    assert not processes_with(str(tmp_path))
+
+
 def test_a_real_cluster_is_measured() -> None:
     result = run_bench(
         "--batch=4", "--context=256", "--steps=20", "--warmup-steps=2",
@@ -135,11 +170,33 @@ def test_a_colocated_cluster_is_measured_as_such() -> None:
     assert report["tokens_per_s"] > 0
 
 
+def leave_an_earlier_run(directory: Path) -> None:
+    """What a run of 2A3F leaves in its log directory: 100 of the fastest steps, and recordings."""
+    line = {"message": "step done", "lane": 0, "num_tokens": 2, "compute_ns": 1, "wait_ns": 1}
+    with (directory / "coordinator.log").open("w") as log:
+        for step, instance in product(range(100), range(2)):
+            values = {"instance": instance, "step": step, "at_ns": step, "total_ns": 1}
+            log.write(json.dumps({"fields": {**line, **values}}) + "\n")
+    (directory / "trace").mkdir()
+    for name in ("attention-1.npz", "ffn-2.npz", "steps-1.npy"):
+        (directory / "trace" / name).write_bytes(b"another run's")
+
+
+def test_stages_are_put_beside_the_work_of_their_own_steps() -> None:
+    load = DecodeLoad(batch=4, context_tokens=4096, steps=1000)
+    # The mean of the run is at its middle, 628 steps before the first stream ends.
+    first, last = load.prompt_lengths()[0], load.max_new_tokens
+    ends = [first + last - step for step in range(load.stage_steps)]
+    assert load.stage_context_tokens == pytest.approx(sum(ends) / len(ends), abs=1)
+    assert load.stage_context_tokens == 4096 + 484
+
+
 def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
+    leave_an_earlier_run(tmp_path)
     result = run_bench(
         "--batch=4", "--context=256", "--steps=4", "--warmup-steps=1", "--devices=cpu",
         "--attention=1", "--ffn=2", "--lanes=2", "--dtype=bfloat16", "--precision=production",
-        f"--log-dir={tmp_path}",
+        f"--log-dir={tmp_path}", f"--trace={tmp_path / 'out.pftrace'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "bench decode: " in result.stderr
@@ -175,7 +232,11 @@ def test_devices_say_what_a_step_consists_of(tmp_path: Path) -> None:
     assert 0 < path["reported"]["after_ms"]["p50"] <= path["reported"]["after_ms"]["max"] < 1e3
     seen = report["client_tpot_ms"]
     assert 0 < seen["p50"] <= seen["p99"] <= seen["max"]
-    assert (tmp_path / "trace" / "ffn-1.npz").exists()
+    assert set(report["trace"]["instances"]) == {"attention 0", "ffn 0", "ffn 1"}
+    assert (tmp_path / "out.pftrace").stat().st_size > 0
+    assert sorted(path.name for path in (tmp_path / "trace").iterdir()) == [
+        "attention-0.npz", "ffn-0.npz", "ffn-1.npz", "steps-0.npy",
+    ]  # fmt: skip
     the_planner_takes(report, tmp_path / "decode-nano.json")
 
 
@@ -208,6 +269,10 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report | on_gpus))
     measurement = load_measurement(path, load_hardware())
     assert measurement.deployment.label == "1A+2F h200 ep x2"
+    over = report["stages_over"]
+    assert measurement.stage_context_tokens == pytest.approx(over["context"], abs=1.5)
+    kv = report["batch"] / 2 * over["context"] * 2 * 128  # 2 lanes, K and V of one head, FP8
+    assert report["stages"]["attention"]["bytes"] > kv
     profile = load_profile("peers-h200")
     rows = compare(load_model("step3"), [measurement], profile)
     quantities = {row.quantity for row in rows}
@@ -238,6 +303,12 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
         (("--batch=6", "--steps=0"), "steps=0"),
         (("--placement=colocated",), "a device is 'reference'"),
         (("--batch=6", "--no-stages", "--trace=x"), "Leave out --trace or --no-stages"),
+        (("--batch=6", "--trace=x"), "a device is 'reference'"),
+        (("--batch=6", "--context=160"), "would begin with -8 tokens"),
+        (("--batch=6", "--context=200", "--spread=0.5"), "a smaller spread"),
+        (("--batch=6", "--out=no-such-directory/x.json"), "--out 'no-such-directory/x.json'"),
+        (("--batch=6", "--trace=no-such-directory/x", "--devices=cpu"), "--trace 'no-such-"),
+        (("--batch=6", "--out=."), "--out '.' cannot be written"),
     ],
 )
 def test_loads_that_cannot_be_measured_are_refused(flags: tuple[str, ...], message: str) -> None:

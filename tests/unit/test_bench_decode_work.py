@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from step3rt.bench.decode_stages import _expert_load, _full_looks
+from step3rt.bench.decode_stages import _expert_load, _full_looks, _roofline
 from step3rt.bench.decode_work import (
     Shape,
     attention_work,
@@ -73,6 +73,18 @@ def test_the_head_reads_its_table_once_a_step() -> None:
     few = head_work(shape(batch=64), H200)
     assert few.peak_us == pytest.approx(2 * 128815 * 7168 / 4.8e6)
     assert few.limit == "bytes"
+
+
+def test_no_share_of_the_roofline_is_above_1() -> None:
+    work = head_work(shape(batch=96), H200)
+    assert work.peak_us is not None
+    found = _roofline(work, 2 * work.peak_us)
+    assert found["roofline_share"] == 0.5
+    # As measured at 32K: of what another lane's attention shares with the head, half is its own.
+    found = _roofline(work, 262.88)
+    assert found["roofline_us"] == 384.73
+    assert "roofline_share" not in found
+    assert found["roofline_share_missing"].startswith("262.88 us are less than it takes")
 
 
 def looks(groups: dict[int, list[int]], num_looks: int = 2) -> np.ndarray:

@@ -43,6 +43,29 @@ def test_devices_are_dealt_to_instances_or_to_processes() -> None:
         devices_of(serve(4, 4), "colocated", devices)
 
 
+def test_two_names_of_a_gpu_are_one_gpu() -> None:
+    with pytest.raises(ConfigError, match="2 processes on cuda:0"):
+        devices_of(serve(2, 2), "colocated", ["cuda", "cuda:0"])
+    # Disaggregated ones may share it, to try things out.
+    assert devices_of(serve(1, 1), "disaggregated", ["cuda:0"]) == ["cuda:0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("placement", "devices"),
+    [
+        ("disaggregated", ["cpu", "reference"]),
+        ("disaggregated", ["cuda:0", "cpu"]),
+        ("colocated", ["cpu", "cuda:0"]),
+    ],
+)
+def test_devices_of_several_kinds_cannot_be_linked(placement: str, devices: list[str]) -> None:
+    count = (2, 2) if placement == "colocated" else (1, 1)
+    with pytest.raises(ConfigError, match="of 2 kinds"):
+        devices_of(serve(*count), placement, devices)
+    # What is not used does not matter.
+    assert devices_of(serve(1, 1), "colocated", ["cpu", "cuda:0"]) == ["cpu"]
+
+
 def test_only_different_gpus_count() -> None:
     assert num_gpus(["cuda:0", "cuda", "cuda:1", "cuda:1", "cpu", "reference"]) == 2
     assert num_gpus(["cpu"]) == 0

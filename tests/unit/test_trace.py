@@ -213,8 +213,35 @@ def test_files_that_are_no_recordings_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "ffn-1.npz", meta=np.array([{}], dtype=object))
     with pytest.raises(InvalidArgument, match="is not a recording"):
         load_all(tmp_path)
-    with pytest.raises(InvalidArgument, match="its deployment is"):
+    with pytest.raises(InvalidArgument, match="has no recordings"):
         load_all(tmp_path / "nothing")
+
+
+def test_recordings_of_another_run_are_told_from_missing_ones(tmp_path: Path) -> None:
+    saved(tmp_path)  # of 2A2F
+    for recording in Pipeline([20], [30], num_lanes=1).record():
+        recording.save(tmp_path)
+    with pytest.raises(InvalidArgument, match="Remove what other runs have left"):
+        load_all(tmp_path)
+
+
+def test_a_source_that_had_no_work_is_in_nobodys_way(tmp_path: Path) -> None:
+    # One request at a time: the second attention instance never sent a row.
+    source, first, second = Pipeline([20], [30, 45], clocks_ns=CLOCKS).record()
+    idle = replace(source.shape, rank=1)
+    recordings = [
+        source,
+        Recording(idle, [rows[:0] for rows in source.lanes]),
+        *(replace(each, shape=replace(each.shape, num_sources=2)) for each in (first, second)),
+    ]
+    timeline = build(recordings)
+    summary = summarise(timeline)
+    assert summary["last_source"] == {"attention 0": 1.0}
+    assert summary["straggler"]["name"] == "ffn 1"
+    assert "attention 1: had no work" in describe(summary)
+    assert perfetto.write(timeline, tmp_path / "out.pftrace") > 0
+    with pytest.raises(InvalidArgument, match="No attention instance has recorded"):
+        build(recordings[1:])
 
 
 def test_a_perfetto_trace_has_every_layer_and_arrows_both_ways(tmp_path: Path) -> None:
@@ -241,6 +268,34 @@ def test_a_perfetto_trace_has_every_layer_and_arrows_both_ways(tmp_path: Path) -
         assert times == sorted(times), "slices of a track do not overlap"
 
 
+def test_both_ends_of_an_arrow_are_of_one_layer_after_a_step_that_was_cut_short(
+    tmp_path: Path,
+) -> None:
+    from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
+
+    # Two layers of a step were answered when its source died: the rank counts on from there, and
+    # the source that took the place from 0.
+    source, rank = Pipeline([20], [30], num_lanes=1).record()
+    rank.lanes[0]["frame"] += 2
+    out = tmp_path / "out.pftrace"
+    perfetto.write(build([source, rank]), out)
+    arrows: dict[int, list[tuple[str, int]]] = {}
+    for packet in Trace.FromString(out.read_bytes()).packet:
+        event = packet.track_event
+        if event.type == TrackEvent.TYPE_SLICE_BEGIN:
+            [layer] = [note.uint_value for note in event.debug_annotations if note.name == "layer"]
+            for flow in event.flow_ids:
+                arrows.setdefault(flow, []).append((event.name, layer))
+    there = [dict(ends) for ends in arrows.values() if "ffn" in dict(ends)]
+    back = [dict(ends) for ends in arrows.values() if "ffn" not in dict(ends)]
+    assert len(there) == LAYERS * 6
+    assert all(ends["send"] == ends["ffn"] for ends in there)
+    for ends in back:
+        [(name, layer)] = [(name, layer) for name, layer in ends.items() if name != "send"]
+        assert layer == (ends["send"] + 1) % LAYERS
+        assert (name == "attention") == (layer != 0)
+
+
 def test_the_command_prints_and_converts(tmp_path: Path) -> None:
     directory, out = saved(tmp_path / "recordings"), tmp_path / "out.pftrace"
 
@@ -255,6 +310,10 @@ def test_the_command_prints_and_converts(tmp_path: Path) -> None:
     assert out.stat().st_size > 10_000
     missing = run("summary", str(tmp_path / "nothing"))
     assert (missing.returncode, missing.stdout) == (2, "")
+    unwritable = run("convert", str(directory), str(tmp_path / "nowhere" / "out.pftrace"))
+    assert unwritable.returncode == 2
+    assert "cannot be written: No such file or directory" in unwritable.stderr
+    assert "Traceback" not in unwritable.stderr
 
 
 def test_the_format_is_the_one_that_instances_write() -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from step3rt.bench.commit import measured_commit
 from step3rt.bench.decode_client import TokenTimes, decode_all
@@ -49,6 +49,12 @@ BLOCK_SIZE_TOKENS = 64
 _SLACK_STEPS = 48
 """Streams start one after the other; so many steps may pass until the last one decodes."""
 
+_WATCH_S = 0.1
+"""Between looks at the cluster's processes."""
+
+_DEATH_KNOWN_S = 1.0
+"""Within which a process has ended whose sockets have closed."""
+
 _STEP_LINE = "step done"
 _LOG_FILTER = "warn,step3rt_server::drive=debug"
 
@@ -74,19 +80,34 @@ class DecodeLoad:
     @property
     def trace_steps(self) -> int:
         """Steps of a lane that devices record: what stages are means of, and those that follow."""
-        return min(MAX_TRACE_STEPS, min(self.steps, MAX_STEPS) + 2 * _SLACK_STEPS)
+        return min(MAX_TRACE_STEPS, self.stage_steps + 2 * _SLACK_STEPS)
 
     @property
     def max_new_tokens(self) -> int:
         """Tokens that every stream generates: before, while and after it is measured."""
         return self.warmup_steps + self.steps + 2 * _SLACK_STEPS
 
+    @property
+    def grown_tokens(self) -> int:
+        """Tokens that a sequence has generated when half of the measured steps are over."""
+        return _SLACK_STEPS + self.warmup_steps + self.steps // 2
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps of each lane that stages are means of: the last ones with every sequence."""
+        return min(MAX_STEPS, self.steps)
+
+    @property
+    def stage_context_tokens(self) -> float:
+        """Mean length of a sequence over those steps, the last of which begins the last token."""
+        after_middle = self.max_new_tokens - self.grown_tokens - self.stage_steps / 2
+        return self.context_tokens + after_middle
+
     def prompt_lengths(self) -> list[int]:
         """Tokens of each sequence at the start: `context_tokens` are reached half way."""
         draw = random.Random(self.seed)
-        grown = _SLACK_STEPS + self.warmup_steps + self.steps // 2
         shares = [1 + self.spread * draw.uniform(-1, 1) for _ in range(self.batch)]
-        return [max(1, round(self.context_tokens * share) - grown) for share in shares]
+        return [round(self.context_tokens * share) - self.grown_tokens for share in shares]
 
 
 def measure(
@@ -115,7 +136,8 @@ def measure(
         ConfigError: the placement does not fit the cluster.
         InvalidArgument: the load does not fit the cluster or the model; or a trace is wanted of
             what is not noted.
-        Unavailable: the streams did not all decode at the same time for long enough.
+        Unavailable: a process of the cluster ended; or the streams did not all decode at the same
+            time for long enough.
     """
     host = host or HostConfig()
     devices = host.used_devices(serve)
@@ -126,6 +148,11 @@ def measure(
         raise InvalidArgument(
             "A trace was asked for, and no stages. A trace is made of the times that stages are "
             "made of. Leave out --trace or --no-stages"
+        )
+    if trace_dir is not None and not is_on_devices:
+        raise InvalidArgument(
+            "A trace was asked for, and a device is 'reference'. Instances of the device pipeline "
+            "note times, others do not. Set --devices to cpu or cuda:N, or leave out --trace"
         )
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
@@ -152,6 +179,11 @@ def measure(
             log_dir = Path(stack.enter_context(directory))
         if trace_dir is None and is_on_devices and has_stages:
             trace_dir = log_dir / "trace"
+        if trace_dir is not None:
+            _forget_recordings(trace_dir)
+        log = log_dir / "coordinator.log"
+        # Logs are appended to: what an earlier run has left there is not this one's.
+        log_begin = log.stat().st_size if log.exists() else 0
         progress = ProgressLine("tokens of each stream", load.max_new_tokens)
         stack.callback(progress.close)
         with LocalCluster(
@@ -162,11 +194,11 @@ def measure(
             log_dir=log_dir,
             on_status=progress.say,
         ) as cluster:
-            streams = asyncio.run(_decode(cluster.address, load, config.vocab_size, progress))
+            streams = asyncio.run(_decode(cluster, load, config.vocab_size, progress))
             fabrics = _fabrics(cluster)
         recordings = _recordings(trace_dir)
         hosts = _step_times(trace_dir)
-        lines = (log_dir / "coordinator.log").read_text("utf-8").splitlines()
+        lines = log.read_bytes()[log_begin:].decode("utf-8").splitlines()
     steps = read_steps(lines)
     figures = summarise(steps, load, num_lanes, config.num_layers)
     figures |= _path(steps, measured_lanes(steps, load, num_lanes), hosts, streams)
@@ -320,6 +352,13 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {name: round(value or 0.0, 3) for name, value in shares.items()}
 
 
+def _forget_recordings(directory: Path) -> None:
+    """Removes what instances of an earlier run have left: this run may have fewer of them."""
+    for pattern in ("attention-*.npz", "ffn-*.npz", "steps-*.npy"):
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
 def _recordings(directory: Path | None) -> list[Recording] | Step3Error | None:
     """What the instances recorded; or why there is nothing, when they should have."""
     if directory is None:
@@ -366,7 +405,7 @@ def _stages(
         if isinstance(recordings, Step3Error):
             raise recordings
         card = card_of_machine(machine, load_hardware())
-        report = stage_report(recordings, shape, card, min(MAX_STEPS, load.steps))
+        report = stage_report(recordings, shape, card, load.stage_steps)
     except Step3Error as error:
         warn(f"the result has no stages: {error}")
         return _without_stages(known, str(error))
@@ -386,7 +425,7 @@ def _shape(serve: ServeConfig, load: DecodeLoad, config: Step3Config) -> Shape:
         num_ffn=serve.ffn,
         num_lanes=serve.lanes,
         batch=load.batch,
-        context_tokens=load.context_tokens,
+        context_tokens=load.stage_context_tokens,
         kv_dtype=serve.wire_dtypes()[2],
     )
 
@@ -396,10 +435,32 @@ def _per_layer_us(steps: Sequence[LaneStep], name: str, num_layers: int) -> floa
 
 
 async def _decode(
-    address: str, load: DecodeLoad, vocab_size: int, progress: ProgressLine
+    cluster: LocalCluster, load: DecodeLoad, vocab_size: int, progress: ProgressLine
 ) -> list[TokenTimes]:
+    """Decodes as long as all processes live: nobody takes the place of one that ends."""
+
+    async def watch() -> NoReturn:
+        while True:
+            cluster.check()
+            await asyncio.sleep(_WATCH_S)
+
     tokens = (load.max_new_tokens, vocab_size, load.seed + 1)
-    return await decode_all(address, load.prompt_lengths(), *tokens, progress)
+    streams = asyncio.create_task(
+        decode_all(cluster.address, load.prompt_lengths(), *tokens, progress)
+    )
+    watcher = asyncio.create_task(watch())
+    try:
+        await asyncio.wait({streams, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not streams.done() or streams.exception() is not None:
+            # How a process died says more than that streams failed, and is known a moment later.
+            await asyncio.wait({watcher}, timeout=_DEATH_KNOWN_S)
+            if watcher.done():
+                watcher.result()
+        return streams.result()
+    finally:
+        for task in (streams, watcher):
+            task.cancel()
+        await asyncio.gather(streams, watcher, return_exceptions=True)
 
 
 def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:
@@ -413,7 +474,14 @@ def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:
             f"steps={load.steps}, warmup_steps={load.warmup_steps}, spread={load.spread} cannot be "
             "measured. Use 1 step or more, a warm-up of 0 or more, and a spread from 0 to below 1"
         )
-    longest = max(load.prompt_lengths()) + load.max_new_tokens
+    lengths = load.prompt_lengths()
+    if min(lengths) < 1:
+        raise InvalidArgument(
+            f"A sequence would begin with {min(lengths)} tokens, to have its share of "
+            f"context={load.context_tokens} once it has generated {load.grown_tokens}. A sequence "
+            "begins with one token or more. Use a longer context, fewer steps or a smaller spread"
+        )
+    longest = max(lengths) + load.max_new_tokens
     if longest > max_context_tokens:
         raise InvalidArgument(
             f"The longest sequence would reach {longest} tokens. The model takes "

@@ -70,7 +70,10 @@ async def decode_all(
             except grpc.RpcError as error:
                 raise codec.to_error(error, request_id) from error
 
-        async with asyncio.TaskGroup() as group:
-            for times, prompt_length in zip(streams, prompt_lengths, strict=True):
-                group.create_task(read(times, prompt_length))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for times, prompt_length in zip(streams, prompt_lengths, strict=True):
+                    group.create_task(read(times, prompt_length))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None  # one for all: the others were cancelled or alike
     return streams

@@ -63,7 +63,11 @@ def stage_report(
     report: dict[str, Any] = {
         "stages": _stages(steady, works),
         "bubble_share": {"mean": steady.shares["wait"], "by_gpu": steady.bubbles},
-        "stages_over": {"seconds": round(steady.seconds, 3), "steps": steady.num_steps},
+        "stages_over": {
+            "seconds": round(steady.seconds, 3),
+            "steps": steady.num_steps,
+            "context": shape.context_tokens,
+        },
         "device_step_ms": _quantiles(steady.step_ms),
         "expert_load": _expert_load(merged, shape),
         "bytes_per_step": _bytes_per_step(works, shape),
@@ -116,8 +120,15 @@ def _roofline(work: Work | None, us: float) -> dict[str, Any]:
         values["flops"] = round(work.flops)
     if work.peak_us is not None and us > 0:
         values["roofline_us"] = round(work.peak_us, 2)
-        values["roofline_share"] = round(work.peak_us / us, 4)
         values["roofline_limit"] = work.limit
+        if us < work.peak_us:
+            # Nothing is faster than the card: of a GPU that lanes share, this one took more than
+            # the equal part that counts as its own.
+            values["roofline_share_missing"] = (
+                f"{us} us are less than it takes: lanes share a GPU's time in unequal parts"
+            )
+        else:
+            values["roofline_share"] = round(work.peak_us / us, 4)
     return values
 
 

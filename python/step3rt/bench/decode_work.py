@@ -26,14 +26,17 @@ _COLUMN_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What decodes where: `batch` sequences of `context_tokens` over all instances and lanes."""
+    """What decodes where: `batch` sequences of `context_tokens` over all instances and lanes.
+
+    The context is that of the steps whose times the work is put beside.
+    """
 
     config: Step3Config
     num_attention: int
     num_ffn: int
     num_lanes: int
     batch: int
-    context_tokens: int
+    context_tokens: float
     kv_dtype: str
 
     @property

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from step3rt.cli import flags
 from step3rt.config import ServeConfig
-from step3rt.errors import InvalidArgument
+from step3rt.errors import InvalidArgument, Step3Error
 from step3rt.placement import HostConfig
 
 _SET_BY_LOAD = (
@@ -175,35 +176,68 @@ def run_decode(arguments: argparse.Namespace) -> int:
         warmup_steps=arguments.warmup_steps,
     )
     serve, host = flags.cluster_from(arguments, {"model": Path("nano")})
+    _check_outputs(arguments.trace, arguments.out)
     with tempfile.TemporaryDirectory(prefix="step3rt-trace-") as directory:
+        trace_dir = Path(directory) if arguments.log_dir is None else arguments.log_dir / "trace"
         values = decode.measure(
             serve,
             load,
             host,
-            trace_dir=Path(directory) if arguments.trace is not None else None,
+            trace_dir=trace_dir if arguments.trace is not None else None,
             log_dir=arguments.log_dir,
             has_stages=arguments.stages,
             name=arguments.name,
         )
         if arguments.trace is not None:
-            values["trace"] = _write_trace(Path(directory), arguments.trace)
+            values |= _write_trace(trace_dir, arguments.trace)
     report = json.dumps(values)
+    print(report, flush=True)
     if arguments.out is not None:
         arguments.out.write_text(report + "\n", encoding="utf-8")
-    print(report)
     return 0
 
 
+def _check_outputs(trace: Path | None, out: Path | None) -> None:
+    """Checks that what a run gives can be kept, before it takes its time.
+
+    Raises:
+        InvalidArgument: a file cannot be written where it should be.
+        ConfigError: a trace is wanted and the package that writes it is not installed.
+    """
+    for flag, path in (("--trace", trace), ("--out", out)):
+        if path is None:
+            continue
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidArgument(
+                f"{flag} {str(path)!r} cannot be written. It is a directory, or the one that it "
+                "should be in does not exist or takes no files. Give another file"
+            )
+    if trace is not None:
+        from step3rt.trace import perfetto
+
+        perfetto.check_installed()
+
+
 def _write_trace(directory: Path, out: Path) -> dict[str, Any]:
-    """Writes a Perfetto trace of the recordings in `directory`, and returns their summary."""
+    """Writes a Perfetto trace of the recordings in `directory`.
+
+    Returns:
+        Keys of the result: the recordings' summary, or why there is none. Without a trace the run
+        is still worth its figures.
+    """
+    from step3rt.bench.progress import warn
     from step3rt.trace import perfetto
     from step3rt.trace.recording import load_all
     from step3rt.trace.summary import summarise
     from step3rt.trace.timeline import build
 
-    timeline = build(load_all(directory))
-    perfetto.write(timeline, out)
-    return summarise(timeline)
+    try:
+        timeline = build(load_all(directory))
+        perfetto.write(timeline, out)
+        return {"trace": summarise(timeline)}
+    except Step3Error as error:
+        warn(f"there is no trace: {error}")
+        return {"trace_missing": str(error)}
 
 
 def run_scheduler(arguments: argparse.Namespace) -> int:

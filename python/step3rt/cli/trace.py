@@ -55,7 +55,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     """Writes and returns 0.
 
     Raises:
-        InvalidArgument: the directory does not hold the recordings of a deployment.
+        InvalidArgument: the directory does not hold the recordings of a deployment, or the file
+            cannot be written.
         ConfigError: the package that knows the format is not installed.
     """
     from step3rt.trace import perfetto

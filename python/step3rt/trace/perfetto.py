@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from step3rt.errors import ConfigError
+from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.trace.recording import Recording
 from step3rt.trace.timeline import Rows, Timeline
 
@@ -24,20 +24,32 @@ class _Slice:
     flows: list[int]
 
 
-def write(timeline: Timeline, path: Path) -> int:
-    """Writes the trace and returns how many slices it has.
+def check_installed() -> None:
+    """Checks that traces can be written, before something takes its time to be traced.
 
     Raises:
         ConfigError: the package that knows the format is not installed.
     """
     try:
-        from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import TrackEvent
-        from perfetto.trace_builder.proto_builder import TraceProtoBuilder
+        import perfetto.trace_builder.proto_builder  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"The Python package {error.name!r} is not installed. It knows Perfetto's format. "
             "Install it with: pip install 'step3rt[trace]'"
         ) from error
+
+
+def write(timeline: Timeline, path: Path) -> int:
+    """Writes the trace and returns how many slices it has.
+
+    Raises:
+        ConfigError: the package that knows the format is not installed.
+        InvalidArgument: the file cannot be written.
+    """
+    check_installed()
+    from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import TrackEvent
+    from perfetto.trace_builder.proto_builder import TraceProtoBuilder
+
     builder = TraceProtoBuilder()
     tracks = _tracks(timeline)
     num_slices = 0
@@ -65,7 +77,13 @@ def write(timeline: Timeline, path: Path) -> int:
                 end.timestamp, end.trusted_packet_sequence_id = each.end_ns, _SEQUENCE_ID
                 end.track_event.type = TrackEvent.TYPE_SLICE_END
                 end.track_event.track_uuid = uuid
-    path.write_bytes(builder.serialize())
+    try:
+        path.write_bytes(builder.serialize())
+    except OSError as error:
+        raise InvalidArgument(
+            f"{str(path)!r} cannot be written: {error.strerror}. The trace goes there. Give "
+            "another file"
+        ) from error
     return num_slices
 
 
@@ -85,12 +103,15 @@ def _tracks(timeline: Timeline) -> dict[tuple[str, int], list[_Slice]]:
                     started = each.frame if recording.shape.role == "ffn" else each.frame - 1
                     work[recording.name, lane, started] = each
     flow = 0
+    num_layers = timeline.recordings[0].shape.num_layers
+    layers: dict[tuple[str, int, int], int] = {}
     for exchange in timeline.exchanges:
         source, rank = f"attention {exchange.source}", f"ffn {exchange.rank}"
         frames = zip(
             exchange.attention["frame"].tolist(), exchange.ffn["frame"].tolist(), strict=True
         )
         for sent, served in frames:
+            layers[rank, exchange.lane, served] = sent % num_layers
             for start, end in (
                 ((source, exchange.lane, sent), (rank, exchange.lane, served)),
                 ((rank, exchange.lane, served), (source, exchange.lane, sent)),
@@ -99,6 +120,10 @@ def _tracks(timeline: Timeline) -> dict[tuple[str, int], list[_Slice]]:
                     flow += 1
                     sends[start].flows.append(flow)
                     work[end].flows.append(flow)
+    for (name, lane), slices in tracks.items():
+        for each in slices:
+            # A rank counts on when a step loses its sources half way: the source's count is right.
+            each.layer = layers.get((name, lane, each.frame), each.layer)
     return tracks
 
 

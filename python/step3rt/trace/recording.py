@@ -123,15 +123,27 @@ def load_all(directory: Path) -> list[Recording]:
         InvalidArgument: a file is not a recording, or one of the deployment is missing.
     """
     found = [Recording.load(path) for path in sorted(directory.glob("*.npz"))]
+    if not found:
+        raise InvalidArgument(
+            f"{str(directory)!r} has no recordings. Instances of the device pipeline with "
+            "--trace-dir write one each, when their session ends. Give such a directory"
+        )
     found.sort(key=lambda each: (ROLES.index(each.shape.role), each.shape.rank))
-    have = [(each.shape.role, each.shape.rank) for each in found]
-    first = found[0].shape if found else Shape("attention", 0, 1, 1, 1)
-    want = [("attention", rank) for rank in range(first.num_sources)]
-    want += [("ffn", rank) for rank in range(first.num_ranks)]
+    sizes = {(each.shape.num_sources, each.shape.num_ranks) for each in found}
+    if len(sizes) > 1:
+        raise InvalidArgument(
+            f"{str(directory)!r} has recordings of deployments of {sorted(sizes)} attention and "
+            "FFN instances. A timeline is of one of them. Remove what other runs have left"
+        )
+    have = [each.name for each in found]
+    [(num_sources, num_ranks)] = sizes
+    want = [f"attention {rank}" for rank in range(num_sources)]
+    want += [f"ffn {rank}" for rank in range(num_ranks)]
     if have != want:
         raise InvalidArgument(
-            f"{str(directory)!r} has the recordings of {have}, its deployment is {want}. A "
-            "timeline needs all of them. Let all instances write to one directory"
+            f"{str(directory)!r} has the recordings of {', '.join(have)}; its deployment is "
+            f"{', '.join(want)}. A timeline needs all of them: one that is killed leaves none. "
+            "Let all instances write to one directory, and end on their own"
         )
     return found
 

@@ -41,7 +41,8 @@ def describe(summary: dict[str, Any]) -> str:
     for name, values in summary["instances"].items():
         stages = values["stages_us"].items()
         parts = [f"{stage} {us:.1f} us ({values['shares'][stage]:.0%})" for stage, us in stages]
-        lines.append(f"{name}: {', '.join(parts)}")
+        had_work = any(values["shares"].values())
+        lines.append(f"{name}: {', '.join(parts) if had_work else 'had no work'}")
     ways = summary["transfer_us"]
     lines.append(f"transfer: there {ways['a2f']:.1f} us, back {ways['f2a']:.1f} us (medians)")
     if summary["straggler"] is None:
@@ -90,7 +91,10 @@ def _instance(recording: Recording) -> dict[str, Any]:
             stage: round(float(each.mean()) / 1e3, 2) if len(each) else 0.0
             for stage, each in times.items()
         },
-        "shares": {stage: round(float(each.sum()) / total, 4) for stage, each in times.items()},
+        "shares": {
+            stage: round(float(each.sum()) / total, 4) if total else 0.0
+            for stage, each in times.items()
+        },
     }
 
 
@@ -131,7 +135,8 @@ def _last_sources(exchanges: list[Exchange]) -> dict[str, float]:
             exchange.ffn["frame"].tolist(), exchange.attention["send_end"].tolist(), strict=True
         ):
             ends.setdefault((exchange.lane, frame), []).append((end, exchange.source))
-    return _shares("attention", ends.values(), {each.source for each in exchanges})
+    had_work = {each.source for each in exchanges if len(each.attention)}
+    return _shares("attention", ends.values(), had_work)
 
 
 def _shares(role: str, ends: Any, members: set[int]) -> dict[str, float]:

@@ -79,11 +79,20 @@ def build(recordings: list[Recording]) -> Timeline:
     between the fastest way there and the fastest way back, since the fastest ways take equally
     long; in long recordings of GPUs by more and more, or less and less, as one of them is faster.
 
+    One that nobody had work for has no frames, and is late for none.
+
     Raises:
-        InvalidArgument: two instances that are linked have no common frame.
+        InvalidArgument: two instances that are linked and had work have no common frame.
     """
-    attention = [each for each in recordings if each.shape.role == "attention"]
-    ffn = [each for each in recordings if each.shape.role == "ffn"]
+    busy = [each for each in recordings if any(len(rows) for rows in each.lanes)]
+    attention = [each for each in busy if each.shape.role == "attention"]
+    ffn = [each for each in busy if each.shape.role == "ffn"]
+    if not attention or not ffn:
+        role = "FFN" if attention else "attention"
+        raise InvalidArgument(
+            f"No {role} instance has recorded a whole layer. A timeline is of layers that were "
+            "sent and answered. Record again, with more steps"
+        )
     for each in ffn:
         _check_common(attention[0], each)
     for source in attention[1:]:
@@ -97,13 +106,14 @@ def build(recordings: list[Recording]) -> Timeline:
         if _clock_of(source) not in clocks:
             there = _apart(source, ffn[0]).reversed()
             clocks[_clock_of(source)] = [there, *clocks[_clock_of(ffn[0])]]
-    aligned = [_moved(each, clocks[_clock_of(each)]) for each in recordings]
-    begin = min(_first_ns(each) for each in aligned)
+    aligned = [_moved(each, clocks.get(_clock_of(each), [_SAME])) for each in recordings]
+    begin = min(first for each in aligned for first in _first_times(each))
     moved = [_moved(each, [_Apart(begin, 0, 0.0)]) for each in aligned]
     exchanges = [
         exchange
-        for source in moved[: len(attention)]
-        for rank in moved[len(attention) :]
+        for source in moved
+        for rank in moved
+        if (source.shape.role, rank.shape.role) == ("attention", "ffn")
         for exchange in _exchanges(source, rank)
     ]
     return Timeline(moved, exchanges)
@@ -172,9 +182,8 @@ def _times(rows: Rows) -> dict[str, npt.NDArray[np.int64]]:
     return {name: rows[name].astype(np.int64) for name in TIMES}
 
 
-def _first_ns(recording: Recording) -> int:
-    firsts = [int(rows[name][0]) for rows in recording.lanes if len(rows) for name in TIMES]
-    return min(firsts)
+def _first_times(recording: Recording) -> list[int]:
+    return [int(rows[name][0]) for rows in recording.lanes if len(rows) for name in TIMES]
 
 
 def _moved(recording: Recording, clocks: list[_Apart]) -> Recording:
