@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from step3rt.bench.decode import DecodeLoad, read_steps, summarise
+from step3rt.bench.decode_figures import read_steps, summarise
+from step3rt.bench.decode_load import DecodeLoad
 from step3rt.bench.decode_path import LaneStep
 from step3rt.bench.decode_stages import stage_report
 from step3rt.bench.decode_work import Shape

@@ -1,113 +1,54 @@
 """Measures decoding by a whole local cluster: coordinator, instances, and gRPC streams.
 
-Owns the load and the arithmetic; the figures come from the coordinator's own log, where a line says
-when each lane's step was done and how many tokens it gave. A client that timed 10,000 streams would
-measure itself. What a step consists of, devices record themselves: see `decode_stages`; and when it
-was where on its way to the client: see `decode_path`.
+Owns the run and the result's keys. The figures come from the coordinator's own log, where a line
+says when each lane's step was done and how many tokens it gave: see `decode_figures`. A client that
+timed 10,000 streams would measure itself. What a step consists of, devices record themselves: see
+`decode_stages`; and when it was where on its way to the client: see `decode_path`.
 """
 
 import asyncio
 import contextlib
 import datetime
-import json
 import os
 import platform
-import random
 import shlex
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from step3rt.bench.commit import measured_commit
 from step3rt.bench.decode_client import TokenTimes, decode_all
+from step3rt.bench.decode_figures import measured_lanes, quantiles, read_steps, summarise
+from step3rt.bench.decode_load import DecodeLoad, check
 from step3rt.bench.decode_path import LaneStep, client_tpot_ms, path_report
-from step3rt.bench.decode_stages import MAX_STEPS, stage_report
+from step3rt.bench.decode_stages import stage_report
 from step3rt.bench.decode_work import Shape, sizes_of
 from step3rt.bench.progress import ProgressLine, warn
 from step3rt.config import (
     COLOCATED,
-    MAX_TRACE_STEPS,
     REFERENCE_DEVICE,
     ServeConfig,
     resolve_model,
 )
-from step3rt.errors import InvalidArgument, Step3Error, Unavailable
+from step3rt.errors import InvalidArgument, Step3Error
 from step3rt.local_cluster import LocalCluster
 from step3rt.model.config import Step3Config
 from step3rt.placement import HostConfig, num_gpus
 from step3rt.plan.hardware import card_of_machine, load_hardware
-from step3rt.timing import percentile
 from step3rt.trace.recording import Recording, load_all
 from step3rt.trace.step_times import Rows, load_step_times
 
 BLOCK_SIZE_TOKENS = 64
-_SLACK_STEPS = 48
-"""Streams start one after the other; so many steps may pass until the last one decodes."""
-
 _WATCH_S = 0.1
 """Between looks at the cluster's processes."""
 
 _DEATH_KNOWN_S = 1.0
 """Within which a process has ended whose sockets have closed."""
 
-_STEP_LINE = "step done"
 _LOG_FILTER = "warn,step3rt_server::drive=debug"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeLoad:
-    """What decodes, and for how long.
-
-    Attributes:
-        batch: sequences at a time over all lanes and attention instances, a multiple of those.
-        context_tokens: mean length of a sequence over the measured steps.
-        spread: lengths are drawn from `context_tokens` times 1 - spread to 1 + spread.
-        steps: measured steps of each lane, after `warmup_steps`.
-    """
-
-    batch: int
-    context_tokens: int
-    spread: float = 0.0
-    steps: int = 200
-    warmup_steps: int = 20
-    seed: int = 0
-
-    @property
-    def trace_steps(self) -> int:
-        """Steps of a lane that devices record: what stages are means of, and those that follow."""
-        return min(MAX_TRACE_STEPS, self.stage_steps + 2 * _SLACK_STEPS)
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Tokens that every stream generates: before, while and after it is measured."""
-        return self.warmup_steps + self.steps + 2 * _SLACK_STEPS
-
-    @property
-    def grown_tokens(self) -> int:
-        """Tokens that a sequence has generated when half of the measured steps are over."""
-        return _SLACK_STEPS + self.warmup_steps + self.steps // 2
-
-    @property
-    def stage_steps(self) -> int:
-        """Steps of each lane that stages are means of: the last ones with every sequence."""
-        return min(MAX_STEPS, self.steps)
-
-    @property
-    def stage_context_tokens(self) -> float:
-        """Mean length of a sequence over those steps, the last of which begins the last token."""
-        after_middle = self.max_new_tokens - self.grown_tokens - self.stage_steps / 2
-        return self.context_tokens + after_middle
-
-    def prompt_lengths(self) -> list[int]:
-        """Tokens of each sequence at the start: `context_tokens` are reached half way."""
-        draw = random.Random(self.seed)
-        shares = [1 + self.spread * draw.uniform(-1, 1) for _ in range(self.batch)]
-        return [round(self.context_tokens * share) - self.grown_tokens for share in shares]
 
 
 def measure(
@@ -156,7 +97,7 @@ def measure(
         )
     config = Step3Config.from_directory(resolve_model(serve.model))
     num_lanes = serve.attention * serve.lanes
-    _check(load, num_lanes, config.max_model_len)
+    check(load, num_lanes, config.max_model_len)
     longest = max(load.prompt_lengths()) + load.max_new_tokens
     per_lane = load.batch // num_lanes
     settings = replace(
@@ -248,110 +189,6 @@ def _run_name(serve: ServeConfig, host: HostConfig) -> str:
     return f"{serve.attention}a{serve.ffn}f-{model}"
 
 
-def read_steps(lines: Sequence[str]) -> list[LaneStep]:
-    """The lane steps in a coordinator's log with JSON lines, as they were done."""
-    steps = []
-    for line in lines:
-        if _STEP_LINE not in line:
-            continue
-        values = json.loads(line)["fields"]
-        if values.get("message") == _STEP_LINE:
-            steps.append(LaneStep(*(int(values[name]) for name in LaneStep.__slots__)))
-    return steps
-
-
-def summarise(
-    steps: Sequence[LaneStep], load: DecodeLoad, num_lanes: int, num_layers: int
-) -> dict[str, Any]:
-    """The figures over the window in which every sequence decodes.
-
-    TPOT is the time from one step of a lane to its next, once for each token of it.
-
-    Raises:
-        Unavailable: some lane has fewer such steps than `load.steps`.
-    """
-    lanes = measured_lanes(steps, load, num_lanes)
-    gaps_ms = [
-        ((after.at_ns - before.at_ns) / 1e6, after.num_tokens)
-        for lane in lanes
-        for before, after in pairwise(lane)
-    ]
-    weighted = [gap for gap, num_tokens in gaps_ms for _ in range(num_tokens)]
-    # Each lane's own rate: lanes do not begin and end together.
-    tokens_per_s = sum(
-        sum(step.num_tokens for step in lane[1:]) * 1e9 / (lane[-1].at_ns - lane[0].at_ns)
-        for lane in lanes
-    )
-    measured = [step for lane in lanes for step in lane[1:]]
-    step_ms = _quantiles([gap for gap, _ in gaps_ms])
-    about_trend = _quantiles([gap for lane in lanes for gap in _about_trend_ms(lane)])
-    return {
-        "steps": load.steps,
-        "tokens_per_s": round(tokens_per_s, 1),
-        "tpot_ms": _quantiles(weighted),
-        "step_ms": step_ms,
-        "jitter_ms": round(step_ms["p99"] - step_ms["p50"], 3),
-        "jitter_about_trend_ms": round(about_trend["p99"] - about_trend["p50"], 3),
-        "stages": {
-            "attention": {"us": _per_layer_us(measured, "compute_ns", num_layers)},
-            "wait": {"us": _per_layer_us(measured, "wait_ns", num_layers)},
-            "lane_step": {"us": _per_layer_us(measured, "total_ns", num_layers)},
-        },
-    }
-
-
-def measured_lanes(
-    steps: Sequence[LaneStep], load: DecodeLoad, num_lanes: int
-) -> list[list[LaneStep]]:
-    """Lane by lane, the steps that are measured, behind the one from which they are timed.
-
-    Raises:
-        Unavailable: some lane has fewer such steps than `load.steps`.
-    """
-    lanes = [lane[load.warmup_steps :][: load.steps + 1] for lane in _full_steps(steps, load)]
-    if len(lanes) < num_lanes or any(len(lane) <= load.steps for lane in lanes):
-        lengths = [len(lane) for lane in lanes]
-        raise Unavailable(
-            f"Only {lengths} steps of {num_lanes} lanes had all their sequences. {load.steps} are "
-            "needed after the warm-up. Measure fewer sequences, or more steps"
-        )
-    return lanes
-
-
-def _about_trend_ms(lane: Sequence[LaneStep]) -> list[float]:
-    """A lane's times from step to step, less the straight line on which contexts lengthen them."""
-    gaps = [(after.at_ns - before.at_ns) / 1e6 for before, after in pairwise(lane)]
-    if len(gaps) < 2:
-        return [0.0] * len(gaps)
-    slope, start = statistics.linear_regression(range(len(gaps)), gaps)
-    return [gap - start - slope * index for index, gap in enumerate(gaps)]
-
-
-def _full_steps(steps: Sequence[LaneStep], load: DecodeLoad) -> list[list[LaneStep]]:
-    """Per lane, its steps from when all sequences of all lanes decode until the first one ends."""
-    sequences: dict[tuple[int, int], int] = {}
-    for step in steps:
-        key = step.instance, step.lane
-        sequences[key] = max(sequences.get(key, 0), step.num_tokens)
-    if sum(sequences.values()) < load.batch:
-        return []
-    is_full = {key: False for key in sequences}
-    lanes: dict[tuple[int, int], list[LaneStep]] = {key: [] for key in sequences}
-    for step in steps:
-        key = step.instance, step.lane
-        is_full[key] = step.num_tokens == sequences[key]
-        if all(is_full.values()):
-            lanes[key].append(step)
-        elif any(lanes.values()):
-            break
-    return list(lanes.values())
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    shares = {"p50": percentile(values, 0.5), "p99": percentile(values, 0.99), "max": max(values)}
-    return {name: round(value or 0.0, 3) for name, value in shares.items()}
-
-
 def _forget_recordings(directory: Path) -> None:
     """Removes what instances of an earlier run have left: this run may have fewer of them."""
     for pattern in ("attention-*.npz", "ffn-*.npz", "steps-*.npy"):
@@ -388,7 +225,7 @@ def _path(
 ) -> dict[str, Any]:
     seen = client_tpot_ms(lanes, steps, streams)
     return {
-        "client_tpot_ms": _quantiles(seen.tolist()) if len(seen) else None,
+        "client_tpot_ms": quantiles(seen.tolist()) if len(seen) else None,
         "path": path_report(lanes, steps, hosts, streams),
     }
 
@@ -430,10 +267,6 @@ def _shape(serve: ServeConfig, load: DecodeLoad, config: Step3Config) -> Shape:
     )
 
 
-def _per_layer_us(steps: Sequence[LaneStep], name: str, num_layers: int) -> float:
-    return round(statistics.fmean(getattr(step, name) for step in steps) / num_layers / 1e3, 2)
-
-
 async def _decode(
     cluster: LocalCluster, load: DecodeLoad, vocab_size: int, progress: ProgressLine
 ) -> list[TokenTimes]:
@@ -461,32 +294,6 @@ async def _decode(
         for task in (streams, watcher):
             task.cancel()
         await asyncio.gather(streams, watcher, return_exceptions=True)
-
-
-def _check(load: DecodeLoad, num_lanes: int, max_context_tokens: int) -> None:
-    if load.batch < 1 or load.batch % num_lanes:
-        raise InvalidArgument(
-            f"batch={load.batch} cannot be spread over {num_lanes} lanes. Every lane gets as many "
-            f"sequences as any other. Use a multiple of {num_lanes}"
-        )
-    if load.steps < 1 or load.warmup_steps < 0 or not 0 <= load.spread < 1:
-        raise InvalidArgument(
-            f"steps={load.steps}, warmup_steps={load.warmup_steps}, spread={load.spread} cannot be "
-            "measured. Use 1 step or more, a warm-up of 0 or more, and a spread from 0 to below 1"
-        )
-    lengths = load.prompt_lengths()
-    if min(lengths) < 1:
-        raise InvalidArgument(
-            f"A sequence would begin with {min(lengths)} tokens, to have its share of "
-            f"context={load.context_tokens} once it has generated {load.grown_tokens}. A sequence "
-            "begins with one token or more. Use a longer context, fewer steps or a smaller spread"
-        )
-    longest = max(lengths) + load.max_new_tokens
-    if longest > max_context_tokens:
-        raise InvalidArgument(
-            f"The longest sequence would reach {longest} tokens. The model takes "
-            f"{max_context_tokens}. Use a shorter context or fewer steps"
-        )
 
 
 @contextlib.contextmanager

@@ -167,8 +167,9 @@ def run_decode(arguments: argparse.Namespace) -> int:
         Step3Error: the load cannot be measured on this host.
     """
     from step3rt.bench import decode
+    from step3rt.bench.decode_load import DecodeLoad
 
-    load = decode.DecodeLoad(
+    load = DecodeLoad(
         batch=arguments.batch,
         context_tokens=arguments.context,
         spread=arguments.spread,
