@@ -11,15 +11,16 @@ use std::thread;
 use std::time::Duration;
 
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::UnixTime;
 
 pub use crate::date::Date;
-use crate::files::{SetupError, TlsFiles};
+use crate::files::{Contents, SetupError, TlsFiles};
 use crate::renewal::Renewal;
 use crate::settings::Settings;
 pub use crate::settings::provider;
 
 /// How often the files are looked at: three small ones, which are in memory unless they are new.
-pub const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// One member of a cluster. Cheap to clone; all clones are renewed together.
 #[derive(Clone)]
@@ -64,7 +65,7 @@ impl Identity {
         let identity = Self::new(files, &Arc::new(provider()), Some(alive))?;
         identity.check()?;
         let mut renewal = Renewal::default();
-        for news in renewal.begin(&identity) {
+        for news in renewal.begin(&identity, UnixTime::now()) {
             news.log();
         }
         let shared = Arc::downgrade(&identity.shared);
@@ -115,20 +116,14 @@ impl Identity {
         &self.shared.files
     }
 
-    /// Takes what the files hold now, and says whether that is something else than before. What peers
-    /// would not trust is an error and changes nothing.
-    pub(crate) fn renew(&self) -> Result<bool, SetupError> {
-        // By content: no file system's times are precise enough to tell a file that is half written
-        // from the whole one, and any way to replace files will do, links to other ones included.
-        let contents = self.shared.files.read()?;
-        if contents == *self.settings().contents() {
-            return Ok(false);
-        }
+    /// Goes by `contents` of its files from now on. What peers would not trust is an error and changes
+    /// nothing.
+    pub(crate) fn renew(&self, contents: Contents) -> Result<(), SetupError> {
         let settings = Settings::new(&self.shared.files, contents, &self.shared.provider)?;
         self.checked(&settings)?;
         let present = self.shared.settings.lock();
         *present.unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
-        Ok(true)
+        Ok(())
     }
 
     fn checked(&self, settings: &Settings) -> Result<(), SetupError> {
@@ -145,7 +140,7 @@ fn follow(shared: &Weak<Shared>, is_over: &Receiver<Infallible>, mut renewal: Re
         let Some(shared) = shared.upgrade() else {
             return;
         };
-        for news in renewal.look(&Identity { shared }) {
+        for news in renewal.look(&Identity { shared }, UnixTime::now()) {
             news.log();
         }
     }

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use rustls::pki_types::UnixTime;
 
 use crate::date::Date;
-use crate::identity::{Identity, LOOK_INTERVAL};
+use crate::files::Contents;
+use crate::identity::Identity;
 
 /// How many days before the end of a certificate the log begins to say so.
 pub const WARNED_DAYS: u64 = 14;
@@ -73,9 +74,8 @@ impl fmt::Display for News {
             Self::Unusable { error, expiry } => write!(
                 f,
                 "the renewed TLS files cannot be used: {error}. New connections go by the certificate \
-                 that was read before{}; the files are read again every {} s",
-                until(expiry),
-                LOOK_INTERVAL.as_secs()
+                 that was read before{}; the files are read again until they can",
+                until(expiry)
             ),
             Self::Ending {
                 cert,
@@ -102,65 +102,60 @@ impl fmt::Display for News {
     }
 }
 
-/// What was said already, from one look to the next.
-#[derive(Debug, Default)]
+/// What was found and said already, from one look to the next.
+#[derive(Default)]
 pub struct Renewal {
-    /// What is wrong with the files, since the last look at least.
-    fault: Option<Fault>,
+    pending: Option<Pending>,
     /// The days that the certificate in use had left when that was said, and whether it was over.
     ending: Option<(u64, bool)>,
 }
 
-#[derive(Debug)]
-struct Fault {
-    error: String,
-    is_said: bool,
+/// Files that differ from what is in use.
+struct Pending {
+    found: Result<Contents, String>,
+    /// What was said to be wrong with them.
+    said: Option<String>,
 }
 
 impl Renewal {
     /// What is to be said of an identity at its start.
-    pub fn begin(&mut self, identity: &Identity) -> Vec<News> {
-        let ending = self.ending(identity, UnixTime::now());
+    pub fn begin(&mut self, identity: &Identity, now: UnixTime) -> Vec<News> {
+        let ending = self.ending(identity, now);
         ending.into_iter().chain(open_key(identity)).collect()
     }
 
-    /// Looks at the files, and renews the identity by what they hold if that is usable.
-    pub fn look(&mut self, identity: &Identity) -> Vec<News> {
+    /// Looks at the files. What two looks in succession find is meant: the identity is renewed by it if
+    /// it is usable. What the next look no longer finds was a renewal under way, with a file half
+    /// written or not all of them replaced.
+    pub fn look(&mut self, identity: &Identity, now: UnixTime) -> Vec<News> {
+        // By content: no file system's times are precise enough to tell a file that is half written
+        // from the whole one, and any way to replace files will do, links to other ones included.
+        let found = identity.files().read().map_err(|error| error.to_string());
+        let is_in_use = |contents: &Contents| contents == identity.settings().contents();
         let mut news = Vec::new();
-        match identity.renew() {
-            Ok(false) => self.fault = None,
-            Ok(true) => {
-                *self = Self::default();
-                news.push(News::Renewed {
-                    cert: identity.files().cert.clone(),
-                    expiry: identity.expiry(),
+        match &mut self.pending {
+            _ if found.as_ref().is_ok_and(is_in_use) => self.pending = None,
+            Some(pending) if pending.found == found => {
+                let renewed = found.and_then(|contents| {
+                    let renewed = identity.renew(contents);
+                    renewed.map_err(|error| error.to_string())
                 });
-                news.extend(open_key(identity));
-            }
-            Err(error) => {
-                if self.persists(error.to_string()) {
-                    news.push(News::Unusable {
-                        error: error.to_string(),
-                        expiry: identity.expiry(),
-                    });
+                match renewed {
+                    Ok(()) => {
+                        *self = Self::default();
+                        news.push(News::Renewed {
+                            cert: identity.files().cert.clone(),
+                            expiry: identity.expiry(),
+                        });
+                        news.extend(open_key(identity));
+                    }
+                    Err(error) => news.extend(pending.unusable(error, identity)),
                 }
             }
+            pending => *pending = Some(Pending { found, said: None }),
         }
-        news.extend(self.ending(identity, UnixTime::now()));
+        news.extend(self.ending(identity, now));
         news
-    }
-
-    /// Whether an error is there a second time. What the next look finds put right was a renewal under
-    /// way, of which not all files had been replaced.
-    fn persists(&mut self, error: String) -> bool {
-        match &mut self.fault {
-            Some(fault) if fault.error == error => !std::mem::replace(&mut fault.is_said, true),
-            fault => {
-                let is_said = false;
-                *fault = Some(Fault { error, is_said });
-                false
-            }
-        }
     }
 
     /// Says each day that the certificate in use ends soon, and once that it has.
@@ -175,6 +170,20 @@ impl Renewal {
             cert: identity.files().cert.clone(),
             expiry,
             is_over,
+        })
+    }
+}
+
+impl Pending {
+    /// Says what is wrong, unless that was said.
+    fn unusable(&mut self, error: String, identity: &Identity) -> Option<News> {
+        if self.said.as_ref() == Some(&error) {
+            return None;
+        }
+        self.said = Some(error.clone());
+        Some(News::Unusable {
+            error,
+            expiry: identity.expiry(),
         })
     }
 }

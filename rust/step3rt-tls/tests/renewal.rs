@@ -10,6 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustls::pki_types::UnixTime;
+
 use certs::{Authority, EXPIRED, GOOD, Wish};
 use step3rt_tls::renewal::{News, Renewal};
 use step3rt_tls::{Identity, TlsFiles};
@@ -42,10 +44,14 @@ fn replace(copies: &TlsFiles, files: &TlsFiles) {
     }
 }
 
+fn look(renewal: &mut Renewal, identity: &Identity) -> Vec<News> {
+    renewal.look(identity, UnixTime::now())
+}
+
 /// What a second look says, when the first has said nothing.
 fn two_looks(renewal: &mut Renewal, identity: &Identity) -> Vec<News> {
-    assert_eq!(renewal.look(identity), []);
-    renewal.look(identity)
+    assert_eq!(look(renewal, identity), []);
+    look(renewal, identity)
 }
 
 #[test]
@@ -57,7 +63,7 @@ fn renewed_files_are_taken_once() {
     assert_eq!(two_looks(&mut renewal, &identity), []);
     let before = identity.settings();
     replace(&files, &authority.issue(OTHER));
-    let news = renewal.look(&identity);
+    let news = two_looks(&mut renewal, &identity);
     assert!(
         matches!(news.as_slice(), [News::Renewed { .. }]),
         "{news:?}"
@@ -94,7 +100,7 @@ fn a_directory_that_a_link_leads_to_may_be_replaced_as_a_whole() {
     let next = directory.path().join("..data_tmp");
     symlink(&new, &next).unwrap();
     fs::rename(&next, &present).unwrap();
-    let news = renewal.look(&identity);
+    let news = two_looks(&mut renewal, &identity);
     assert!(
         matches!(news.as_slice(), [News::Renewed { .. }]),
         "{news:?}"
@@ -136,7 +142,7 @@ fn a_renewal_of_no_use_is_said_once_and_changes_nothing_until_it_is_put_right() 
     ];
     for (text, spoil) in broken {
         replace(&files, &good);
-        assert_eq!(renewal.look(&identity), []);
+        assert_eq!(look(&mut renewal, &identity), []);
         spoil();
         let news = two_looks(&mut renewal, &identity);
         assert!(
@@ -153,7 +159,7 @@ fn a_renewal_of_no_use_is_said_once_and_changes_nothing_until_it_is_put_right() 
         assert!(Arc::ptr_eq(&before, &identity.settings()), "{text}");
     }
     replace(&files, &fixed);
-    let news = renewal.look(&identity);
+    let news = two_looks(&mut renewal, &identity);
     assert!(
         matches!(news.as_slice(), [News::Renewed { .. }]),
         "{news:?}"
@@ -170,13 +176,30 @@ fn a_renewal_under_way_is_no_fault() {
     let next = authority.issue(OTHER);
     let mut renewal = Renewal::default();
     fs::copy(&next.cert, &files.cert).unwrap();
-    assert_eq!(renewal.look(&identity), []);
+    assert_eq!(look(&mut renewal, &identity), []);
     fs::copy(&next.key, &files.key).unwrap();
-    let news = renewal.look(&identity);
+    let news = two_looks(&mut renewal, &identity);
     assert!(
         matches!(news.as_slice(), [News::Renewed { .. }]),
         "{news:?}"
     );
+}
+
+#[test]
+fn a_bundle_of_which_only_some_cas_are_written_is_waited_for() {
+    let (authority, next) = (Authority::new(), Authority::new());
+    let directory = tempfile::tempdir().unwrap();
+    let (identity, files) = copied(&authority.issue(GOOD), directory.path());
+    let [old, new] = [&files.ca, &next.issue(GOOD).ca].map(|path| fs::read(path).unwrap());
+    let before = identity.settings();
+    let mut renewal = Renewal::default();
+    fs::write(&files.ca, [&old[..], &old[..]].concat()).unwrap();
+    assert_eq!(look(&mut renewal, &identity), []);
+    fs::write(&files.ca, [&old[..], &old[..], &new[..]].concat()).unwrap();
+    assert_eq!(look(&mut renewal, &identity), []);
+    assert!(Arc::ptr_eq(&before, &identity.settings()));
+    assert_eq!(look(&mut renewal, &identity).len(), 1);
+    assert!(!Arc::ptr_eq(&before, &identity.settings()));
 }
 
 #[test]
@@ -184,10 +207,10 @@ fn a_key_that_everybody_may_read_is_said_at_the_start_and_of_a_renewed_one() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
     let (identity, files) = copied(&authority.issue(GOOD), directory.path());
     let mut renewal = Renewal::default();
-    assert_eq!(renewal.begin(&identity), []);
+    assert_eq!(renewal.begin(&identity, UnixTime::now()), []);
     replace(&files, &authority.issue(OTHER));
     fs::set_permissions(&files.key, fs::Permissions::from_mode(0o644)).unwrap();
-    let news = renewal.look(&identity);
+    let news = two_looks(&mut renewal, &identity);
     assert!(
         matches!(
             news.as_slice(),
@@ -195,27 +218,53 @@ fn a_key_that_everybody_may_read_is_said_at_the_start_and_of_a_renewed_one() {
         ),
         "{news:?}"
     );
-    assert_eq!(renewal.begin(&identity), news[1..]);
+    assert_eq!(renewal.begin(&identity, UnixTime::now()), news[1..]);
 }
 
 #[test]
 fn the_end_of_the_certificate_in_use_is_said_once_a_day() {
     let (authority, directory) = (Authority::new(), tempfile::tempdir().unwrap());
-    let (identity, files) = copied(&authority.issue(EXPIRED), directory.path());
+    let wish = Wish {
+        years: (2020, 2050),
+        ..GOOD
+    };
+    let (identity, files) = copied(&authority.issue(wish), directory.path());
     let mut renewal = Renewal::default();
-    let news = renewal.begin(&identity);
+    let hours_before = |hours: i64| {
+        const END_S: i64 = 2_524_608_000; // 2050-01-01 00:00:00 UTC
+        let now = u64::try_from(END_S - hours * 3_600).unwrap();
+        UnixTime::since_unix_epoch(Duration::from_secs(now))
+    };
+    let said = |news: Vec<News>| news.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(renewal.begin(&identity, hours_before(24 * 14)), []);
+    let soon = said(renewal.look(&identity, hours_before(24 * 14 - 1)));
+    assert_eq!(soon.len(), 1);
     assert!(
-        matches!(news.as_slice(), [News::Ending { is_over: true, .. }]),
-        "{news:?}"
+        soon[0].contains(" expires on 2050-01-01 00:00:00 UTC. "),
+        "{soon:?}"
     );
-    assert_eq!(two_looks(&mut renewal, &identity), []);
+    let mut num_said = 1;
+    for hours in (1..24 * 14 - 1).rev() {
+        num_said += renewal.look(&identity, hours_before(hours)).len();
+    }
+    assert_eq!(num_said, 14);
+    let over = said(renewal.look(&identity, hours_before(-1)));
+    assert_eq!(over.len(), 1);
+    assert!(
+        over[0].contains(" is refused by peers: it expired on 2050-01-01 "),
+        "{over:?}"
+    );
+    assert_eq!(renewal.look(&identity, hours_before(-100)), []);
+    // It is of the certificate in use, whatever the files hold.
+    fs::write(&files.cert, "").unwrap();
+    assert_eq!(Renewal::default().look(&identity, hours_before(1)).len(), 1);
     replace(&files, &authority.issue(GOOD));
-    let news = renewal.look(&identity);
+    assert_eq!(renewal.look(&identity, hours_before(1)).len(), 1);
+    let news = renewal.look(&identity, hours_before(1));
     assert!(
         matches!(news.as_slice(), [News::Renewed { .. }]),
         "{news:?}"
     );
-    assert_eq!(renewal.begin(&identity), []);
 }
 
 #[test]

@@ -198,7 +198,7 @@ fn a_renewal_of_no_use_is_logged_once_and_the_certificate_kept_until_it_is_put_r
     let next = member.authority.issue(OTHER);
     std::fs::copy(&next.cert, &member.files.cert).expect("copied");
     // The second look says what is wrong, and those that follow say nothing more.
-    std::thread::sleep(LOOK_INTERVAL * 4);
+    std::thread::sleep(LOOK_INTERVAL * 6);
     assert_eq!(shown(), [Some(old.clone()), Some(old.clone())]);
     std::fs::copy(&next.key, &member.files.key).expect("copied");
     let new = member.certificate();
