@@ -86,7 +86,8 @@ impl Member {
     }
 
     fn cluster(&self) -> Cluster {
-        let mut settings = json!({});
+        // These tests take seconds, and instances are not to be lost on a busy machine meanwhile.
+        let mut settings = json!({"lease_ms": 5_000});
         self.configure(&mut settings);
         Cluster::start(&settings)
     }
@@ -210,7 +211,8 @@ async fn a_renewed_ca_admits_instances_of_the_new_one_and_keeps_out_those_of_the
         .await
         .expect("trusted");
     // Whoever is in stays in.
-    assert_eq!(listed(&cluster, &newcomer).await.instances.len(), 2);
+    let instances = listed(&cluster, &newcomer).await.instances;
+    assert_eq!(instances.len(), 2, "{instances:?}");
     old.crash();
 }
 
