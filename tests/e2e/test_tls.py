@@ -1,16 +1,17 @@
 """A cluster that speaks TLS computes the same, lets only its members in, and says why it does."""
 
 import asyncio
+import json
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from step3rt import AsyncClient, Client, SamplingParams
+from step3rt import AsyncClient, Client, SamplingParams, _core
 from step3rt.errors import ConfigError, Unavailable
 from step3rt.model.monolithic import MonolithicModel
-from tests.e2e.clusters import running_cluster, wait_until
+from tests.e2e.clusters import PATIENCE_S, running_cluster, wait_until
 from tests.e2e.commands import Commands, run
 from tests.fixtures.certificates import DAY, Authority, as_flags
 from tests.fixtures.checkpoint import Checkpoint
@@ -120,6 +121,63 @@ def test_an_instance_and_a_coordinator_that_disagree_about_tls_say_so(
         wait_until(lambda node=node: node.process.poll() is not None, text)  # type: ignore[misc]
         assert node.process.returncode == EX_CONFIG, node.output()
         assert text in node.output().strip().splitlines()[-1]
+
+
+def test_a_cluster_moves_to_another_ca_while_it_serves(
+    tiny_checkpoint: Checkpoint, commands: Commands, authority: Authority, strangers: Authority
+) -> None:
+    """Nothing is started again, and an instance that only the new CA knows is linked at the end."""
+    model = tiny_checkpoint.directory
+    expected = MonolithicModel.load(model).generate_greedy(PROMPTS[0], NUM_TOKENS)[0]
+    files = authority.issue("member")
+    old_ca, new_ca = authority.ca.read_bytes(), strangers.ca.read_bytes()
+    both = authority.ca.with_name("both.pem")
+    both.write_bytes(old_ca + new_ca)
+    coordinator = commands.serve(model, "--fabric=tcp", *as_flags(files))
+    address = coordinator.address
+    cluster = [
+        coordinator,
+        commands.node("ffn", model, coordinator, *as_flags(files)),
+        commands.node("attention", model, coordinator, *as_flags(files)),
+    ]
+
+    paths = (files["tls_cert"], files["tls_key"], files["tls_ca"])
+
+    def num_links() -> int:
+        instances = json.loads(
+            _core.list_instances(coordinator.control_address, PATIENCE_S, paths)
+        )["instances"]
+        return sum(len(item["links"]) for item in instances)
+
+    def renewed(num_times: int) -> None:
+        text = "new connections go by the renewed tls_cert"
+        for process in cluster:
+            wait_until(lambda of=process: of.output().count(text) == num_times, text)  # type: ignore[misc]
+
+    wait_until(lambda: num_links() == 1, "a link")
+    with Client(address, ca=both) as client:
+        assert client.generate(PROMPTS[0], GREEDY).result().outputs[0].token_ids == expected
+        files["tls_ca"].write_bytes(old_ca + new_ca)
+        renewed(1)
+        fresh = strangers.issue("member")
+        for name in ("tls_key", "tls_cert"):
+            fresh[name].replace(files[name])
+        renewed(2)
+        files["tls_ca"].write_bytes(new_ca)
+        renewed(3)
+        late = commands.node("attention", model, coordinator, *as_flags(strangers.issue("late")))
+        cluster.append(late)
+        wait_until(lambda: num_links() == 2, "another link")
+        assert client.generate(PROMPTS[0], GREEDY).result().outputs[0].token_ids == expected
+    with Client(address, ca=strangers.ca) as client:
+        assert client.generate(PROMPTS[0], GREEDY).result().outputs[0].token_ids == expected
+    old_client = authority.ca.with_name("old.pem")
+    old_client.write_bytes(old_ca)
+    with Client(address, ca=old_client) as client, pytest.raises(Unavailable):
+        client.model_info()
+    for process in cluster:
+        assert process.process.poll() is None
+        assert "WARN" not in process.output()
 
 
 def test_doctor_looks_at_certificate_key_and_ca(authority: Authority, strangers: Authority) -> None:

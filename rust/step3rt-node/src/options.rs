@@ -135,7 +135,7 @@ impl NodeOptions {
         let raw: RawOptions = serde_json::from_str(json)?;
         let model = raw.model;
         let tls = TlsFiles::from_settings(raw.tls_cert, raw.tls_key, raw.tls_ca)?;
-        let tls = tls.map(Identity::load_checked).transpose()?;
+        let tls = tls.map(Identity::follow).transpose()?;
         Ok(Self {
             coordinator: CoordinatorAddress::parse(&raw.coordinator)?,
             role: raw.role,

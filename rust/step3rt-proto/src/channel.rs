@@ -25,8 +25,8 @@ pub async fn connect(
 ) -> Result<Channel, tonic::transport::Error> {
     match tls {
         Some(identity) if endpoint.uri().scheme_str() != Some("unix") => {
-            let config = Arc::clone(&identity.control_client);
-            let open = move |uri: Uri| open(uri, Arc::clone(&config));
+            let identity = identity.clone();
+            let open = move |uri| open(uri, Arc::clone(&identity.settings().control_client));
             endpoint.connect_with_connector(service_fn(open)).await
         }
         _ => endpoint.connect().await,

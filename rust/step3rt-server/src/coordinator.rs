@@ -24,7 +24,6 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{self, JoinHandle};
 use tokio::time::{sleep, timeout};
-use tokio_rustls::rustls::ServerConfig;
 use tonic::transport::Server;
 use tracing::{error, info, warn};
 
@@ -136,10 +135,7 @@ impl Coordinator {
             .map_or_else(Vec::new, |tokenizer| tokenizer.special_tokens());
         let chat_template =
             ChatTemplate::new(&checkpoint, special_tokens).map_err(StartError::ChatTemplate)?;
-        let tls = config
-            .tls_files()?
-            .map(Identity::load_checked)
-            .transpose()?;
+        let tls = config.tls_files()?.map(Identity::follow).transpose()?;
         let listeners = Listeners::bind(&config)?;
         Ok(Self {
             config,
@@ -200,13 +196,16 @@ impl Coordinator {
             listeners,
             tls,
         } = self;
-        let security = |config: &Arc<ServerConfig>, advice| Security {
-            config: Arc::clone(config),
-            advice,
-        };
-        let tls = tls.as_ref();
-        let public_security = tls.map(|tls| security(&tls.public_server, PUBLIC_ADVICE));
-        let control_security = tls.map(|tls| security(&tls.control_server, CONTROL_ADVICE));
+        let public_security = tls.clone().map(|identity| Security {
+            identity,
+            config: |settings| &settings.public_server,
+            advice: PUBLIC_ADVICE,
+        });
+        let control_security = tls.map(|identity| Security {
+            identity,
+            config: |settings| &settings.control_server,
+            advice: CONTROL_ADVICE,
+        });
         let clock = Clock::start();
         let (drive_handle, messages) = DriveHandle::new();
         let (status_sender, status) = watch::channel(ClusterStatus::default());

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use step3rt_tls::{FIRST_BYTE, Fault};
+use step3rt_tls::settings::Settings;
+use step3rt_tls::{FIRST_BYTE, Fault, Identity};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -42,8 +43,10 @@ const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 /// A listener's settings.
 #[derive(Clone)]
 pub(crate) struct Security {
-    /// Of TLS.
-    pub(crate) config: Arc<ServerConfig>,
+    /// Who this end is, when a connection comes.
+    pub(crate) identity: Identity,
+    /// Which of its settings this listener goes by.
+    pub(crate) config: fn(&Settings) -> &Arc<ServerConfig>,
     /// What a client is told that does not speak it.
     pub(crate) advice: &'static str,
 }
@@ -141,7 +144,8 @@ async fn secure(
         let _ = timeout(REFUSAL_TIMEOUT, refuse(socket, security.advice)).await;
         return Ok(None);
     }
-    let acceptor = TlsAcceptor::from(Arc::clone(&security.config));
+    let config = Arc::clone((security.config)(&security.identity.settings()));
+    let acceptor = TlsAcceptor::from(config);
     acceptor.accept(socket).await.map(Some)
 }
 

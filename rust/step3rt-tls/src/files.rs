@@ -74,6 +74,11 @@ pub enum SetupError {
         /// As configured.
         key: PathBuf,
     },
+    /// Nobody would notice a renewal.
+    #[error(
+        "no thread can be started that looks for renewed certificates: {0}. Check the process's limits"
+    )]
+    NoThread(#[source] io::Error),
     /// No peer would trust it.
     #[error("tls_cert = {cert} is of no use: {fault}")]
     Own {
@@ -85,6 +90,7 @@ pub enum SetupError {
 }
 
 /// What the files hold.
+#[derive(PartialEq, Eq)]
 pub(crate) struct Contents {
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key: PrivateKeyDer<'static>,

@@ -3,7 +3,8 @@
 use rustls::pki_types::UnixTime;
 
 use crate::files::TlsFiles;
-use crate::identity::{Identity, WARNED_DAYS};
+use crate::identity::Identity;
+use crate::renewal::WARNED_DAYS;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +42,7 @@ pub fn findings(files: TlsFiles) -> Vec<Finding> {
         Some(expiry) if expiry.days_after(UnixTime::now()) < WARNED_DAYS => finding(
             Level::Note,
             format!("{cert} was issued by the CA, and expires on {expiry}"),
-            "issue a new one from the cluster's CA, then restart what uses it",
+            "issue a new one from the cluster's CA; what uses it takes it by itself",
         ),
         Some(expiry) => finding(
             Level::Ok,

@@ -1,58 +1,51 @@
-//! The TLS settings of one member of a cluster, made once of its files and shared from there.
+//! Who a process is to its cluster, by the files that it was given, as they are now.
+//!
+//! Whoever opens or accepts a connection asks for the settings then, and keeps them no longer than the
+//! handshake takes.
 
+use std::convert::Infallible;
 use std::fmt;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
 
-use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::ring::cipher_suite::{
-    TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
-};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
+use rustls::pki_types::UnixTime;
 
-use crate::condition;
 pub use crate::date::Date;
 use crate::files::{Contents, SetupError, TlsFiles};
+use crate::renewal::Renewal;
+use crate::settings::Settings;
+pub use crate::settings::provider;
 
-/// Keeps a connection that was meant for one kind of listener from being taken by another.
-const FABRIC_PROTOCOL: &[u8] = b"step3rt-fabric/1";
-const GRPC_PROTOCOL: &[u8] = b"h2";
+/// How often the files are looked at: three small ones, which are in memory unless they are new.
+pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How many days before the end of a certificate the log begins to say so.
-pub const WARNED_DAYS: u64 = 14;
-
-/// One member of a cluster, as TLS settings for each kind of connection. Cheap to clone.
+/// One member of a cluster. Cheap to clone; all clones are renewed together.
 #[derive(Clone)]
 pub struct Identity {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
     files: TlsFiles,
-    chain: Arc<[CertificateDer<'static>]>,
-    verifier: Arc<dyn ClientCertVerifier>,
-    /// For an attention instance that connects to an FFN instance.
-    pub fabric_client: Arc<ClientConfig>,
-    /// For the FFN instance.
-    pub fabric_server: Arc<ServerConfig>,
-    /// For an instance, or `step3rt doctor`, that connects to the coordinator.
-    pub control_client: Arc<ClientConfig>,
-    /// For the coordinator's listener for instances.
-    pub control_server: Arc<ServerConfig>,
-    /// For the coordinator's listener for clients, who show no certificate.
-    pub public_server: Arc<ServerConfig>,
+    provider: Arc<CryptoProvider>,
+    /// Locked to copy or replace it, and for nothing that takes time.
+    settings: Mutex<Arc<Settings>>,
+    /// Gone with the last clone, which ends the thread.
+    _alive: Option<Sender<Infallible>>,
 }
 
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Identity").field(&self.files).finish()
+        f.debug_tuple("Identity").field(&self.shared.files).finish()
     }
 }
 
 impl Identity {
-    /// Reads the files and makes the settings. Whether peers will trust the certificate is
-    /// [`Identity::check`]'s question.
+    /// Reads the files, once. Whether peers will trust the certificate is [`Identity::check`]'s
+    /// question.
     pub fn load(files: TlsFiles) -> Result<Self, SetupError> {
         Self::with_provider(files, &Arc::new(provider()))
     }
@@ -62,164 +55,93 @@ impl Identity {
         files: TlsFiles,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Self, SetupError> {
-        let Contents { chain, key, ca } = files.read()?;
-        let mut roots = RootCertStore::empty();
-        for certificate in ca {
-            let added = roots.add(certificate);
-            added.map_err(|error| content("tls_ca", &files.ca, &error))?;
+        Self::new(files, provider, None)
+    }
+
+    /// Reads the files, refuses a certificate that no peer would trust, and takes what the files hold
+    /// later, until the last clone is dropped. [`crate::renewal`] says what the log is told.
+    pub fn follow(files: TlsFiles) -> Result<Self, SetupError> {
+        let (alive, is_over) = channel();
+        let identity = Self::new(files, &Arc::new(provider()), Some(alive))?;
+        identity.check()?;
+        let mut renewal = Renewal::default();
+        for news in renewal.begin(&identity, UnixTime::now()) {
+            news.log();
         }
-        let roots = Arc::new(roots);
-        let certified = CertifiedKey::from_der(chain.clone(), key.clone_key(), provider);
-        certified.map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => SetupError::KeyOfAnother {
-                cert: files.cert.clone(),
-                key: files.key.clone(),
-            },
-            rustls::Error::InvalidCertificate(_) => content("tls_cert", &files.cert, &error),
-            error => content("tls_key", &files.key, &error),
-        })?;
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(provider))
-                .build()
-                .map_err(|error| content("tls_ca", &files.ca, &error))?;
-        let member = Member {
-            provider,
-            roots: &roots,
-            verifier: &verifier,
-            chain: &chain,
-            key: &key,
-        };
-        let settings = |error| content("tls_cert", &files.cert, &error);
-        Ok(Self {
-            fabric_client: member.client(FABRIC_PROTOCOL).map_err(settings)?,
-            fabric_server: member.mutual_server(FABRIC_PROTOCOL).map_err(settings)?,
-            control_client: member.client(GRPC_PROTOCOL).map_err(settings)?,
-            control_server: member.mutual_server(GRPC_PROTOCOL).map_err(settings)?,
-            public_server: member.public_server().map_err(settings)?,
-            chain: chain.into(),
-            verifier,
+        let shared = Arc::downgrade(&identity.shared);
+        // A thread, so that no connection waits for a disk; and a renewal that is of no use is known
+        // when it comes, not when the next client does.
+        thread::Builder::new()
+            .name("step3rt-certs".to_owned())
+            .spawn(move || follow(&shared, &is_over, renewal))
+            .map_err(SetupError::NoThread)?;
+        Ok(identity)
+    }
+
+    fn new(
+        files: TlsFiles,
+        provider: &Arc<CryptoProvider>,
+        alive: Option<Sender<Infallible>>,
+    ) -> Result<Self, SetupError> {
+        let settings = Settings::new(&files, files.read()?, provider)?;
+        let shared = Shared {
             files,
+            provider: Arc::clone(provider),
+            settings: Mutex::new(Arc::new(settings)),
+            _alive: alive,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
         })
     }
 
-    /// Reads the files, makes the settings, and refuses a certificate that no peer would trust. Says
-    /// in the log when everybody may read the key, or when the certificate ends soon.
-    pub fn load_checked(files: TlsFiles) -> Result<Self, SetupError> {
-        let identity = Self::load(files)?;
-        identity.check()?;
-        let key = identity.files.key.display();
-        if identity.files.key_is_readable_by_all() {
-            tracing::warn!("every user of this host may read tls_key = {key}. Do: chmod o= {key}");
-        }
-        if let Some(expiry) = identity.expiry()
-            && expiry.days_after(UnixTime::now()) < WARNED_DAYS
-        {
-            let cert = identity.files.cert.display();
-            tracing::warn!("tls_cert = {cert} expires on {expiry}. Issue a new one, then restart");
-        }
-        Ok(identity)
+    /// What the next connection is to begin with.
+    pub fn settings(&self) -> Arc<Settings> {
+        let settings = self.shared.settings.lock();
+        Arc::clone(&settings.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether peers will trust the certificate now.
     pub fn check(&self) -> Result<(), SetupError> {
-        condition::judge(&*self.verifier, &self.chain, UnixTime::now()).map_err(|fault| {
-            SetupError::Own {
-                cert: self.files.cert.clone(),
-                fault,
-            }
-        })
+        self.checked(&self.settings())
     }
 
     /// When the certificate (or its CA) expires, as far as that can be told.
     pub fn expiry(&self) -> Option<Date> {
-        condition::expiry(&*self.verifier, &self.chain)
+        self.settings().expiry
     }
 
-    /// Where it came from.
+    /// Where it comes from.
     pub fn files(&self) -> &TlsFiles {
-        &self.files
+        &self.shared.files
+    }
+
+    /// Goes by `contents` of its files from now on. What peers would not trust is an error and changes
+    /// nothing.
+    pub(crate) fn renew(&self, contents: Contents) -> Result<(), SetupError> {
+        let settings = Settings::new(&self.shared.files, contents, &self.shared.provider)?;
+        self.checked(&settings)?;
+        let present = self.shared.settings.lock();
+        *present.unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        Ok(())
+    }
+
+    fn checked(&self, settings: &Settings) -> Result<(), SetupError> {
+        settings.judge().map_err(|fault| SetupError::Own {
+            cert: self.shared.files.cert.clone(),
+            fault,
+        })
     }
 }
 
-/// ring's ciphers. AES-128 comes first: it is as safe as the certificates' own keys, and every byte
-/// of every layer goes through it.
-pub fn provider() -> CryptoProvider {
-    let mut provider = rustls::crypto::ring::default_provider();
-    let is_tls13 = |suite: &rustls::SupportedCipherSuite| suite.tls13().is_some();
-    provider.cipher_suites.retain(|suite| !is_tls13(suite));
-    let tls13 = [
-        TLS13_AES_128_GCM_SHA256,
-        TLS13_AES_256_GCM_SHA384,
-        TLS13_CHACHA20_POLY1305_SHA256,
-    ];
-    provider.cipher_suites.splice(0..0, tls13);
-    provider
-}
-
-fn content(setting: &'static str, path: &Path, error: &dyn fmt::Display) -> SetupError {
-    SetupError::Content {
-        setting,
-        path: path.to_owned(),
-        wanted: if setting == "tls_key" {
-            "private key"
-        } else {
-            "certificate"
-        },
-        found: error.to_string(),
+/// Looks at the files again and again, while somebody uses what is made of them.
+fn follow(shared: &Weak<Shared>, is_over: &Receiver<Infallible>, mut renewal: Renewal) {
+    while is_over.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        for news in renewal.look(&Identity { shared }, UnixTime::now()) {
+            news.log();
+        }
     }
-}
-
-struct Member<'a> {
-    provider: &'a Arc<CryptoProvider>,
-    roots: &'a Arc<RootCertStore>,
-    verifier: &'a Arc<dyn ClientCertVerifier>,
-    chain: &'a [CertificateDer<'static>],
-    key: &'a PrivateKeyDer<'static>,
-}
-
-impl Member<'_> {
-    fn client(&self, protocol: &[u8]) -> Result<Arc<ClientConfig>, rustls::Error> {
-        let verifier = WebPkiServerVerifier::builder_with_provider(
-            Arc::clone(self.roots),
-            Arc::clone(self.provider),
-        );
-        let verifier = verifier.build().map_err(general)?;
-        let mut config = ClientConfig::builder_with_provider(Arc::clone(self.provider))
-            .with_protocol_versions(&[&version::TLS13])?
-            .with_webpki_verifier(verifier)
-            .with_client_auth_cert(self.chain.to_vec(), self.key.clone_key())?;
-        config.alpn_protocols = vec![protocol.to_vec()];
-        // Every connection proves again who is at both ends: connections are few and long.
-        config.resumption = Resumption::disabled();
-        Ok(Arc::new(config))
-    }
-
-    fn mutual_server(&self, protocol: &[u8]) -> Result<Arc<ServerConfig>, rustls::Error> {
-        let config = ServerConfig::builder_with_provider(Arc::clone(self.provider))
-            .with_protocol_versions(&[&version::TLS13])?
-            .with_client_cert_verifier(Arc::clone(self.verifier))
-            .with_single_cert(self.chain.to_vec(), self.key.clone_key())?;
-        Ok(finish(config, protocol))
-    }
-
-    fn public_server(&self) -> Result<Arc<ServerConfig>, rustls::Error> {
-        let config = ServerConfig::builder_with_provider(Arc::clone(self.provider))
-            .with_protocol_versions(&[&version::TLS13, &version::TLS12])?
-            .with_no_client_auth()
-            .with_single_cert(self.chain.to_vec(), self.key.clone_key())?;
-        Ok(finish(config, GRPC_PROTOCOL))
-    }
-}
-
-/// No tickets, for the same reason as at the client; and so that nothing but what this project sends
-/// ever travels on a link after its handshake.
-fn finish(mut config: ServerConfig, protocol: &[u8]) -> Arc<ServerConfig> {
-    config.alpn_protocols = vec![protocol.to_vec()];
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    Arc::new(config)
-}
-
-fn general(error: impl fmt::Display) -> rustls::Error {
-    rustls::Error::General(error.to_string())
 }

@@ -12,7 +12,7 @@ use step3rt_tls::condition::OwnFault;
 use step3rt_tls::{Identity, SetupError, TlsFiles};
 
 fn refused(files: TlsFiles) -> String {
-    Identity::load_checked(files).unwrap_err().to_string()
+    Identity::follow(files).unwrap_err().to_string()
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn the_three_settings_come_together_or_not_at_all() {
 #[test]
 fn a_member_of_the_cluster_is_good_until_its_certificate_expires() {
     let authority = Authority::new();
-    let identity = Identity::load_checked(authority.issue(GOOD)).unwrap();
+    let identity = Identity::follow(authority.issue(GOOD)).unwrap();
     assert_eq!(
         identity.expiry().unwrap().to_string(),
         "2100-01-01 00:00:00 UTC"
@@ -49,7 +49,7 @@ fn a_member_of_the_cluster_is_good_until_its_certificate_expires() {
 #[test]
 fn a_certificate_that_no_peer_would_trust_is_refused_at_once() {
     let (authority, other) = (Authority::new(), Authority::new());
-    let fault = |files| match Identity::load_checked(files).unwrap_err() {
+    let fault = |files| match Identity::follow(files).unwrap_err() {
         SetupError::Own { fault, .. } => fault,
         error => panic!("{error}"),
     };

@@ -20,7 +20,8 @@ pub(crate) enum Handshake {
 
 impl Accepting {
     pub(crate) fn new(tls: &Tls) -> io::Result<Self> {
-        let session = Session::server(&tls.fabric_server).map_err(|e| broken(e.into()))?;
+        let config = &tls.settings().fabric_server;
+        let session = Session::server(config).map_err(|e| broken(e.into()))?;
         Ok(Self {
             session,
             inbound: Inbound::new(),

@@ -23,7 +23,8 @@ pub(crate) fn connect(
     deadline: Instant,
 ) -> io::Result<TlsStream> {
     let name = server_name(address)?;
-    let mut session = Session::client(&tls.fabric_client, name).map_err(|e| broken(e.into()))?;
+    let config = &tls.settings().fabric_client;
+    let mut session = Session::client(config, name).map_err(|e| broken(e.into()))?;
     let mut inbound = Inbound::new();
     let mut is_first = true;
     loop {

@@ -1,5 +1,7 @@
 //! A real coordinator on real sockets, and instances that answer its steps without a model.
 
+#[path = "../../../step3rt-tls/tests/certs/mod.rs"]
+mod certs;
 mod clients;
 mod cluster;
 mod generate;
@@ -8,5 +10,6 @@ mod metadata;
 mod node;
 mod process;
 mod refusals;
+mod renewals;
 mod stopping;
 mod texts;

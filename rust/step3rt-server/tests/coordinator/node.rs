@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{interval, sleep};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 /// Tokens come from these, so that text is ASCII and no end token appears by chance.
@@ -97,21 +98,29 @@ pub(crate) fn hello(role: v1::Role) -> v1::Hello {
     }
 }
 
+/// What a session begins with, and both directions of what follows.
+pub(crate) type Session = (
+    v1::Welcome,
+    mpsc::Sender<v1::SessionRequest>,
+    Streaming<v1::SessionResponse>,
+);
+
 /// Opens a session and waits for the first command.
 pub(crate) async fn connect(
     control_address: SocketAddr,
     hello: v1::Hello,
-) -> Result<
-    (
-        v1::Welcome,
-        mpsc::Sender<v1::SessionRequest>,
-        Streaming<v1::SessionResponse>,
-    ),
-    Status,
-> {
-    let mut client = NodeServiceClient::connect(format!("http://{control_address}"))
+) -> Result<Session, Status> {
+    let channel = Channel::from_shared(format!("http://{control_address}"))
+        .expect("an address")
+        .connect()
         .await
-        .expect("the control listener accepts")
+        .expect("the control listener accepts");
+    connect_by(channel, hello).await
+}
+
+/// As [`connect`], by a connection that is there already.
+pub(crate) async fn connect_by(channel: Channel, hello: v1::Hello) -> Result<Session, Status> {
+    let mut client = NodeServiceClient::new(channel)
         .max_decoding_message_size(step3rt_proto::MAX_CONTROL_MESSAGE_BYTES);
     let (requests, outgoing) = mpsc::channel(64);
     send(&requests, Event::Hello(hello)).await;
@@ -157,9 +166,13 @@ pub(crate) struct Seen {
 
 impl TestNode {
     pub(crate) async fn start(control_address: SocketAddr, options: NodeOptions) -> Self {
-        let (welcome, requests, responses) = connect(control_address, hello(options.role))
-            .await
-            .expect("admitted");
+        let session = connect(control_address, hello(options.role)).await;
+        Self::begin(session.expect("admitted"), options).await
+    }
+
+    /// Goes on with a session that has begun.
+    pub(crate) async fn begin(session: Session, options: NodeOptions) -> Self {
+        let (welcome, requests, responses) = session;
         let settings = welcome.settings.expect("settings");
         let ready = v1::Ready {
             addresses: vec![v1::DataAddress {

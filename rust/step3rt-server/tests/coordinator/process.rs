@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use step3rt_proto::v1::GetModelInfoRequest;
 use step3rt_proto::v1::inference_service_client::InferenceServiceClient;
+use step3rt_tls::identity::LOOK_INTERVAL;
 
 use crate::cluster::{MODEL, PATIENCE};
+use crate::renewals::{GOOD, Member, OTHER, shown_by};
 
 const CONFIG_ENV: &str = "STEP3RT_TEST_CONFIG";
 
@@ -24,7 +26,7 @@ fn coordinator_process() {
     assert_eq!(step3rt_server::run(&config).expect("starts"), 0);
 }
 
-fn config(ready_file: &Path, log_format: &str) -> String {
+fn config(ready_file: &Path, log_format: &str) -> serde_json::Value {
     json!({
         "model_path": MODEL,
         "listen": "127.0.0.1:0",
@@ -32,7 +34,6 @@ fn config(ready_file: &Path, log_format: &str) -> String {
         "ready_file": ready_file,
         "log_format": log_format,
     })
-    .to_string()
 }
 
 /// What `exec` of this test binary with the body above looks like to a shell.
@@ -42,7 +43,7 @@ fn child_command(ready_file: &Path, log_format: &str) -> Command {
         .args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@" 3<&0"#])
         .arg(std::env::current_exe().expect("known"))
         .args(["--ignored", "--exact", "process::coordinator_process"])
-        .env(CONFIG_ENV, config(ready_file, log_format))
+        .env(CONFIG_ENV, config(ready_file, log_format).to_string())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .stdin(Stdio::null());
@@ -168,4 +169,56 @@ fn a_socket_passed_by_the_service_manager_is_served() {
     let log = child.wait_success();
     assert!(log.contains("<6>the coordinator listens"), "{log}");
     assert!(log.lines().all(|line| line.starts_with('<')), "{log}");
+}
+
+#[test]
+fn a_renewal_of_no_use_is_logged_once_and_the_certificate_kept_until_it_is_put_right() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let ready_file = directory.path().join("ready.json");
+    let member = Member::new(GOOD);
+    let mut config = config(&ready_file, "text");
+    member.configure(&mut config);
+    let mut command = child_command(&ready_file, "text");
+    let mut child = Guard(
+        command
+            .env(CONFIG_ENV, config.to_string())
+            .spawn()
+            .expect("spawns"),
+    );
+    let ready = read_ready_file(&ready_file);
+    let addresses = ["address", "control_address"].map(|key| {
+        let address = ready[key].as_str().expect("text");
+        address.parse::<SocketAddr>().expect("an address")
+    });
+    let runtime = tokio::runtime::Runtime::new().expect("starts");
+    let shown = || addresses.map(|address| runtime.block_on(shown_by(address, &member.identity)));
+    let old = member.certificate();
+    assert_eq!(shown(), [Some(old.clone()), Some(old.clone())]);
+
+    let next = member.authority.issue(OTHER);
+    std::fs::copy(&next.cert, &member.files.cert).expect("copied");
+    // The second look says what is wrong, and those that follow say nothing more.
+    std::thread::sleep(LOOK_INTERVAL * 6);
+    assert_eq!(shown(), [Some(old.clone()), Some(old.clone())]);
+    std::fs::copy(&next.key, &member.files.key).expect("copied");
+    let new = member.certificate();
+    let started = Instant::now();
+    while shown() != [Some(new.clone()), Some(new.clone())] {
+        assert!(
+            started.elapsed() < PATIENCE,
+            "the renewed certificate is not used"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    child.terminate();
+    let log = child.wait_success();
+    let warning = "the renewed TLS files cannot be used: tls_key = ";
+    assert_eq!(log.matches(warning).count(), 1, "{log}");
+    assert_eq!(log.matches("WARN").count(), 1, "{log}");
+    assert_eq!(
+        log.matches("new connections go by the renewed tls_cert = ")
+            .count(),
+        1,
+        "{log}"
+    );
 }
