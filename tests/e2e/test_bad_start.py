@@ -1,6 +1,7 @@
 """What cannot start says why in one line and exits with 78; what is missing is waited for."""
 
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from step3rt import Client, LocalCluster
 from step3rt.config import ServeConfig
 from step3rt.errors import ConfigError, Unavailable
-from tests.e2e.clusters import snapshot, wait_until
+from tests.e2e.clusters import PATIENCE_S, snapshot, wait_until
 from tests.e2e.commands import Commands, free_address, run
 from tests.fixtures import corruption
 from tests.fixtures.checkpoint import Checkpoint
@@ -75,6 +76,36 @@ def test_a_checkpoint_whose_expert_is_missing_ends_its_ffn_instance_with_the_ten
     serve = ServeConfig(model=tmp_path / "model", listen="127.0.0.1:0")
     with pytest.raises(ConfigError, match=corruption.EXPERTS_TARGET), LocalCluster(serve):
         pass
+
+
+def test_another_revision_of_the_model_is_refused_and_the_same_elsewhere_is_not(
+    commands: Commands, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    def another_revision(directory: Path) -> corruption.Damage:
+        path = directory / corruption.SINGLE_FILE_NAME
+        raw = corruption.RawFile.read(path)
+        begin, _ = raw.header[corruption.TARGET]["data_offsets"]
+        raw.data = raw.data[:begin] + bytes([raw.data[begin] ^ 1]) + raw.data[begin + 1 :]
+        raw.write(path)
+        return corruption.Damage(corruption.SINGLE_FILE_NAME, corruption.TARGET)
+
+    source = tiny_checkpoint.directory
+    corruption.damaged_copy(source, tmp_path / "other", another_revision)
+    shutil.copytree(source, tmp_path / "same", copy_function=shutil.copyfile)
+    coordinator = commands.serve(source)
+
+    def num_ready() -> int:
+        instances = snapshot(coordinator.control_address)["instances"]
+        return sum(item["state"] == "ready" for item in instances)
+
+    commands.node("ffn", source, coordinator)
+    wait_until(lambda: num_ready() == 1, "the FFN instance")
+    refused = commands.node("attention", tmp_path / "other", coordinator)
+    assert refused.process.wait(PATIENCE_S) == EX_CONFIG, refused.output()
+    assert "Give every instance the same checkpoint" in last_line(refused.output())
+    commands.node("attention", tmp_path / "same", coordinator)
+    wait_until(lambda: num_ready() == 2, "the attention instance")
+    wait_until(lambda: health(coordinator.address) == "SERVING", "serving")
 
 
 @pytest.mark.parametrize("command", ["serve", "generate"])

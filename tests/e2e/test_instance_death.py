@@ -237,7 +237,8 @@ def join_as_an_ffn_that_nobody_can_link(cluster: LocalCluster, model: Path) -> _
     config = NodeConfig(role="ffn", model=model, coordinator=cluster.control_address)
 
     def join() -> _core.NodeSession:
-        session = connect(config, Checkpoint.open(model))
+        opened = Checkpoint.open(model)
+        session = connect(config, opened, opened.fingerprint())
         session.bind(64, 64)
         session.ready(0)
         return session

@@ -89,9 +89,11 @@ def serve_sessions(
     """Serves session after session until one is drained, or is lost when `is_over` says so.
 
     Raises:
-        ConfigError: the coordinator refuses this instance.
+        ConfigError: the checkpoint cannot be read, or the coordinator refuses this instance.
         Unavailable: no coordinator answers within `connect_timeout_s`.
     """
+    # Once: what is loaded stays what it is, whatever becomes of the files until the next session.
+    fingerprint = model.fingerprint()
     while not is_over():
         logger.info(
             "Looking for the coordinator at %s, for up to %g s",
@@ -99,7 +101,7 @@ def serve_sessions(
             config.connect_timeout_s,
         )
         try:
-            session = connect(config, model)
+            session = connect(config, model, fingerprint)
         except Cancelled:
             logger.info("Stopped before a coordinator was found")
             return
@@ -146,7 +148,7 @@ def load_progress(session: _core.NodeSession) -> Progress:
     return report
 
 
-def connect(config: NodeConfig, model: Model) -> _core.NodeSession:
+def connect(config: NodeConfig, model: Model, fingerprint: str) -> _core.NodeSession:
     """Opens a session that says what this instance is, looking for `connect_timeout_s`.
 
     Raises:
@@ -164,7 +166,7 @@ def connect(config: NodeConfig, model: Model) -> _core.NodeSession:
         "tls_key": _text(config.tls_key),
         "tls_ca": _text(config.tls_ca),
         "spin_us": config.spin_us,
-        "model_fingerprint": model.fingerprint(),
+        "model_fingerprint": fingerprint,
         "model": {
             "name": model.directory.name,
             "vocab_size": sizes.vocab_size,

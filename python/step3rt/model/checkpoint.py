@@ -8,6 +8,7 @@ from pathlib import Path
 from step3rt.model.config import Step3Config
 from step3rt.model.tensor_files import TensorFiles
 from step3rt.model.tensor_plan import check_tensors
+from step3rt.model.tensor_samples import sample_digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,26 @@ class Checkpoint:
         return cls(directory, config, files)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 in hex of config.json and of every tensor's name, dtype and shape.
+        """Returns a SHA-256 in hex of config.json and each tensor's name, dtype, shape and samples.
 
-        Instances of one cluster must agree on it. It is cheap: no tensor is read, so that two
-        checkpoints that differ in nothing but values have the same fingerprint.
+        Instances of one cluster must agree on it. Samples are a few KiB of each tensor's values
+        (`tensor_samples`): another training run, a fine-tune of any tensor that changes more than
+        single values, and a file whose end has not arrived are told apart; a flipped byte or a
+        damaged part between samples is not, which is for checksums of files.
+
+        Raises:
+            CheckpointError: a file cannot be read any more.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        samples = sample_digests(self.files.entries)
         for name, entry in sorted(self.files.entries.items()):
             digest.update(json.dumps([name, entry.dtype, entry.shape, entry.num_bytes]).encode())
+            digest.update(samples[name])
         return digest.hexdigest()
 
 
 def describe_checkpoint(directory: Path) -> str:
-    """Checks a model directory and describes it in one line.
+    """Checks a model directory and describes it in one line, with what hosts must agree on.
 
     Raises:
         ConfigError: it cannot be used; the message names file and tensor.
@@ -57,5 +65,5 @@ def describe_checkpoint(directory: Path) -> str:
     return (
         f"{directory.name}: {config.num_layers} layers ({num_moe_layers} with "
         f"{config.num_experts} experts), hidden {config.hidden_size}, {dtypes}, "
-        f"{num_bytes / 1e6:.1f} MB"
+        f"{num_bytes / 1e6:.1f} MB, fingerprint {checkpoint.fingerprint()}"
     )

@@ -4,10 +4,15 @@
 //! This crate opens no sockets but those of [`channel`], and never decides anything about a request
 //! beyond whether its numbers are acceptable.
 //!
-//! Reading order: [`v1`] (from `proto/`), [`status`], [`refusal`], [`generate`], [`step`], [`channel`].
+//! Reading order: [`v1`] (from `proto/`), [`codec`], [`status`], [`refusal`], [`generate`], [`step`],
+//! [`channel`].
 
 pub mod adjustments;
 pub mod channel;
+pub mod codec;
+pub mod decoded_size;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod generate;
 pub mod refusal;
 pub mod sampling;

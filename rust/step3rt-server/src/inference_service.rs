@@ -38,6 +38,9 @@ const MAX_TOKENIZE_BYTES: usize = 1024 * 1024;
 /// Longest text that `Detokenize` returns, within the 4 MiB that clients accept.
 const MAX_DETOKENIZE_BYTES: usize = 3 * 1024 * 1024;
 
+/// Most requests that one `Abort` names. Each is looked up by the loop that schedules for all.
+const MAX_ABORTED_IDS: usize = 4_096;
+
 /// What serving a model takes.
 pub struct Model {
     /// Its limits and defaults.
@@ -263,6 +266,18 @@ impl InferenceService for InferenceServer {
         request: Request<v1::AbortRequest>,
     ) -> Result<Response<v1::AbortResponse>, Status> {
         let client_ids = request.into_inner().request_ids;
+        let num_ids = client_ids.len();
+        if num_ids > MAX_ABORTED_IDS {
+            return Err(Refusal::of_field(
+                ErrorKind::InvalidParameter,
+                "request_ids",
+                format!(
+                    "{num_ids} ids exceed the limit of {MAX_ABORTED_IDS}: nothing is scheduled while \
+                     they are looked up. Send several calls"
+                ),
+            )
+            .into());
+        }
         let aborted_request_ids = self
             .drive
             .ask(|reply| Message::Abort { client_ids, reply })

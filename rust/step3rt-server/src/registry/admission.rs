@@ -156,8 +156,16 @@ impl Registry {
         // Those who are here already decide; the last to leave frees the choice.
         if let Some(other) = self.instances.values().next() {
             let name = |hello: &v1::Hello| hello.model.as_ref().map(|model| model.name.clone());
+            // The name is that of a directory, which each host chooses.
+            let sizes = |hello: &v1::Hello| {
+                let model = hello.model.clone();
+                model.map(|model| v1::ModelSummary {
+                    name: String::new(),
+                    ..model
+                })
+            };
             if other.hello.model_fingerprint != hello.model_fingerprint
-                || other.hello.model != hello.model
+                || sizes(&other.hello) != sizes(hello)
             {
                 return Err(HelloError::OtherModel {
                     found: name(hello).unwrap_or_default(),

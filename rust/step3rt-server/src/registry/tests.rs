@@ -318,6 +318,15 @@ fn the_first_instance_fixes_the_model_until_the_last_leaves() {
 }
 
 #[test]
+fn one_model_may_lie_in_directories_of_different_names() {
+    let mut registry = registry(1, 1);
+    join(&mut registry, v1::Role::Attention);
+    let mut elsewhere = hello(v1::Role::Ffn);
+    elsewhere.model.as_mut().expect("set").name = "elsewhere".to_owned();
+    assert!(registry.hello(TimeNs(0), elsewhere).is_ok());
+}
+
+#[test]
 fn what_contradicts_the_coordinators_checkpoint_is_refused() {
     let mut registry = registry(1, 1);
     let mut short = hello(v1::Role::Attention);

@@ -320,6 +320,28 @@ async fn instances_that_do_not_fit_are_refused_with_the_reason() {
 }
 
 #[tokio::test]
+async fn an_instance_that_sends_a_flood_of_empty_elements_loses_its_session_and_nobody_else_does() {
+    let (cluster, attention, _ffn) = Cluster::serving(&json!({})).await;
+    let broken = cluster.node(NodeOptions::attention()).await;
+    let output = v1::StepOutput {
+        epoch: broken.epoch,
+        outputs: vec![v1::SequenceOutput::default(); 200_000],
+        ..Default::default()
+    };
+    send(&broken.requests, Event::StepOutput(output)).await;
+    eventually("the end of its session", async || {
+        let listed = cluster.instances().await.instances;
+        listed
+            .iter()
+            .all(|info| info.instance_id != broken.instance_id)
+    })
+    .await;
+    let stream = generate(&mut cluster.client().await, request(&[1], 3)).await;
+    assert_eq!(stream.expect("serves on").token_ids, continuation(&[1], 3));
+    assert!(attention.seen().num_steps > 0);
+}
+
+#[tokio::test]
 async fn list_instances_tells_states_links_and_free_blocks() {
     let cluster = Cluster::start(&json!({}));
     let _ffn = cluster.node(NodeOptions::ffn()).await;

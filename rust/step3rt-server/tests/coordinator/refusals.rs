@@ -177,6 +177,42 @@ async fn bad_requests_get_one_clear_error_each_and_the_cluster_goes_on() {
     cluster.wait_blocks_free().await;
 }
 
+/// Two bytes on the wire become a struct of 72 and more: 400 KB of them would be 14 MB.
+#[tokio::test]
+async fn a_flood_of_empty_elements_is_refused_before_it_takes_memory() {
+    let (cluster, _attention, _ffn) = Cluster::serving(&json!({})).await;
+    let mut client = cluster.client().await;
+    let media = changed(|asked| asked.media = vec![v1::Media::default(); 200_000]);
+    let stop = changed(|asked| stopping(asked).stop = vec![String::new(); 200_000]);
+    for (asked, field) in [(media, "media"), (stop, "stop")] {
+        let status = generate(&mut client, asked).await.expect_err(field);
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        let details = status.get_details_bad_request().expect(field);
+        assert_eq!(details.field_violations[0].field, field);
+        assert!(status.message().contains("memory"), "{status}");
+    }
+    let stream = generate(&mut client, request(&[1, 2, 3], 4)).await;
+    assert_eq!(
+        stream.expect("goes on").token_ids,
+        continuation(&[1, 2, 3], 4)
+    );
+}
+
+#[tokio::test]
+async fn an_abort_of_too_many_ids_is_refused() {
+    let cluster = Cluster::start(&json!({}));
+    let mut client = cluster.client().await;
+    let ids = |count| v1::AbortRequest {
+        request_ids: vec!["nobody".to_owned(); count],
+    };
+    assert!(client.abort(ids(4_096)).await.is_ok());
+    for (count, text) in [(4_097, "4097 ids exceed"), (400_000, "memory")] {
+        let status = client.abort(ids(count)).await.expect_err("too many");
+        assert_eq!(reason(&status), "INVALID_PARAMETER");
+        assert!(status.message().contains(text), "{status}");
+    }
+}
+
 #[tokio::test]
 async fn without_max_tokens_the_context_is_filled() {
     let (cluster, _attention, _ffn) = Cluster::serving(&json!({"max_model_len": 40})).await;
