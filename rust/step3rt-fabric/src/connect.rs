@@ -15,7 +15,7 @@ use crate::device_offer::DeviceOffer;
 use crate::handshake::{By, Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
 use crate::lane::LinkTerms;
-use crate::link_epoch::{self, LinkEpoch};
+use crate::link_epoch::LinkEpoch;
 use crate::new_link::NewLink;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
@@ -58,11 +58,10 @@ impl Attempt<'_> {
                 instance: self.instance(),
                 fabric: carrier,
             })?;
-        let proposed = link_epoch::propose().ok_or_else(|| self.resources(no_epoch()))?;
         let (link, welcome, offer) = match carrier {
-            FabricKind::Shm => self.link_shm(address, proposed)?,
-            FabricKind::Tcp => self.link_tcp(address, proposed)?,
-            FabricKind::Rdma => self.link_rdma(address, proposed)?,
+            FabricKind::Shm => self.link_shm(address)?,
+            FabricKind::Tcp => self.link_tcp(address)?,
+            FabricKind::Rdma => self.link_rdma(address)?,
             FabricKind::CudaIpc => unreachable!("device memory carries no handshake"),
         };
         let device_offer = welcome.offer_bytes.map(|_| DeviceOffer::new(&offer));
@@ -75,12 +74,14 @@ impl Attempt<'_> {
         })
     }
 
-    fn link_shm(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_shm(&self, address: &str) -> Result<Made, ConnectError> {
         let terms = self.terms();
-        let socket = shm::connect(address, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        // Before the peer begins to wait for a hello: large slots take longer than it does.
         let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends())
             .map_err(|error| self.resources(error))?;
+        let socket = shm::connect(address, self.hub.settings.handshake_timeout)
+            .map_err(|error| self.unreachable(address, error))?;
+        let proposed = self.propose()?;
         shm::send(
             &socket,
             &self.hello(proposed),
@@ -116,11 +117,12 @@ impl Attempt<'_> {
         Ok((Box::new(link), welcome, offer))
     }
 
-    fn link_tcp(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_tcp(&self, address: &str) -> Result<Made, ConnectError> {
         let terms = self.terms();
-        let stream = self.open(address)?;
+        // As for shared memory.
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
-        let (welcome, offer) = self.greet(&stream, proposed, &[])?;
+        let stream = self.open(address)?;
+        let (welcome, offer) = self.greet(&stream, &[])?;
         let ends = (self.hub.new_state(), self.hub.bell.sockets());
         FrameSocket::new(stream, self.hub.settings.peer_timeout)
             .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
@@ -128,7 +130,7 @@ impl Attempt<'_> {
             .map_err(|error| self.resources(error))
     }
 
-    fn link_rdma(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_rdma(&self, address: &str) -> Result<Made, ConnectError> {
         let stream = self.open(address)?;
         let control = stream
             .socket()
@@ -137,7 +139,7 @@ impl Attempt<'_> {
         let devices = &self.hub.rdma_devices;
         let mut end = rdma::Prepared::new(devices, self.terms(), control.ip())
             .map_err(|error| self.rdma(error))?;
-        let (welcome, offer) = self.greet(&stream, proposed, &end.offer())?;
+        let (welcome, offer) = self.greet(&stream, &end.offer())?;
         end.connect(&offer).map_err(|error| self.rdma(error))?;
         let socket = stream.into_socket();
         tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
@@ -151,10 +153,9 @@ impl Attempt<'_> {
     fn greet(
         &self,
         stream: &Stream,
-        proposed: LinkEpoch,
         queue_pairs: &[u8],
     ) -> Result<(Welcome, Vec<u8>), ConnectError> {
-        let deadline = self.deadline();
+        let (proposed, deadline) = (self.propose()?, self.deadline());
         stream
             .write_all(&[&self.hello(proposed), queue_pairs].concat())
             .map_err(|error| self.interrupted(error))?;
@@ -179,6 +180,13 @@ impl Attempt<'_> {
         tls::connect(socket, tls, address, self.deadline())
             .map(|stream| Stream::Tls(Box::new(stream)))
             .map_err(|error| self.interrupted(error))
+    }
+
+    /// A number for the link, once the peer is there: one that is dialled in vain uses none up.
+    fn propose(&self) -> Result<LinkEpoch, ConnectError> {
+        let instance = self.instance();
+        let proposed = self.hub.used_epochs.propose();
+        proposed.ok_or(ConnectError::NoEpoch { instance })
     }
 
     /// Of a part of the handshake that begins now.
@@ -249,7 +257,7 @@ impl Attempt<'_> {
             let (field, value) = ("link_epoch", epoch.0.into());
             return Err(self.wrong(HandshakeError::Field { field, value }));
         }
-        link_epoch::note(epoch);
+        self.hub.used_epochs.note(epoch);
         Ok(Welcome { epoch, offer_bytes })
     }
 
@@ -309,7 +317,5 @@ impl Attempt<'_> {
     }
 }
 
-/// Why a process cannot make another link.
-pub(crate) fn no_epoch() -> io::Error {
-    io::Error::other("this process has made as many links as flags can tell apart; start it again")
-}
+#[cfg(test)]
+mod tests;
