@@ -1,6 +1,8 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
+use std::cell::OnceCell;
 use std::io;
+use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,6 +37,28 @@ pub(crate) struct Attempt<'a> {
     pub(crate) candidate: Candidate,
     /// Why the present link is to be replaced, if it is.
     pub(crate) reset: Option<&'a str>,
+    /// What earlier attempts leave to later ones.
+    pub(crate) abandoned: &'a Abandoned,
+}
+
+/// The control connection of a link over RDMA that the peer made and no packet came through. It stays
+/// open until another link takes that one's place: were it to end before, the peer would be told that
+/// this end is lost.
+#[derive(Default)]
+pub(crate) struct Abandoned(OnceCell<TcpStream>);
+
+impl Abandoned {
+    /// What the peer is told of the link in its hands.
+    const REASON: &str = "no packet came through by RDMA";
+
+    fn keep(&self, control: TcpStream) {
+        // One is enough to try: there is one candidate over RDMA.
+        let _ = self.0.set(control);
+    }
+
+    fn reason(&self) -> Option<&'static str> {
+        self.0.get().map(|_| Self::REASON)
+    }
 }
 
 /// What the peer's welcome says.
@@ -140,8 +164,12 @@ impl Attempt<'_> {
         let mut end = rdma::Prepared::new(devices, self.terms(), control.ip())
             .map_err(|error| self.rdma(error))?;
         let (welcome, offer) = self.greet(&stream, &end.offer())?;
-        end.connect(&offer).map_err(|error| self.rdma(error))?;
+        let connected = end.connect(&offer);
         let socket = stream.into_socket();
+        if let Err(error) = connected {
+            self.abandoned.keep(socket);
+            return Err(self.rdma(error));
+        }
         tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
             .and_then(|()| end.into_link(socket.into(), self.hub.new_state(), &self.hub.settings))
             .map(|link| (link, welcome, offer))
@@ -208,7 +236,8 @@ impl Attempt<'_> {
 
     /// A hello, with the reason and the device offer that follow it, if any do.
     fn hello(&self, epoch: LinkEpoch) -> Vec<u8> {
-        let (by, reason) = (self.by(), self.reset.map_or("", reset_ask::bounded));
+        let reason = self.reset.or(self.abandoned.reason());
+        let (by, reason) = (self.by(), reason.map_or("", reset_ask::bounded));
         let message = self.hub.message(Kind::Hello {
             wanted: self.peer.identity,
             choice: self.candidate.choice,

@@ -1,4 +1,5 @@
-//! Numbers of links: what uses them up, and what both ends hear when none is left.
+//! Numbers of links: what uses them up, and what both ends hear when none is left. And what the peer
+//! hears of a link over RDMA that came to nothing.
 
 use std::net::TcpListener;
 use std::thread;
@@ -92,6 +93,15 @@ fn await_readable(fd: &impl AsFd) {
 }
 
 fn link(hub: &Hub, fabric: FabricKind, address: &str) -> Result<NewLink, ConnectError> {
+    link_after(hub, fabric, address, &Abandoned::default())
+}
+
+fn link_after(
+    hub: &Hub,
+    fabric: FabricKind,
+    address: &str,
+    abandoned: &Abandoned,
+) -> Result<NewLink, ConnectError> {
     let peer = PeerAddress {
         identity: identity(Side::Responder),
         boot_id: String::new(),
@@ -114,6 +124,7 @@ fn link(hub: &Hub, fabric: FabricKind, address: &str) -> Result<NewLink, Connect
         peer: &peer,
         candidate,
         reset: None,
+        abandoned,
     };
     attempt.run()
 }
@@ -161,4 +172,25 @@ fn a_peer_that_is_not_there_uses_no_number_up() {
         );
     }
     assert_eq!(USED.propose(), Some(LinkEpoch(1)));
+}
+
+#[test]
+fn what_takes_the_place_of_a_link_without_packets_says_so() {
+    for fabric in FABRICS {
+        let (listener, address) = Listener::bind(fabric);
+        let (near, far) = (hub(Side::Initiator, &NONE), hub(Side::Responder, &NONE));
+        let control = TcpListener::bind("127.0.0.1:0").unwrap();
+        let abandoned = Abandoned::default();
+        abandoned.keep(TcpStream::connect(control.local_addr().unwrap()).unwrap());
+        let made = thread::scope(|scope| {
+            scope.spawn(|| listener.answer(&far));
+            link_after(&near, fabric, &address, &abandoned)
+        });
+        assert_eq!(made.expect("a link").reset, None);
+        let [accepted] = &far.take_accepted()[..] else {
+            panic!("one link comes of a hello");
+        };
+        let why = "no packet came through by RDMA";
+        assert_eq!(accepted.reset.as_deref(), Some(why));
+    }
 }
