@@ -103,14 +103,12 @@ pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     out
 }
 
-/// Patient with handshakes, which are long where the machine is busy with others' slots. Over RDMA the
-/// accepting end looks after its peer from the end of that time on.
-fn settings(fabric: Fabric) -> LinkSettings {
-    let mut settings = LinkSettings::default();
-    if fabric != Fabric::Rdma {
-        settings.handshake_timeout = PATIENCE;
+/// Patient with handshakes, which are long where the machine is busy with others' slots.
+fn settings() -> LinkSettings {
+    LinkSettings {
+        handshake_timeout: PATIENCE,
+        ..LinkSettings::default()
     }
-    settings
 }
 
 /// An endpoint and what it reported but the test has not asked for yet.
@@ -137,7 +135,7 @@ impl Node {
             listen_tcp: (is_responder && fabric.listens_on_tcp())
                 .then(|| "127.0.0.1:0".parse().unwrap()),
             advertise_host: None,
-            settings: settings(fabric),
+            settings: settings(),
         };
         Self::new(Endpoint::bind_with(config, None, fabric.tls()).unwrap())
     }
