@@ -7,18 +7,18 @@ use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use thiserror::Error;
 
 use crate::choice::Choice;
-use crate::connect::no_epoch;
 use crate::contract::{Link, LinkIdentity};
 use crate::device_offer::DeviceOffer;
 use crate::handshake::{By, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::hub::{Hub, Watch};
 use crate::lane::LinkTerms;
-use crate::link_epoch::{self, LinkEpoch};
+use crate::link_epoch::LinkEpoch;
 use crate::memory::MapError;
 use crate::new_link::NewLink;
 use crate::opening::{Opening, Unopened};
@@ -31,6 +31,7 @@ use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket::{self, FrameSocket};
 use crate::tls::{self, Fault};
+use crate::watcher::timespec;
 
 /// A connection whose hello has not come yet.
 pub(crate) struct Pending {
@@ -60,6 +61,8 @@ pub(crate) enum Progress {
 enum AcceptError {
     #[error("its hello is wrong: {0}")]
     Hello(#[from] HandshakeError),
+    #[error("it hung up before it was answered")]
+    GaveUp,
     #[error("its memory is wrong: {0}")]
     Memory(#[from] MapError),
     #[error("it was refused: {0:?}")]
@@ -111,7 +114,7 @@ impl AcceptError {
             Self::System(_) => Some(RefusalCode::Resources),
             Self::NotTls => Some(RefusalCode::NeedsTls),
             Self::UnexpectedTls => Some(RefusalCode::NoTls),
-            Self::Hello(_) | Self::Memory(_) | Self::Tls(_) => None,
+            Self::Hello(_) | Self::GaveUp | Self::Memory(_) | Self::Tls(_) => None,
         }
     }
 }
@@ -224,9 +227,9 @@ fn admit(hub: &Hub, hello: &Message, following: &[u8]) -> Result<Admitted, Accep
     let peer = hello.from.identity;
     hub.admit(peer).map_err(AcceptError::Refused)?;
     // Only for peers that are let in: numbers come to an end, and a high proposal uses up those below.
-    let Some(epoch) = link_epoch::agree(epoch) else {
+    let Some(epoch) = hub.used_epochs.agree(epoch) else {
         hub.dismiss(peer.instance);
-        return Err(no_epoch().into());
+        return Err(AcceptError::Refused(RefusalCode::NoEpoch));
     };
     let reset = (!reason.is_empty()).then(|| reason.to_owned());
     if let Some(reason) = &reset {
@@ -306,6 +309,7 @@ fn advance_shm(hub: &Hub, socket: &OwnedFd) -> Result<Option<NewLink>, AcceptErr
         .fds
         .try_into()
         .map_err(|fds: Vec<_>| HandshakeError::Descriptors(fds.len()))?;
+    check_presence(socket)?;
     let admitted = admit(hub, &hello, &following)?;
     let link = link_shm(hub, &admitted, socket, &fds);
     admitted.finish(hub, link)
@@ -357,15 +361,29 @@ fn advance_tcp(
         return Ok(None);
     }
     let following = &bytes[MESSAGE_BYTES..];
+    check_presence(stream.socket())?;
     let admitted = admit(hub, &hello, following)?;
     let link = match by {
         By::Rdma => {
             let offer = &following[following.len() - by.offer_bytes()..];
             link_rdma(hub, &admitted, opening, offer)
         }
-        By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, opening).map_err(Into::into),
+        By::Carrier | By::Device { .. } => link_tcp(hub, &admitted, opening),
     };
     admitted.finish(hub, link)
+}
+
+/// That a peer has not given up waiting, as while this process was stopped, or made slots for others: a
+/// link with one that has would come up and be lost at once, and it with its owner. Looked at before
+/// slots are made and, where what is sent does not say so, before the welcome.
+fn check_presence(socket: impl AsFd) -> Result<(), AcceptError> {
+    let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+    rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))).map_err(io::Error::from)?;
+    if fds[0].revents().is_empty() {
+        Ok(())
+    } else {
+        Err(AcceptError::GaveUp)
+    }
 }
 
 /// Reads what has come, up to `wanted` bytes from the start; whether all of them are here.
@@ -400,6 +418,7 @@ fn link_rdma(
     let control = stream.socket().local_addr()?.ip();
     let terms = admitted.terms(hub);
     let end = rdma::Prepared::answer(&hub.rdma_devices, terms, control, offer)?;
+    check_presence(stream.socket())?;
     tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // As for TCP, no refusal may follow. From here on the peer may write.
     stream.write_all(&[&admitted.welcome(hub)[..], &end.offer()].concat())?;
@@ -407,10 +426,15 @@ fn link_rdma(
     Ok(end.into_link(control, hub.new_state(), &hub.settings)?)
 }
 
-fn link_tcp(hub: &Hub, admitted: &Admitted, opening: &mut Opening) -> io::Result<Box<dyn Link>> {
+fn link_tcp(
+    hub: &Hub,
+    admitted: &Admitted,
+    opening: &mut Opening,
+) -> Result<Box<dyn Link>, AcceptError> {
     let terms = admitted.terms(hub);
     let slots = TcpSlots::new(&terms)?;
     let stream = opening.stream();
+    check_presence(stream.socket())?;
     tcp_socket::prepare(stream.socket(), hub.settings.peer_timeout)?;
     // A refusal may not follow this, short of a thread that cannot be started: the peer then sees
     // its link end. Does not block: 4160 bytes fit a fresh socket.

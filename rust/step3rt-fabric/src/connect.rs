@@ -1,6 +1,8 @@
 //! The connecting end of a handshake; blocks, with a deadline.
 
+use std::cell::OnceCell;
 use std::io;
+use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,7 +17,7 @@ use crate::device_offer::DeviceOffer;
 use crate::handshake::{By, Kind, MESSAGE_BYTES, Message};
 use crate::hub::{Hub, Watch};
 use crate::lane::LinkTerms;
-use crate::link_epoch::{self, LinkEpoch};
+use crate::link_epoch::LinkEpoch;
 use crate::new_link::NewLink;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
@@ -35,6 +37,28 @@ pub(crate) struct Attempt<'a> {
     pub(crate) candidate: Candidate,
     /// Why the present link is to be replaced, if it is.
     pub(crate) reset: Option<&'a str>,
+    /// What earlier attempts leave to later ones.
+    pub(crate) abandoned: &'a Abandoned,
+}
+
+/// The control connection of a link over RDMA that the peer made and no packet came through. It stays
+/// open until another link takes that one's place: were it to end before, the peer would be told that
+/// this end is lost.
+#[derive(Default)]
+pub(crate) struct Abandoned(OnceCell<TcpStream>);
+
+impl Abandoned {
+    /// What the peer is told of the link in its hands.
+    const REASON: &str = "no packet came through by RDMA";
+
+    fn keep(&self, control: TcpStream) {
+        // One is enough to try: there is one candidate over RDMA.
+        let _ = self.0.set(control);
+    }
+
+    fn reason(&self) -> Option<&'static str> {
+        self.0.get().map(|_| Self::REASON)
+    }
 }
 
 /// What the peer's welcome says.
@@ -58,11 +82,10 @@ impl Attempt<'_> {
                 instance: self.instance(),
                 fabric: carrier,
             })?;
-        let proposed = link_epoch::propose().ok_or_else(|| self.resources(no_epoch()))?;
         let (link, welcome, offer) = match carrier {
-            FabricKind::Shm => self.link_shm(address, proposed)?,
-            FabricKind::Tcp => self.link_tcp(address, proposed)?,
-            FabricKind::Rdma => self.link_rdma(address, proposed)?,
+            FabricKind::Shm => self.link_shm(address)?,
+            FabricKind::Tcp => self.link_tcp(address)?,
+            FabricKind::Rdma => self.link_rdma(address)?,
             FabricKind::CudaIpc => unreachable!("device memory carries no handshake"),
         };
         let device_offer = welcome.offer_bytes.map(|_| DeviceOffer::new(&offer));
@@ -75,12 +98,14 @@ impl Attempt<'_> {
         })
     }
 
-    fn link_shm(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_shm(&self, address: &str) -> Result<Made, ConnectError> {
         let terms = self.terms();
-        let socket = shm::connect(address, self.hub.settings.handshake_timeout)
-            .map_err(|error| self.unreachable(address, error))?;
+        // Before the peer begins to wait for a hello: large slots take longer than it does.
         let (outgoing, slots_fd) = Region::share(&terms.geometry, terms.side.sends())
             .map_err(|error| self.resources(error))?;
+        let socket = shm::connect(address, self.hub.settings.handshake_timeout)
+            .map_err(|error| self.unreachable(address, error))?;
+        let proposed = self.propose()?;
         shm::send(
             &socket,
             &self.hello(proposed),
@@ -116,11 +141,12 @@ impl Attempt<'_> {
         Ok((Box::new(link), welcome, offer))
     }
 
-    fn link_tcp(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_tcp(&self, address: &str) -> Result<Made, ConnectError> {
         let terms = self.terms();
-        let stream = self.open(address)?;
+        // As for shared memory.
         let slots = TcpSlots::new(&terms).map_err(|error| self.resources(error))?;
-        let (welcome, offer) = self.greet(&stream, proposed, &[])?;
+        let stream = self.open(address)?;
+        let (welcome, offer) = self.greet(&stream, &[])?;
         let ends = (self.hub.new_state(), self.hub.bell.sockets());
         FrameSocket::new(stream, self.hub.settings.peer_timeout)
             .and_then(|socket| TcpLink::new(terms, slots, socket, ends))
@@ -128,7 +154,7 @@ impl Attempt<'_> {
             .map_err(|error| self.resources(error))
     }
 
-    fn link_rdma(&self, address: &str, proposed: LinkEpoch) -> Result<Made, ConnectError> {
+    fn link_rdma(&self, address: &str) -> Result<Made, ConnectError> {
         let stream = self.open(address)?;
         let control = stream
             .socket()
@@ -137,9 +163,13 @@ impl Attempt<'_> {
         let devices = &self.hub.rdma_devices;
         let mut end = rdma::Prepared::new(devices, self.terms(), control.ip())
             .map_err(|error| self.rdma(error))?;
-        let (welcome, offer) = self.greet(&stream, proposed, &end.offer())?;
-        end.connect(&offer).map_err(|error| self.rdma(error))?;
+        let (welcome, offer) = self.greet(&stream, &end.offer())?;
+        let connected = end.connect(&offer);
         let socket = stream.into_socket();
+        if let Err(error) = connected {
+            self.abandoned.keep(socket);
+            return Err(self.rdma(error));
+        }
         tcp_socket::prepare(&socket, self.hub.settings.peer_timeout)
             .and_then(|()| end.into_link(socket.into(), self.hub.new_state(), &self.hub.settings))
             .map(|link| (link, welcome, offer))
@@ -151,10 +181,9 @@ impl Attempt<'_> {
     fn greet(
         &self,
         stream: &Stream,
-        proposed: LinkEpoch,
         queue_pairs: &[u8],
     ) -> Result<(Welcome, Vec<u8>), ConnectError> {
-        let deadline = self.deadline();
+        let (proposed, deadline) = (self.propose()?, self.deadline());
         stream
             .write_all(&[&self.hello(proposed), queue_pairs].concat())
             .map_err(|error| self.interrupted(error))?;
@@ -181,6 +210,13 @@ impl Attempt<'_> {
             .map_err(|error| self.interrupted(error))
     }
 
+    /// A number for the link, once the peer is there: one that is dialled in vain uses none up.
+    fn propose(&self) -> Result<LinkEpoch, ConnectError> {
+        let instance = self.instance();
+        let proposed = self.hub.used_epochs.propose();
+        proposed.ok_or(ConnectError::NoEpoch { instance })
+    }
+
     /// Of a part of the handshake that begins now.
     fn deadline(&self) -> Instant {
         Instant::now() + self.hub.settings.handshake_timeout
@@ -200,7 +236,8 @@ impl Attempt<'_> {
 
     /// A hello, with the reason and the device offer that follow it, if any do.
     fn hello(&self, epoch: LinkEpoch) -> Vec<u8> {
-        let (by, reason) = (self.by(), self.reset.map_or("", reset_ask::bounded));
+        let reason = self.reset.or(self.abandoned.reason());
+        let (by, reason) = (self.by(), reason.map_or("", reset_ask::bounded));
         let message = self.hub.message(Kind::Hello {
             wanted: self.peer.identity,
             choice: self.candidate.choice,
@@ -249,7 +286,7 @@ impl Attempt<'_> {
             let (field, value) = ("link_epoch", epoch.0.into());
             return Err(self.wrong(HandshakeError::Field { field, value }));
         }
-        link_epoch::note(epoch);
+        self.hub.used_epochs.note(epoch);
         Ok(Welcome { epoch, offer_bytes })
     }
 
@@ -309,7 +346,5 @@ impl Attempt<'_> {
     }
 }
 
-/// Why a process cannot make another link.
-pub(crate) fn no_epoch() -> io::Error {
-    io::Error::other("this process has made as many links as flags can tell apart; start it again")
-}
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::address::FabricKind;
 use crate::choice::DeviceError;
 use crate::contract::LinkIdentity;
+use crate::link_epoch::MAX_LINK_EPOCH;
 use crate::memory::MapError;
 use crate::rdma_status::RdmaError;
 use crate::refusal::{HandshakeError, Refusal};
@@ -138,6 +139,15 @@ pub enum ConnectError {
         instance: InstanceId,
         /// What is missing, and the fix.
         error: DeviceError,
+    },
+    /// This process has no number left for a link.
+    #[error(
+        "this end has no number left for the link to instance {instance}: links are told apart by {MAX_LINK_EPOCH} \
+         numbers, which are used up. Start all instances anew"
+    )]
+    NoEpoch {
+        /// Whom it was to link.
+        instance: InstanceId,
     },
     /// This end could not make the slots or threads of the link.
     #[error(

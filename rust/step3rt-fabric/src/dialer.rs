@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::address::{FabricChoice, PeerAddress};
 use crate::choice::{self, LocalEnd};
-use crate::connect::Attempt;
+use crate::connect::{Abandoned, Attempt};
 use crate::connect_error::ConnectError;
 use crate::hub::Hub;
 use crate::new_link::NewLink;
@@ -33,6 +33,7 @@ impl Dialer {
         let mut candidates = candidates.into_iter();
         let mut next = candidates.next();
         let mut unreachable: Option<ConnectError> = None;
+        let abandoned = Abandoned::default();
         while let Some(candidate) = next {
             next = candidates.next();
             match (Attempt {
@@ -40,6 +41,7 @@ impl Dialer {
                 peer,
                 candidate,
                 reset: self.reset.as_deref(),
+                abandoned: &abandoned,
             })
             .run()
             {

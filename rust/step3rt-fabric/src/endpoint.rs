@@ -182,13 +182,16 @@ impl Endpoint {
     /// before which the present one is reported over by [`DownReason::Reset`]. Never blocks.
     pub fn ask_reset(&mut self, peer: InstanceId, reason: &str) -> Result<(), PushError> {
         let at = self.position(peer).ok_or(PushError::NotLinked(peer))?;
-        let asked = self.links[at].link.ask_reset(&reason_text(reason));
-        asked.map_err(|error| {
-            PushError::Down(DownReason::Transport {
-                during: "asking for a new link",
-                os_error: error.raw_os_error().unwrap_or(0),
-            })
-        })
+        match self.links[at].link.ask_reset(&reason_text(reason)) {
+            // The peer was quicker: it has the new link, has let go of this one, and the next poll says so.
+            Err(_) if self.hub.reset_of(peer).is_some() => Ok(()),
+            asked => asked.map_err(|error| {
+                PushError::Down(DownReason::Transport {
+                    during: "asking for a new link",
+                    os_error: error.raw_os_error().unwrap_or(0),
+                })
+            }),
+        }
     }
 
     /// Adopts a link made elsewhere, such as one end of a simulated pair, and reports it as up.

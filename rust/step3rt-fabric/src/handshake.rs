@@ -130,6 +130,7 @@ pub(crate) enum RefusalCode {
     NeedsTls,
     NoTls,
     NoDeviceOffer,
+    NoEpoch,
 }
 
 /// One message of the handshake.
@@ -181,6 +182,7 @@ impl Message {
             Kind::Refusal(RefusalCode::NeedsTls) => (2, 8, nobody),
             Kind::Refusal(RefusalCode::NoTls) => (2, 9, nobody),
             Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 10, nobody),
+            Kind::Refusal(RefusalCode::NoEpoch) => (2, 11, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -304,6 +306,7 @@ fn kind(bytes: &[u8; MESSAGE_BYTES], other: LinkIdentity) -> Result<Kind, Handsh
         (2, 8) => Ok(Kind::Refusal(RefusalCode::NeedsTls)),
         (2, 9) => Ok(Kind::Refusal(RefusalCode::NoTls)),
         (2, 10) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
+        (2, 11) => Ok(Kind::Refusal(RefusalCode::NoEpoch)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }

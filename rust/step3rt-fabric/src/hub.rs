@@ -15,6 +15,7 @@ use crate::contract::{Doorbell, LinkIdentity};
 use crate::device_offer::DeviceOffer;
 use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::lane::LinkTerms;
+use crate::link_epoch::{self, UsedEpochs};
 use crate::new_link::NewLink;
 use crate::rdma;
 use crate::state::LinkState;
@@ -54,6 +55,7 @@ pub(crate) struct Hub {
     pub(crate) tls: Option<Tls>,
     /// What this end offers of its device's memory, where the setting allows that.
     pub(crate) device_offer: Option<DeviceOffer>,
+    pub(crate) used_epochs: &'static UsedEpochs,
     bell_fd: OwnedFd,
     registry: Mutex<Registry>,
     accepted: Mutex<Vec<NewLink>>,
@@ -79,6 +81,7 @@ impl Hub {
             rdma_devices: rdma::Devices::default(),
             tls,
             device_offer: None,
+            used_epochs: &link_epoch::OF_PROCESS,
             bell_fd,
             registry: Mutex::default(),
             accepted: Mutex::default(),

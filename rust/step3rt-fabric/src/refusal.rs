@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::contract::{Geometry, LinkIdentity, Side};
 use crate::handshake::{Introduction, MESSAGE_BYTES, RefusalCode, VERSION};
+use crate::link_epoch::MAX_LINK_EPOCH;
 
 /// Why the peer refused a link.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -71,6 +72,12 @@ pub enum Refusal {
         "it offers no device memory. Give it a device with `--device`, or set `fabric` to \"auto\""
     )]
     NoDeviceOffer,
+    /// Its process has no number left for a link.
+    #[error(
+        "it has no number left for a link: links are told apart by {MAX_LINK_EPOCH} numbers, which are used \
+         up. Start all instances anew"
+    )]
+    NoEpoch,
 }
 
 /// Why bytes are not a handshake message.
@@ -131,6 +138,7 @@ impl Introduction {
             RefusalCode::NeedsTls => Refusal::NeedsTls,
             RefusalCode::NoTls => Refusal::NoTls,
             RefusalCode::NoDeviceOffer => Refusal::NoDeviceOffer,
+            RefusalCode::NoEpoch => Refusal::NoEpoch,
         }
     }
 }

@@ -69,27 +69,41 @@ impl Watcher {
             if self.hub.is_stopping() {
                 return;
             }
-            for source in self.wait() {
-                match source {
-                    Source::Wake => {}
-                    Source::ShmListener | Source::TcpListener => self.accept(source),
-                    Source::Pending(at) => {
-                        let pending = &mut self.pending[at];
-                        if matches!(pending.advance(&self.hub), Progress::Over) {
-                            // Over, and so past its deadline: removed below, where no index is live.
-                            pending.deadline = Instant::now();
-                        }
-                    }
-                    Source::WatchedSocket(at) => check_socket(&self.watches[at]),
-                    Source::WatchedProcess(at) => {
-                        self.watches[at].state.fail(DownReason::PeerClosed);
+            self.look();
+        }
+    }
+
+    /// Waits once, and does what there is to do then: at most one link, because its slots take time to
+    /// make, and others' hang-ups are to be seen meanwhile.
+    fn look(&mut self) {
+        let (mut over, mut is_any_left) = (None, false);
+        for source in self.wait() {
+            match source {
+                Source::Wake => {}
+                Source::ShmListener | Source::TcpListener => self.accept(source),
+                // Is ready at the next look, too.
+                Source::Pending(_) if over.is_some() => is_any_left = true,
+                Source::Pending(at) => {
+                    if matches!(self.pending[at].advance(&self.hub), Progress::Over) {
+                        over = Some(at);
                     }
                 }
+                Source::WatchedSocket(at) => check_socket(&self.watches[at]),
+                Source::WatchedProcess(at) => {
+                    self.watches[at].state.fail(DownReason::PeerClosed);
+                }
             }
+        }
+        // Here, where no other index is live.
+        if let Some(at) = over {
+            self.pending.remove(at);
+        }
+        // Who came in time and waits for its turn is not late.
+        if !is_any_left {
             let now = Instant::now();
             self.pending.retain(|pending| pending.deadline > now);
-            self.watches.retain(|watch| watch.state.down().is_none());
         }
+        self.watches.retain(|watch| watch.state.down().is_none());
     }
 
     /// Sleeps until something is ready, or a deadline has come.
@@ -207,4 +221,88 @@ fn check_socket(watch: &Watch) {
         Ok(_) => ProtocolError::Chatter,
     };
     watch.state.fail(DownReason::Protocol(chatter));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
+
+    use step3rt_core::ids::{Epoch, InstanceId};
+
+    use super::*;
+    use crate::address::ChoiceReason;
+    use crate::choice::{Choice, DeviceNote};
+    use crate::config::LinkSettings;
+    use crate::contract::{Geometry, LinkIdentity, Side};
+    use crate::handshake::{By, Introduction, Kind, Message};
+    use crate::link_epoch::LinkEpoch;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn introduction(instance: u32, side: Side) -> Introduction {
+        Introduction {
+            identity: LinkIdentity {
+                instance: InstanceId(instance),
+                epoch: Epoch(1),
+            },
+            side,
+            geometry: Geometry {
+                num_lanes: 1,
+                a2f_slot_bytes: 64,
+                f2a_slot_bytes: 64,
+            },
+        }
+    }
+
+    /// Says hello, and waits until it is there to be read.
+    fn greeted(instance: u32, listener: &TcpListener, own: &Introduction) -> (TcpStream, Pending) {
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let kind = Kind::Hello {
+            wanted: own.identity,
+            choice: Choice {
+                reason: ChoiceReason::Setting,
+                device: DeviceNote::Nothing,
+            },
+            epoch: LinkEpoch(1),
+            by: By::Carrier,
+            reason_bytes: 0,
+        };
+        let from = introduction(instance, Side::Initiator);
+        peer.write_all(&Message { from, kind }.encode()).unwrap();
+        let socket = tcp_socket::accept(listener).unwrap();
+        let mut fds = [PollFd::new(&socket, PollFlags::IN)];
+        rustix::event::poll(&mut fds, None).unwrap();
+        (peer, Pending::tcp(socket, Instant::now() + PATIENCE))
+    }
+
+    #[test]
+    fn a_hang_up_is_seen_although_many_peers_are_to_be_linked() {
+        let own = introduction(9, Side::Responder);
+        let hub = Arc::new(Hub::new(own, LinkSettings::default(), false, None).unwrap());
+        let (shm, tcp) = (None, None);
+        let mut watcher = Watcher::new(Arc::clone(&hub), Listeners { shm, tcp });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (_peers, pending): (Vec<_>, Vec<_>) = (1..=3)
+            .map(|instance| greeted(instance, &listener, &own))
+            .unzip();
+        watcher.pending = pending;
+        let (socket, _) = UnixStream::pair().unwrap();
+        let state = hub.new_state();
+        watcher.watches.push(Watch {
+            socket: Arc::new(socket.into()),
+            process: None,
+            state: Arc::clone(&state),
+        });
+        watcher.look();
+        assert_eq!(state.down(), Some(&DownReason::PeerClosed));
+        // Making slots takes long where they are large: one link's, between two looks.
+        assert_eq!(hub.take_accepted().len(), 1);
+        watcher.look();
+        watcher.look();
+        assert_eq!(hub.take_accepted().len(), 2);
+        assert!(watcher.pending.is_empty());
+        hub.stop();
+    }
 }

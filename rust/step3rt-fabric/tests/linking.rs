@@ -5,8 +5,9 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use common::{Fabric, Node, geometry, identity};
+use common::{Fabric, Node, PATIENCE, geometry, identity};
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use step3rt_fabric::address::PeerAddress;
 use step3rt_fabric::contract::{Doorbell, Side, SlotMemory};
@@ -98,6 +99,25 @@ fn dialling_returns_at_once_and_a_poll_says_how_it_went() {
         assert_eq!(attention.next(), failed);
         let refused = ffn.endpoint.dial(gone);
         assert!(matches!(refused, Err(ConnectError::WrongSide)));
+    }
+}
+
+#[test]
+fn slots_that_take_longer_to_make_than_a_peer_waits_for_a_hello_are_no_obstacle() {
+    const SLOT_BYTES: usize = 128 << 20;
+    for fabric in [Fabric::Shm, Fabric::Tcp] {
+        let mut sizes = geometry(1, SLOT_BYTES);
+        sizes.f2a_slot_bytes = 1;
+        let mut config = Node::ffn(fabric, 2, sizes).endpoint.config().clone();
+        config.settings.handshake_timeout = Duration::from_millis(10);
+        let mut ffn = Node::new(Endpoint::bind(config).unwrap());
+        let mut attention = Node::attention(fabric, 1, sizes);
+        let started = Instant::now();
+        // More than once, because so short a time may pass on a busy machine, too.
+        while let Err(error) = attention.endpoint.connect(&ffn.address()) {
+            assert!(started.elapsed() < PATIENCE, "{error}");
+        }
+        ffn.expect_up(attention.identity());
     }
 }
 

@@ -94,6 +94,7 @@ fn exchange(attention: &mut Instance, ffn: &mut Instance) {
 fn check_reset(fabric: &str, is_asked_by_ffn: bool) {
     let mut coordinator = Coordinator::start();
     let (mut attention, mut ffn) = linked_pair(&mut coordinator, fabric);
+    let mut fastest = Duration::MAX;
     for round in 0..3 {
         // A frame that is on its way is lost with its link, and its lane starts anew.
         attention
@@ -112,8 +113,10 @@ fn check_reset(fabric: &str, is_asked_by_ffn: bool) {
         let refused = asking.node.push(other.id(), LANE, frame(9, 9)).unwrap_err();
         assert_eq!(refused.kind(), NodeErrorKind::Unavailable);
         relink(asking, other);
-        assert!(started.elapsed() < LIMIT);
+        fastest = fastest.min(started.elapsed());
     }
+    // Of three, so that one hiccup of a busy machine does not count.
+    assert!(fastest < LIMIT, "{fastest:?}");
     exchange(&mut attention, &mut ffn);
     for scripted in [&mut attention.scripted, &mut ffn.scripted] {
         assert_eq!(scripted.try_next_report(), None, "nobody was lost");
@@ -151,6 +154,32 @@ fn both_ends_may_reset_a_link_at_once() {
             relink(&mut attention, &mut ffn);
         }
         exchange(&mut attention, &mut ffn);
+    }
+}
+
+#[test]
+fn a_reset_of_a_link_that_its_peer_has_replaced_already_loses_nobody() {
+    for fabric in ["shm", "tcp"] {
+        let mut coordinator = Coordinator::start();
+        let (mut attention, mut ffn) = linked_pair(&mut coordinator, fabric);
+        attention.node.reset_link(ffn.id(), WHY).unwrap();
+        expect_down(&mut attention, ffn.id());
+        let (epoch, _) = expect_up(&mut attention, ffn.id());
+        // Its loop has been busy, as during a step, and the socket to ask by is closed.
+        ffn.node.reset_link(attention.id(), WHY).unwrap();
+        let news = ffn.events(2);
+        assert!(
+            matches!(
+                &news[..],
+                [NodeEvent::LinkDown { reason, .. }, NodeEvent::LinkUp { epoch: of, .. }]
+                    if *reason == format!("reset: {WHY}") && *of == epoch
+            ),
+            "{news:?}"
+        );
+        exchange(&mut attention, &mut ffn);
+        for scripted in [&mut attention.scripted, &mut ffn.scripted] {
+            assert_eq!(scripted.try_next_report(), None, "nobody was lost");
+        }
     }
 }
 

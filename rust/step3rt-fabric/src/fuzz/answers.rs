@@ -7,7 +7,7 @@ use super::messages::{self, CHOICE, PROPOSED, lower_link_epoch};
 use super::{LOCAL, MEND, PEER, byte, bytes, introduction, mend};
 use crate::address::{FabricKind, PeerAddress};
 use crate::choice::Candidate;
-use crate::connect::Attempt;
+use crate::connect::{Abandoned, Attempt};
 use crate::connect_error::ConnectError;
 use crate::contract::Side;
 use crate::handshake::{By, Kind, MESSAGE_BYTES, Message};
@@ -50,6 +50,7 @@ pub(super) fn run(mut data: &[u8]) {
             choice: CHOICE,
         },
         reset: None,
+        abandoned: &Abandoned::default(),
     };
     let decoded = Message::decode(&answer);
     let kind = decoded.map(|message| message.kind);

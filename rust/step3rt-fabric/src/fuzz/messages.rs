@@ -86,7 +86,7 @@ fn is_possible(bytes: &[u8]) -> bool {
     let (is_by_good, is_code_good) = match kind {
         0 => (by <= 2, code & 0xff < 10 && code >> 8 < 4),
         1 => (by == 0 || by == 2, code == 0),
-        2 => (by == 0, code <= 10),
+        2 => (by == 0, code <= 11),
         _ => return false,
     };
     let most = if by == 2 { 4096 } else { 0 };
@@ -167,6 +167,7 @@ pub(super) fn each() -> Vec<Message> {
         RefusalCode::NeedsTls,
         RefusalCode::NoTls,
         RefusalCode::NoDeviceOffer,
+        RefusalCode::NoEpoch,
     ];
     let refusals = codes.map(|code| Message {
         kind: Kind::Refusal(code),

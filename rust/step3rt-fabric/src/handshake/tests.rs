@@ -50,6 +50,7 @@ fn kinds() -> Vec<Kind> {
         RefusalCode::Resources,
         RefusalCode::NoRdma,
         RefusalCode::NoDeviceOffer,
+        RefusalCode::NoEpoch,
     ];
     kinds.extend(refusals.map(Kind::Refusal));
     kinds

@@ -1,12 +1,18 @@
 //! Hellos that are none, and memory that is not what was agreed.
 
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags};
 
 use super::*;
+use crate::accept::{Pending, Progress};
 use crate::device_offer::DeviceOffer;
 use crate::handshake::RefusalCode;
+use crate::hub::Hub;
 use crate::memory::{Mapping, PAGE_BYTES, Sharing};
 use crate::rdma::OFFER_BYTES;
+use crate::tcp_socket;
 
 /// Connects over TCP, says `bytes`, and returns all of the answer.
 fn answer_over_tcp(victim: &Endpoint, bytes: &[u8]) -> Vec<u8> {
@@ -196,4 +202,38 @@ fn a_reason_that_is_no_text_links_nothing() {
     let bytes = [&hello_by(By::Carrier, 2)[..], &[0xff, 0xfe]].concat();
     assert_eq!(answer_over_tcp(&victim, &bytes), []);
     Forger::link(&mut victim, FabricKind::Tcp);
+}
+
+#[test]
+fn a_peer_that_has_given_up_before_it_is_answered_is_not_linked() {
+    let own = Introduction {
+        identity: VICTIM,
+        side: Side::Responder,
+        geometry: GEOMETRY,
+    };
+    let hub = Hub::new(own, LinkSettings::default(), false, None).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    peer.write_all(&hello()).unwrap();
+    // As when it has closed its socket on another host, which does not say so to what is sent at once.
+    peer.shutdown(Shutdown::Write).unwrap();
+    let over_tcp = Pending::tcp(tcp_socket::accept(&listener).unwrap(), deadline);
+    let (listener, address) = shm::listen().unwrap();
+    let peer = shm::connect(&address, PATIENCE).unwrap();
+    let (_slots, slots) = Region::share(&GEOMETRY, Direction::A2f).unwrap();
+    let (_bell, bell) = FutexDoorbell::create(0).unwrap();
+    shm::send(&peer, &hello(), &[slots.as_fd(), bell.as_fd()]).unwrap();
+    drop(peer);
+    let over_shm = Pending::shm(shm::accept(&listener).unwrap(), deadline);
+    for mut pending in [over_tcp, over_shm] {
+        // The end of the connection is here, and so is the hello before it.
+        rustix::event::poll(
+            &mut [PollFd::from_borrowed_fd(pending.fd(), PollFlags::RDHUP)],
+            None,
+        )
+        .unwrap();
+        assert!(matches!(pending.advance(&hub), Progress::Over));
+        assert!(hub.take_accepted().is_empty());
+    }
 }

@@ -1,8 +1,10 @@
 //! Peers that fall silent or misbehave on a real device. Ignored where there is none: `make
 //! test-rdma` runs them.
 
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use step3rt_core::ids::{Epoch, InstanceId, LaneId};
@@ -10,10 +12,14 @@ use step3rt_core::ids::{Epoch, InstanceId, LaneId};
 use super::offer::Offer;
 use super::request::immediate;
 use super::*;
+use crate::address::{DataAddress, FabricChoice, FabricKind, PeerAddress};
 use crate::config::LinkSettings;
 use crate::contract::{Doorbell, DownReason, Geometry, Link, LinkEvent, LinkIdentity, Side};
+use crate::dialer::Dialer;
 use crate::doorbell::FutexDoorbell;
 use crate::frame::{Direction, Frame, FrameHeader, HEADER_BYTES, ProtocolError};
+use crate::handshake::{By, Introduction, Kind, MESSAGE_BYTES, Message};
+use crate::hub::Hub;
 use crate::lane::LinkTerms;
 use crate::state::LinkState;
 
@@ -177,7 +183,7 @@ fn the_control_connection_ends_the_link_and_carries_nothing_else() {
     victim.control.shutdown(std::net::Shutdown::Both).unwrap();
     assert_eq!(victim.next(), LinkEvent::Down(DownReason::PeerClosed));
     let mut victim = Victim::new();
-    std::io::Write::write_all(&mut victim.control, b"x").unwrap();
+    victim.control.write_all(b"x").unwrap();
     assert_eq!(victim.protocol_error(), ProtocolError::Chatter);
 }
 
@@ -276,4 +282,80 @@ fn a_write_beyond_the_slots_is_stopped_by_the_device() {
         matches!(event, LinkEvent::Down(DownReason::Transport { .. })),
         "{event:?}"
     );
+}
+
+/// An accepting end whose device lets no packet through, and which then accepts over TCP. Returns how
+/// its peer's hello for that explains itself.
+fn accept_without_packets(listener: &TcpListener) -> String {
+    let welcome = |hello: &[u8]| {
+        let Kind::Hello { epoch, .. } = Message::decode(hello).unwrap().kind else {
+            panic!("no hello");
+        };
+        let by = By::Carrier;
+        let from = Introduction {
+            identity: FFN,
+            side: Side::Responder,
+            geometry: GEOMETRY,
+        };
+        let kind = Kind::Welcome { epoch, by };
+        Message { from, kind }.encode()
+    };
+    let (mut control, _) = listener.accept().unwrap();
+    let mut hello = [0; MESSAGE_BYTES + OFFER_BYTES];
+    control.read_exact(&mut hello).unwrap();
+    let (devices, local) = (Devices::default(), IpAddr::from(Ipv4Addr::LOCALHOST));
+    let offer = &hello[MESSAGE_BYTES..];
+    let end = Prepared::answer(&devices, terms(Side::Responder), local, offer).unwrap();
+    end.wire.take_down();
+    let answer = [&welcome(&hello[..MESSAGE_BYTES])[..], &end.offer()].concat();
+    control.write_all(&answer).unwrap();
+
+    let (mut tcp, _) = listener.accept().unwrap();
+    let mut hello = [0; MESSAGE_BYTES];
+    tcp.read_exact(&mut hello).unwrap();
+    let mut reason = vec![0; Message::decode(&hello).unwrap().following_bytes()];
+    tcp.read_exact(&mut reason).unwrap();
+    // The link over RDMA has not ended meanwhile.
+    control.set_nonblocking(true).unwrap();
+    let error = control.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    tcp.write_all(&welcome(&hello)).unwrap();
+    String::from_utf8(reason).unwrap()
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_link_without_packets_lasts_until_another_takes_its_place() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let there = listener.local_addr().unwrap().to_string();
+    let address = |fabric: FabricKind| DataAddress {
+        fabric: fabric.as_str().to_owned(),
+        address: there.clone(),
+    };
+    let peer = PeerAddress {
+        identity: FFN,
+        boot_id: "another".to_owned(),
+        addresses: [FabricKind::Rdma, FabricKind::Tcp].map(address).to_vec(),
+    };
+    let own = Introduction {
+        identity: ATTENTION,
+        side: Side::Initiator,
+        geometry: GEOMETRY,
+    };
+    let hub = Hub::new(own, LinkSettings::default(), true, None).unwrap();
+    let dialer = Dialer {
+        hub: Arc::new(hub),
+        fabric: FabricChoice::Auto,
+        boot_id: "this".to_owned(),
+        reset: None,
+    };
+    let far = thread::spawn(move || accept_without_packets(&listener));
+    let made = dialer.link(&peer).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(made.link.fabric(), "tcp");
+    assert!(
+        made.reason.contains("no packet came through by"),
+        "{}",
+        made.reason
+    );
+    assert_eq!(far.join().unwrap(), "no packet came through by RDMA");
 }

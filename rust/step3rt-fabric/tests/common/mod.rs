@@ -103,6 +103,14 @@ pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     out
 }
 
+/// Patient with handshakes, which are long where the machine is busy with others' slots.
+fn settings() -> LinkSettings {
+    LinkSettings {
+        handshake_timeout: PATIENCE,
+        ..LinkSettings::default()
+    }
+}
+
 /// An endpoint and what it reported but the test has not asked for yet.
 pub(crate) struct Node {
     pub(crate) endpoint: Endpoint,
@@ -127,7 +135,7 @@ impl Node {
             listen_tcp: (is_responder && fabric.listens_on_tcp())
                 .then(|| "127.0.0.1:0".parse().unwrap()),
             advertise_host: None,
-            settings: LinkSettings::default(),
+            settings: settings(),
         };
         Self::new(Endpoint::bind_with(config, None, fabric.tls()).unwrap())
     }
