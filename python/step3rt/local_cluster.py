@@ -38,6 +38,7 @@ from step3rt.local_instances import (
 from step3rt.placement import HostConfig, devices_of
 
 _POLL_S = 0.05
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_LOG_TAIL_CHARS = 4000
 
 
@@ -277,17 +278,24 @@ def _make_log_dir(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block, so that no child is left behind half-way."""
+    """Delays what Ctrl-C raises to the end of the block, so that no child is left half-way.
+
+    The same for other signals for which this program has a function: it may raise, too.
+    """
     held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    previous = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
-        # A function, not SIG_IGN nor a mask: children would inherit those.
-        previous = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
-    except ValueError:  # not the main thread, which alone receives it
+        for number in previous:
+            # A function, not SIG_IGN nor a mask: children would inherit those.
+            signal.signal(number, lambda number, _frame: held.append(number))
+    except ValueError:  # not the main thread, which alone receives them
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if held:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(held[0])

@@ -1,0 +1,35 @@
+"""Signals that end a command, as errors that unwind it.
+
+Owns SIGTERM and SIGHUP of commands that start processes or keep files for themselves; those of
+`serve` and `node` are the extension module's, which drains.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from step3rt.cli.exit_codes import EX_SIGNAL
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP raise `SystemExit` in the block, which then stops what it started."""
+    # Ignored signals stay ignored: that is how `nohup` works.
+    taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in taken:
+            signal.signal(number, _exit)
+    except ValueError:  # not the main thread, which alone receives them
+        taken = []
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(EX_SIGNAL + number)
