@@ -80,7 +80,7 @@ class LLM:
     ) -> None:
         placed = {
             "placement": placement,
-            "devices": tuple(devices),
+            "devices": devices,
             "random_weights": random_weights,
             "threads": threads,
         }
