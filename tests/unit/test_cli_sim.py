@@ -56,6 +56,21 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["scheduler", "--sequences", "1000000000"],
+        ["scheduler", "--attention", "1000000000"],
+        ["replay", "--trace", "bursty", "--requests", "1000000000"],
+    ],
+)
+def test_what_would_take_all_memory_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *flags]) == 2
+    assert "held in memory. Use at most" in capsys.readouterr().err
+
+
 def test_many_seeds_keep_every_promise_and_meet_every_fault(capsys):
     assert main(["sim", "--seeds", "600"]) == 0
     report = last_line(capsys)

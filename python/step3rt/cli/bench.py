@@ -214,6 +214,7 @@ def run_scheduler(arguments: argparse.Namespace) -> int:
     """
     from step3rt.bench import scheduler
 
+    _check_at_most(arguments, sequences=1_000_000, attention=1024, steps=10_000_000)
     peers = dict(_parse_peer(text) for text in arguments.peer)
     report = scheduler.measure(
         scheduler.Load(arguments.sequences, arguments.attention, arguments.lanes),
@@ -227,6 +228,17 @@ def run_scheduler(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_at_most(arguments: argparse.Namespace, **limits: int) -> None:
+    """What is simulated lies in memory, of which a slip of the keyboard would take all."""
+    for name, limit in limits.items():
+        value = getattr(arguments, name)
+        if value > limit:
+            raise InvalidArgument(
+                f"--{name} {value} cannot be measured. What runs is held in memory. Use at most "
+                f"{limit}"
+            )
+
+
 def run_replay(arguments: argparse.Namespace) -> int:
     """Prints and returns 0.
 
@@ -235,6 +247,7 @@ def run_replay(arguments: argparse.Namespace) -> int:
     """
     from step3rt import _core
 
+    _check_at_most(arguments, requests=1_000_000, attention=1024)
     names = ("trace", "seed", "requests", "attention", "kv_blocks", "tpot_target_ms")
     options = {name: getattr(arguments, name) for name in names}
     report: dict[str, Any] = json.loads(_core.replay_traffic(json.dumps(options)))

@@ -123,9 +123,14 @@ def load_all(directory: Path) -> list[Recording]:
         InvalidArgument: a file is not a recording, or one of the deployment is missing.
     """
     found = [Recording.load(path) for path in sorted(directory.glob("*.npz"))]
+    if not found:
+        raise InvalidArgument(
+            f"{str(directory)!r} holds no recordings, or does not exist. Instances write them to "
+            "--trace-dir when their sessions end. Give such a directory"
+        )
     found.sort(key=lambda each: (ROLES.index(each.shape.role), each.shape.rank))
     have = [(each.shape.role, each.shape.rank) for each in found]
-    first = found[0].shape if found else Shape("attention", 0, 1, 1, 1)
+    first = found[0].shape
     want = [("attention", rank) for rank in range(first.num_sources)]
     want += [("ffn", rank) for rank in range(first.num_ranks)]
     if have != want:
