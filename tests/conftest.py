@@ -27,11 +27,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_is_not_ignored() -> None:
-    """A suite that a script runs in the background inherits an ignored SIGINT, as would commands
-    that tests interrupt."""
+def signals_reach_what_tests_start() -> None:
+    """A suite that a script runs in the background, or `nohup`, inherits ignored signals, as would
+    the commands that tests send them to; handlers are not inherited."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
