@@ -20,8 +20,6 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
-    # The token ids of the longest text, of up to three bytes each for every byte of it.
-    ("grpc.max_receive_message_length", 4 * MAX_REQUEST_BYTES),
 )
 
 
