@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from step3rt.cli import (
     bench,
@@ -26,7 +25,6 @@ from step3rt.cli.exit_codes import (
     refused_by_system,
     report,
 )
-from step3rt.cli.signals import unwound_by_signals
 from step3rt.errors import Step3Error
 
 __all__ = ["EX_CONFIG", "EX_USAGE", "main"]
@@ -43,8 +41,6 @@ Start here:
   step3rt plan search --gpus h800:32 --context 4096  which deployment, and why
   step3rt doctor                                     what this host can do, and what is missing
 """
-
-_LED_BY_CORE = ("serve", "node")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
-        # The core takes signals over where it leads the process.
-        with nullcontext() if parsed.command in _LED_BY_CORE else unwound_by_signals():
-            return int(parsed.run(parsed))
+        return int(parsed.run(parsed))
     except Step3Error as error:
         return report(error)
     except KeyboardInterrupt:

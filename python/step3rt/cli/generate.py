@@ -16,6 +16,7 @@ from pathlib import Path
 
 from step3rt.cli import flags
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
+from step3rt.cli.signals import unwound_by_signals
 from step3rt.client import Client
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig, describe
@@ -143,6 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     is_json = arguments.output == "json"
     with ExitStack() as stack:
+        stack.enter_context(unwound_by_signals())
         begun_s = time.perf_counter()
         cluster: LocalCluster | None = None
         if arguments.address is None:

@@ -1,7 +1,7 @@
-"""Signals that end a command, as errors that unwind it.
+"""What signals do to a command.
 
-Owns SIGTERM and SIGHUP of commands that start processes or keep files for themselves; those of
-`serve` and `node` are the extension module's, which drains.
+Owns those of commands that start processes or keep files for themselves, and of those that only
+compute. Those of `serve` and `node` are the extension module's, which drains.
 """
 
 import signal
@@ -29,6 +29,23 @@ def unwound_by_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Has Ctrl-C end the process in the block at once, as SIGTERM does.
+
+    For long calls of the extension module, in which Python looks after no signal.
+    """
+    try:
+        previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
