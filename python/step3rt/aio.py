@@ -7,7 +7,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, Unpack, cast
@@ -16,7 +15,7 @@ import grpc
 import grpc.aio
 
 from step3rt import codec
-from step3rt.channel import CHANNEL_OPTIONS, credentials
+from step3rt.channel import CHANNEL_OPTIONS, check_address, credentials
 from step3rt.client import DEFAULT_ADDRESS, backoff_s
 from step3rt.errors import Internal, Step3Error
 from step3rt.results import GenerationEvent, RequestOutput, ResultBuilder
@@ -52,6 +51,7 @@ class AsyncGenerationStream:
         self._stub = stub
         self._request = request
         self._builder = builder
+        timeout_s = codec.timeout_s_of(timeout_s)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._is_closed = False
         self._call = self._start()
@@ -61,7 +61,8 @@ class AsyncGenerationStream:
 
     def _start(self) -> _Call:
         timeout = None if self._deadline is None else self._deadline - time.monotonic()
-        return cast(_Call, self._stub.Generate(self._request, timeout=timeout))
+        with codec.call_errors(self._request.request_id):
+            return cast(_Call, self._stub.Generate(self._request, timeout=timeout))
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,7 +166,7 @@ class AsyncClient:
             default: the environment's STEP3RT_CA. Empty is clear text.
 
     Raises:
-        ConfigError: `ca` cannot be read.
+        ConfigError: `address` cannot be one, or `ca` cannot be read.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class AsyncClient:
     ) -> None:
         self._model = model
         self._tenant = tenant
+        check_address(address)
         trust = credentials(ca)
         self._channel = (
             grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -213,7 +215,7 @@ class AsyncClient:
         **overrides: Unpack[SamplingOverrides],
     ) -> AsyncGenerationStream:
         """Starts a generation and returns its stream; see `Client.generate`."""
-        params = replace(params or SamplingParams(), **overrides)
+        params = codec.sampling_of(params, overrides)
         request_id = request_id or codec.new_request_id()
         request = codec.to_request(
             prompt,
@@ -235,7 +237,7 @@ class AsyncClient:
         **overrides: Unpack[SamplingOverrides],
     ) -> AsyncGenerationStream:
         """Starts the model's next turn of a conversation; see `Client.chat`."""
-        params = replace(params or SamplingParams(), **overrides)
+        params = codec.sampling_of(params, overrides)
         request_id = codec.new_request_id()
         request = codec.to_request(
             "",
@@ -252,16 +254,12 @@ class AsyncClient:
     async def abort(self, *request_ids: str) -> list[str]:
         """Ends requests by id and returns those that were live; unknown ids are no error."""
         request = inference_service_pb2.AbortRequest(request_ids=request_ids)
-        try:
+        with codec.call_errors():
             return list((await self._stub.Abort(request)).aborted_request_ids)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error
 
     async def model_info(self) -> inference_service_pb2.GetModelInfoResponse:
         """What the server serves and its limits."""
         request = inference_service_pb2.GetModelInfoRequest()
-        try:
+        with codec.call_errors():
             info = await self._stub.GetModelInfo(request, timeout=10.0)
             return cast(inference_service_pb2.GetModelInfoResponse, info)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error

@@ -13,11 +13,29 @@ from step3rt.errors import ConfigError
 CA_VARIABLE = "STEP3RT_CA"
 """Environment variable with the path of the CA, for clients that are given none."""
 
+MAX_REQUEST_BYTES = 32 << 20
+"""Largest message that a server takes."""
+
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_send_message_length", 32 << 20),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
 )
+
+
+def check_address(address: str) -> str:
+    """Returns an address that can be one: "host:port" or "unix:/path".
+
+    Raises:
+        ConfigError: it has no port, or is a web address.
+    """
+    is_text = isinstance(address, str)
+    if is_text and ":" in address and not address.startswith(("http:", "https:")):
+        return address
+    raise ConfigError(
+        f"The coordinator's address is {address!r}. It is a host and a port, and no default is "
+        "taken for either. Write host:port, like 127.0.0.1:50051, or unix:/path"
+    )
 
 
 def credentials(ca: str | Path | None) -> grpc.ChannelCredentials | None:

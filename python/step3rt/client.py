@@ -7,7 +7,6 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, Unpack, cast
@@ -15,7 +14,7 @@ from typing import Protocol, Self, Unpack, cast
 import grpc
 
 from step3rt import codec
-from step3rt.channel import CHANNEL_OPTIONS, credentials
+from step3rt.channel import CHANNEL_OPTIONS, check_address, credentials
 from step3rt.errors import Internal, Step3Error
 from step3rt.results import GenerationEvent, RequestOutput, ResultBuilder
 from step3rt.sampling import SamplingOverrides, SamplingParams
@@ -66,6 +65,7 @@ class GenerationStream:
         self._stub = stub
         self._request = request
         self._builder = builder
+        timeout_s = codec.timeout_s_of(timeout_s)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._is_closed = False
         self._call = self._start()
@@ -74,8 +74,8 @@ class GenerationStream:
 
     def _start(self) -> _Call:
         timeout = None if self._deadline is None else self._deadline - time.monotonic()
-        call = self._stub.Generate(self._request, timeout=timeout)
-        return cast(_Call, call)
+        with codec.call_errors(self._request.request_id):
+            return cast(_Call, self._stub.Generate(self._request, timeout=timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +173,7 @@ class Client:
             default: the environment's STEP3RT_CA. Empty is clear text.
 
     Raises:
-        ConfigError: `ca` cannot be read.
+        ConfigError: `address` cannot be one, or `ca` cannot be read.
     """
 
     def __init__(
@@ -186,6 +186,7 @@ class Client:
     ) -> None:
         self._model = model
         self._tenant = tenant
+        check_address(address)
         trust = credentials(ca)
         self._channel = (
             grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -233,7 +234,7 @@ class Client:
         Raises:
             Step3Error: from the stream's first `next`, one of its subclasses.
         """
-        params = replace(params or SamplingParams(), **overrides)
+        params = codec.sampling_of(params, overrides)
         request_id = request_id or codec.new_request_id()
         request = codec.to_request(
             prompt,
@@ -258,7 +259,7 @@ class Client:
 
         The server renders `messages` with the checkpoint's own chat template.
         """
-        params = replace(params or SamplingParams(), **overrides)
+        params = codec.sampling_of(params, overrides)
         request_id = codec.new_request_id()
         request = codec.to_request(
             "",
@@ -275,37 +276,30 @@ class Client:
     def abort(self, *request_ids: str) -> list[str]:
         """Ends requests by id and returns those that were live; unknown ids are no error."""
         request = inference_service_pb2.AbortRequest(request_ids=request_ids)
-        try:
-            response = self._stub.Abort(request)
-            return list(response.aborted_request_ids)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error
+        with codec.call_errors():
+            return list(self._stub.Abort(request).aborted_request_ids)
 
     def model_info(self, *, timeout_s: float = 10.0) -> inference_service_pb2.GetModelInfoResponse:
         """What the server serves and its limits."""
         request = inference_service_pb2.GetModelInfoRequest()
-        try:
-            info = self._stub.GetModelInfo(request, timeout=timeout_s)
+        timeout = codec.timeout_s_of(timeout_s)
+        with codec.call_errors():
+            info = self._stub.GetModelInfo(request, timeout=timeout)
             return cast(inference_service_pb2.GetModelInfoResponse, info)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text` by the served model's tokenizer."""
         request = inference_service_pb2.TokenizeRequest(
             text=text, add_special_tokens=add_special_tokens
         )
-        try:
+        codec.check_size(request)
+        with codec.call_errors():
             return list(self._stub.Tokenize(request).token_ids)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids` by the served model's tokenizer."""
         request = inference_service_pb2.DetokenizeRequest(
             token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
-        try:
+        with codec.call_errors():
             return str(self._stub.Detokenize(request).text)
-        except grpc.RpcError as error:
-            raise codec.to_error(error) from error

@@ -3,14 +3,21 @@
 Owns every field mapping of the client side, errors included; opens no channel.
 """
 
+import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Integral, Real
 from typing import cast
 
 import grpc
+import grpc.aio
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from step3rt.channel import MAX_REQUEST_BYTES
 from step3rt.errors import (
     AlreadyExists,
     Cancelled,
@@ -24,7 +31,7 @@ from step3rt.errors import (
     Unavailable,
 )
 from step3rt.results import GenerationEvent, TokenLogprob, Usage
-from step3rt.sampling import SamplingParams
+from step3rt.sampling import SamplingOverrides, SamplingParams
 from step3rt.v1 import common_pb2, inference_service_pb2
 
 _ERROR_BY_CODE: dict[grpc.StatusCode, type[Step3Error]] = {
@@ -33,6 +40,7 @@ _ERROR_BY_CODE: dict[grpc.StatusCode, type[Step3Error]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.FAILED_PRECONDITION: ConfigError,
+    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -61,6 +69,10 @@ _TRANSPORT_FAILURE = {
         "The call's deadline passed before it was complete: {}. The request is cancelled. "
         "Allow more time, or ask for fewer tokens"
     ),
+    grpc.StatusCode.UNIMPLEMENTED: (
+        "The server at that address does not know the call: {}. It may be the port at which the "
+        "coordinator awaits instances, or another version. Give the address of its --listen"
+    ),
 }
 EARLY_END = (
     "The server's stream ended without a finish reason. What was read of it is not the whole "
@@ -70,6 +82,9 @@ EARLY_END = (
 # The fields of `SamplingParams` that are unsigned 32-bit integers in the protocol.
 _COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 
+# Longer ones are no deadline; no request lives for a year.
+_LONGEST_TIMEOUT_S = 366 * 86_400.0
+
 # Text, or token ids.
 Prompt = str | Sequence[int]
 
@@ -77,6 +92,54 @@ Prompt = str | Sequence[int]
 def new_request_id() -> str:
     """A fresh id; minted by the client so that a lost answer can still be aborted."""
     return f"req-{uuid.uuid4().hex}"
+
+
+def check_prompt(prompt: object) -> None:
+    """Refuses what would pass for token ids or texts and is neither.
+
+    Raises:
+        InvalidArgument: the prompt is of bytes, or a mapping.
+    """
+    if isinstance(prompt, bytes | bytearray | memoryview | Mapping):
+        raise InvalidArgument(
+            f"The prompt is of type {type(prompt).__name__}. A prompt is one text or one list of "
+            "token ids. Decode bytes to text; of a mapping, give the text or the ids that it holds",
+            details={"field": "prompt"},
+        )
+
+
+def timeout_s_of(timeout_s: object) -> float | None:
+    """A caller's timeout in seconds as grpcio takes it; `None` for none.
+
+    Raises:
+        InvalidArgument: it is not a number.
+    """
+    if timeout_s is None:
+        return None
+    seconds = float(timeout_s) if isinstance(timeout_s, Real) else math.nan
+    if math.isnan(seconds):
+        raise InvalidArgument(
+            f"timeout_s is {timeout_s!r}. It is a number of seconds, or None for no deadline. "
+            "Correct it",
+            details={"field": "timeout_s"},
+        )
+    # grpcio takes an infinite one for one that has passed.
+    return None if seconds > _LONGEST_TIMEOUT_S else seconds
+
+
+def sampling_of(params: SamplingParams | None, overrides: SamplingOverrides) -> SamplingParams:
+    """`params`, or the defaults, with single fields replaced.
+
+    Raises:
+        InvalidArgument: `params` is something else.
+    """
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InvalidArgument(
+            f"params is of type {type(params).__name__}. One SamplingParams says how a request is "
+            "sampled. Give one, or its fields as keywords",
+            details={"field": "params"},
+        )
+    return replace(params or SamplingParams(), **overrides)
 
 
 def to_request(
@@ -94,6 +157,7 @@ def to_request(
     Raises:
         InvalidArgument: a value does not fit its field, e.g. a negative count.
     """
+    check_prompt(prompt)
     for name in _COUNTS:
         _check_count(name, getattr(params, name), request_id)
     try:
@@ -142,12 +206,27 @@ def to_request(
             "maps token ids to numbers, stop strings are text. Correct the value",
             request_id=request_id,
         ) from error
+    check_size(request)
     return request
+
+
+def check_size(request: Message) -> None:
+    """Refuses a request that no server takes.
+
+    Raises:
+        InvalidArgument: it is larger than `MAX_REQUEST_BYTES`.
+    """
+    if request.ByteSize() > MAX_REQUEST_BYTES:
+        raise InvalidArgument(
+            f"The request takes {request.ByteSize()} bytes. A coordinator takes "
+            f"{MAX_REQUEST_BYTES}, more than the text of any context. Shorten the prompt",
+            reason="PROMPT_TOO_LONG",
+        )
 
 
 def _check_count(name: str, value: object, request_id: str) -> None:
     """Refuses what the protocol cannot carry, by name; whether it makes sense, the server says."""
-    if value is None or (isinstance(value, int) and 0 <= value < 2**32):
+    if value is None or (isinstance(value, Integral) and 0 <= int(value) < 2**32):
         return
     raise InvalidArgument(
         f"{name} is {value!r}. It is a count: an integer from 0 to {2**32 - 1}. Correct it",
@@ -196,9 +275,20 @@ def cancelled_here(request_id: str | None) -> Cancelled:
     """What reading a stream that this client has closed raises."""
     return Cancelled(
         "The request was cancelled on this side: its stream, or the client, is closed. Nothing "
-        "more comes of it. Read a stream before it is closed, or start a new request",
+        "more comes of it. Read a stream before it is closed, or ask anew of an open client",
         request_id=request_id,
     )
+
+
+@contextmanager
+def call_errors(request_id: str | None = None) -> Iterator[None]:
+    """Has a call that fails in the block, or cannot start, raise a `Step3Error`."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise to_error(error, request_id) from error
+    except (ValueError, grpc.aio.UsageError) as error:  # grpcio's words for a closed channel
+        raise cancelled_here(request_id) from error
 
 
 def to_error(error: grpc.RpcError, request_id: str | None = None) -> Step3Error:

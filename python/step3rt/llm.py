@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +17,7 @@ from typing import Self
 from tqdm.auto import tqdm
 
 from step3rt.client import Client, GenerationStream
-from step3rt.codec import Prompt
+from step3rt.codec import Prompt, check_prompt, sampling_of
 from step3rt.config import DISAGGREGATED, ServeConfig, build
 from step3rt.errors import InvalidArgument, Unavailable
 from step3rt.local_cluster import LocalCluster
@@ -24,8 +25,8 @@ from step3rt.placement import HostConfig
 from step3rt.results import RequestOutput
 from step3rt.sampling import SamplingParams
 
-# Streams that are open at once; more prompts wait here, not in the server's queue.
-_MAX_OPEN_STREAMS = 256
+MAX_OPEN_STREAMS = 256
+"""Streams that are open at once; more prompts wait here, not in the server's queue."""
 
 
 def shows_progress() -> bool:
@@ -79,7 +80,7 @@ class LLM:
     ) -> None:
         placed = {
             "placement": placement,
-            "devices": tuple(devices),
+            "devices": devices,
             "random_weights": random_weights,
             "threads": threads,
         }
@@ -149,7 +150,7 @@ class LLM:
             Step3Error: the first request that failed; the others are cancelled.
         """
         batch = _as_batch(prompts)
-        params = params or SamplingParams()
+        params = sampling_of(params, {})
         return self._run(
             [partial(self._client.generate, prompt, params) for prompt in batch], use_tqdm
         )
@@ -182,7 +183,7 @@ class LLM:
 
         with (
             tqdm(total=len(starts), desc="generating", disable=not is_shown) as bar,
-            ThreadPoolExecutor(min(_MAX_OPEN_STREAMS, max(1, len(starts)))) as pool,
+            ThreadPoolExecutor(min(MAX_OPEN_STREAMS, max(1, len(starts)))) as pool,
         ):
             futures = [pool.submit(run, index) for index in range(len(starts))]
             try:
@@ -209,16 +210,19 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt, text or ids, becomes a batch of one.
 
     Raises:
-        InvalidArgument: prompts and token ids are mixed.
+        InvalidArgument: prompts and token ids are mixed, or a prompt is neither.
     """
+    check_prompt(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    token_ids = [item for item in prompts if isinstance(item, int)]
-    batch: list[Prompt] = [
-        item if isinstance(item, str) else list(item)
-        for item in prompts
-        if not isinstance(item, int)
-    ]
+    token_ids: list[int] = []
+    batch: list[Prompt] = []
+    for item in prompts:
+        if isinstance(item, int | Integral):  # numpy's, too
+            token_ids.append(int(item))
+        else:
+            check_prompt(item)
+            batch.append(item if isinstance(item, str) else list(item))
     if token_ids and batch:
         raise InvalidArgument(
             f"Prompts and token ids are mixed: {len(batch)} prompts and {len(token_ids)} ids in "

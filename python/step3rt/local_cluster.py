@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +27,7 @@ from step3rt.config import (
     DISAGGREGATED,
     REFERENCE_DEVICE,
     ServeConfig,
+    build,
     resolve_model,
 )
 from step3rt.errors import ConfigError, Step3Error, Unavailable
@@ -38,6 +42,7 @@ from step3rt.local_instances import (
 from step3rt.placement import HostConfig, devices_of
 
 _POLL_S = 0.05
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_LOG_TAIL_CHARS = 4000
 
 
@@ -46,6 +51,41 @@ class _Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+
+
+class _Starts:
+    """A thread that starts children: one ends with the thread that started it.
+
+    That of whoever makes a cluster may end before the cluster is to.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[_Start | None] = SimpleQueue()
+        threading.Thread(
+            target=_run_starts, args=(self._queue,), name="step3rt-children", daemon=True
+        ).start()
+
+    def start(self, make: Callable[[], "subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes]":
+        """Calls `make` there and returns what it gives, or raises what it raises."""
+        started: Future[subprocess.Popen[bytes]] = Future()
+        self._queue.put((started, make))
+        return started.result()
+
+    def end(self) -> None:
+        """Ends the thread, and by that every child that still runs."""
+        self._queue.put(None)
+
+
+_Start = tuple["Future[subprocess.Popen[bytes]]", Callable[[], "subprocess.Popen[bytes]"]]
+
+
+def _run_starts(queue: "SimpleQueue[_Start | None]") -> None:
+    while (start := queue.get()) is not None:
+        started, make = start
+        try:
+            started.set_result(make())
+        except BaseException as error:
+            started.set_exception(error)
 
 
 class LocalCluster:
@@ -94,19 +134,21 @@ class LocalCluster:
         start_timeout_s: float = 300.0,
     ) -> None:
         self._serve = serve
-        self._host = HostConfig(
-            placement=placement,
-            devices=tuple(devices),
-            random_weights=random_weights,
-            threads=threads,
-            kv_blocks=kv_blocks,
-            attention_sms=attention_sms,
-            ffn_sms=ffn_sms,
-        )
+        placed = {
+            "placement": placement,
+            "devices": devices,
+            "random_weights": random_weights,
+            "threads": threads,
+            "kv_blocks": kv_blocks,
+            "attention_sms": attention_sms,
+            "ffn_sms": ffn_sms,
+        }
+        self._host = build(HostConfig, placed, "LocalCluster")
         self._devices = devices_of(serve, placement, devices)
         self._trace_dir = trace_dir
         self._trace_steps = trace_steps
         self._children: list[_Child] = []
+        self._starts = _Starts()
         self._directory = tempfile.TemporaryDirectory(prefix="step3rt-")
         self._log_dir = log_dir or Path(self._directory.name)
         self._on_status = on_status or (lambda _text: None)
@@ -177,6 +219,7 @@ class LocalCluster:
                     child.process.kill()
                     child.process.wait()
             self._children.clear()
+            self._starts.end()
             self._directory.cleanup()
 
     def _start(self, deadline: float) -> None:
@@ -239,12 +282,14 @@ class LocalCluster:
         with log.open("ab") as output, _interrupts_held():
             # A group of its own: Ctrl-C reaches this process alone, which then stops the
             # children in order.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
+            process = self._starts.start(
+                lambda: subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
             )
             self._children.append(_Child(name, process, log))
         return process.pid
@@ -277,17 +322,24 @@ def _make_log_dir(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block, so that no child is left behind half-way."""
+    """Delays what Ctrl-C raises to the end of the block, so that no child is left half-way.
+
+    The same for other signals for which this program has a function: it may raise, too.
+    """
     held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    previous = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
-        # A function, not SIG_IGN nor a mask: children would inherit those.
-        previous = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
-    except ValueError:  # not the main thread, which alone receives it
+        for number in previous:
+            # A function, not SIG_IGN nor a mask: children would inherit those.
+            signal.signal(number, lambda number, _frame: held.append(number))
+    except ValueError:  # not the main thread, which alone receives them
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if held:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(held[0])

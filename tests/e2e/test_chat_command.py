@@ -1,10 +1,14 @@
 """`step3rt chat` and `step3rt doctor` against a coordinator that runs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from step3rt import LocalCluster
+from tests.e2e.clusters import PATIENCE_S
 from tests.e2e.commands import free_address, run
 
 
@@ -26,6 +30,30 @@ def test_chat_ends_well_at_the_end_of_its_input(chat_cluster: LocalCluster) -> N
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("> \n"), "the shell's prompt begins a line of its own"
+
+
+@pytest.mark.parametrize(
+    ("pipe", "num_turns"),
+    [("<&-", 0), (r"""printf 'caf\351\n' |""", 1)],
+    ids=["no standard input", "bytes that are no text"],
+)
+def test_chat_takes_whatever_its_input_is(
+    chat_cluster: LocalCluster, pipe: str, num_turns: int
+) -> None:
+    command = f"'{sys.executable}' -m step3rt chat --address={chat_cluster.address} --max-tokens=2"
+    shell = f"{pipe} {command}" if pipe.endswith("|") else f"{command} {pipe}"
+    # The error handler of every locale but C's.
+    ended = subprocess.run(
+        ["sh", "-c", shell],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == f"chat at {chat_cluster.address}\n"
+    assert ended.stdout.count("\n") >= num_turns
 
 
 def test_a_turn_that_is_refused_does_not_end_the_chat(chat_cluster: LocalCluster) -> None:

@@ -13,7 +13,13 @@ import torch
 from step3rt import LLM, LocalCluster, SamplingParams
 from step3rt.config import ServeConfig
 from step3rt.errors import ConfigError
-from tests.e2e.clusters import assert_all_blocks_return, pid_of, snapshot, wait_until
+from tests.e2e.clusters import (
+    PATIENCE_S,
+    assert_all_blocks_return,
+    pid_of,
+    snapshot,
+    wait_until,
+)
 from tests.e2e.commands import Commands, Running, run
 from tests.e2e.device_clusters import (
     SETTINGS,
@@ -34,7 +40,7 @@ MANY_TOKENS = 108
 """As many as all prompts have room for: GPUs give them in a fraction of a second."""
 
 ENDED_WITHIN_S = 30.0
-"""Of which most is the start of a process on a busy machine."""
+"""After a signal."""
 
 
 def assert_one_process_has_both_roles(cluster: LocalCluster, num_processes: int) -> None:
@@ -98,7 +104,7 @@ def test_no_half_of_a_process_lives_on_when_the_other_fails(commands: Commands, 
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=ENDED_WITHIN_S,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert ended.returncode == 1, ended.stderr
@@ -115,7 +121,7 @@ def test_no_half_of_a_process_lives_on_when_the_other_fails(commands: Commands, 
 def test_a_process_that_no_coordinator_takes_ends_with_one_error(commands: Commands) -> None:
     coordinator = commands.serve(NANO)  # in float32: no device computes that
     node = commands.node("colocated", NANO, coordinator, "--device=cpu")
-    assert node.process.wait(ENDED_WITHIN_S) == 78
+    assert node.process.wait(PATIENCE_S) == 78
     assert "compute_dtype is float32" in node.output().strip().splitlines()[-1]
 
 

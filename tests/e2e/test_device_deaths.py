@@ -15,7 +15,6 @@ from step3rt import Client, LocalCluster
 from step3rt.errors import Step3Error, Unavailable
 from tests.e2e.clusters import assert_all_blocks_return, pid_of, snapshot, wait_until
 from tests.e2e.device_clusters import (
-    NOTICE_LIMIT_S,
     ON_CPU,
     ON_GPUS,
     TOPOLOGIES,
@@ -24,6 +23,7 @@ from tests.e2e.device_clusters import (
     generate,
     generate_through_a_kill,
     kill,
+    notice_limit_s,
     prompts,
 )
 from tests.fixtures.device_reference import assert_agrees, reference_decoder
@@ -176,7 +176,7 @@ def test_streams_that_cannot_go_on_end_with_a_typed_error_within_a_second(
     assert all(isinstance(error, Unavailable) for error in errors), errors
     assert {error.reason for error in errors if error is not None} == {"NODE_LOST"}
     assert all(error.is_retryable for error in errors if error is not None)
-    assert told_s < NOTICE_LIMIT_S
+    assert told_s < notice_limit_s(impatient)
     assert_agrees(reference_decoder(), replace_and_generate(impatient, role))
     assert pids(impatient) & before == before - {victim}, "the other one lived on"
     assert_all_blocks_return(impatient)

@@ -29,6 +29,10 @@ from step3rt.plan.profile import load_profile
 from step3rt.trace.recording import load_all
 from tests.e2e.clusters import processes_with, wait_until
 
+# As in the end-to-end tests: clusters start here, which takes long on a busy machine.
+START_TIMEOUT_S = 400
+pytestmark = pytest.mark.timeout(START_TIMEOUT_S)
+
 
 def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
     return LaneStep(instance, lane, int(at_ms * 1e6), num_tokens, 600_000, 400_000, 1_100_000)
@@ -36,7 +40,9 @@ def step(instance: int, lane: int, at_ms: float, num_tokens: int) -> LaneStep:
 
 def run_bench(*flags: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "step3rt", "bench", "decode", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=START_TIMEOUT_S - 20, check=False
+    )
 
 
 def test_only_steps_with_every_sequence_count() -> None:

@@ -58,6 +58,8 @@ def test_without_json_a_line_for_people_comes_first(capfd: pytest.CaptureFixture
         (["--fabric", "shm", "--peers", "3"], "Use an even number"),
         (["--fabric", "cuda_ipc", "--peers", "4"], "Use --peers 2"),
         (["--fabric", "tcp", "--bytes", "0"], "Use --bytes 1 or more"),
+        (["--fabric", "shm", "--bytes", str(1 << 50)], "Use fewer bytes"),
+        (["--fabric", "tcp", "--bytes", str(1 << 28), "--peers", "65536"], "Use fewer bytes"),
         (["--fabric", "tcp", "--rounds", "0"], "Use --rounds 1 or more"),
         (["--fabric", "cuda_ipc", "--rounds", "9"], "Leave --rounds out"),
     ],

@@ -120,6 +120,60 @@ def test_a_file_and_a_flag_are_judged_together(
     assert "'no-such-model' does not exist" in capsys.readouterr().err
 
 
+def run_into(stdout: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and stderr of the command in a shell that opens `stdout` so."""
+    # As users have it: what a command prints is written when the buffer is full, or at its end.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -m step3rt "$@" {stdout}', sys.executable, *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [("version",), ("serve", "--help"), ("sim", "--seeds=2")])
+def test_a_reader_that_reads_nothing_ends_a_command_quietly(arguments: tuple[str, ...]) -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as nobody_reads:
+        ended = subprocess.run(
+            [sys.executable, "-m", "step3rt", *arguments],
+            env=kept,
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            timeout=100,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [(("version",), {}), (("serve", "--help"), {}), (("version",), {"PYTHONUNBUFFERED": "1"})],
+)
+def test_a_full_disk_is_said_in_one_line(
+    arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    code, errors = run_into(">/dev/full", *arguments, **environment)
+    assert code == 1
+    [line] = errors.splitlines()
+    assert line.startswith("error: The operating system refused: No space left on device.")
+
+
+def test_what_the_terminal_cannot_show_is_replaced() -> None:
+    # The help of `serve` has an ellipsis.
+    assert run_into("", "serve", "--help", PYTHONIOENCODING="ascii") == (0, "")
+
+
+def test_a_command_without_standard_output_ends_well() -> None:
+    assert run_into(">&-", "version") == (0, "")
+
+
 def test_version_is_that_of_the_extension_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out == f"step3rt {_core.__version__}\n"

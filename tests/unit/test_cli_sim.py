@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +9,7 @@ import pytest
 from step3rt import _core
 from step3rt.bench import scheduler
 from step3rt.cli import main
+from tests.fixtures.core_processes import wait_until
 
 FAULTS = {
     "cancel", "stop_string", "invalid_request", "repeated_request", "deadline", "crash",
@@ -54,6 +58,43 @@ class SamplingParams:
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["scheduler", "--sequences", "1000000000"],
+        ["scheduler", "--attention", "1000000000"],
+        ["replay", "--trace", "bursty", "--requests", "1000000000"],
+    ],
+)
+def test_what_would_take_all_memory_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *flags]) == 2
+    assert "held in memory. Use at most" in capsys.readouterr().err
+
+
+def catches_ctrl_c(pid: int) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    [caught] = [line for line in lines if line.startswith("SigCgt:")]
+    return bool(int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["scheduler", "--steps", "10000000"], ["replay", "--trace=bursty", "--requests=1000000"]],
+)
+def test_ctrl_c_ends_what_only_computes(flags: list[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "step3rt", "bench", *flags])
+    try:
+        for is_caught in (True, False):  # Python's start, and the call that looks for no signal
+            wait_until(lambda is_caught=is_caught: catches_ctrl_c(process.pid) is is_caught)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_many_seeds_keep_every_promise_and_meet_every_fault(capsys):

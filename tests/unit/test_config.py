@@ -82,6 +82,7 @@ def test_precision_names_the_types_on_the_way() -> None:
         ({"fabric": "pigeon"}, r"'fabric' is 'pigeon' \(LLM\)"),
         ({"attention": "2"}, "must be of type int"),
         ({"lanes": 9}, "from 1 to 8"),
+        ({"devices": "cpu"}, "must be a list of texts"),
     ],
 )
 def test_llm_refuses_a_wrong_setting_by_itself(values: dict[str, Any], words: str) -> None:

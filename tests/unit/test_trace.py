@@ -213,7 +213,7 @@ def test_files_that_are_no_recordings_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "ffn-1.npz", meta=np.array([{}], dtype=object))
     with pytest.raises(InvalidArgument, match="is not a recording"):
         load_all(tmp_path)
-    with pytest.raises(InvalidArgument, match="has no recordings"):
+    with pytest.raises(InvalidArgument, match="holds no recordings, or does not exist"):
         load_all(tmp_path / "nothing")
 
 

@@ -26,6 +26,9 @@ NUM_ROUNDS = 2_000
 NUM_TURNS = 8
 """The baseline and the link take turns, so that what else the host does meets both."""
 
+# In a process, above what any fabric has: slots both ways, what is sent, what is received.
+_PAYLOADS_PER_PEER = 8
+
 # Of a fabric: what the report calls its baseline, and what the extension does.
 _BASELINES = {
     "shm": ("memcpy and a flag", "flag"),
@@ -73,6 +76,7 @@ def measure(fabric: str, load: Load, *, has_tls: bool = False) -> dict[str, Any]
         InvalidArgument: the peers cannot be paired.
         Unavailable: this host has no such link, or another process died.
     """
+    _check_memory(load)
     if load.num_peers < 2 or load.num_peers % 2:
         raise InvalidArgument(
             f"--peers {load.num_peers} cannot be measured. A link has two ends. Use an even number"
@@ -82,6 +86,22 @@ def measure(fabric: str, load: Load, *, has_tls: bool = False) -> dict[str, Any]
     with ExitStack() as stack:
         tls = stack.enter_context(_certificate()) if has_tls else None
         return _measure(fabric, load, tls)
+
+
+def _check_memory(load: Load) -> None:
+    """Refuses what the host cannot hold: shared memory is no process's that the kernel could end.
+
+    Raises:
+        InvalidArgument: the load takes more memory than there is.
+    """
+    needed = load.num_bytes * load.num_peers * _PAYLOADS_PER_PEER
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > has:
+        raise InvalidArgument(
+            f"--bytes {load.num_bytes} with --peers {load.num_peers} cannot be measured. Slots and "
+            f"copies take up to {needed / 2**30:.1f} GiB, and this host has {has / 2**30:.1f}. Use "
+            "fewer bytes"
+        )
 
 
 def _measure(fabric: str, load: Load, tls: TlsPaths | None) -> dict[str, Any]:

@@ -4,8 +4,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from step3rt.cli import bench, chat, doctor, generate, node, plan, serve, sim, trace, version
-from step3rt.cli.exit_codes import EX_CONFIG, EX_FAILED, EX_INTERRUPTED, EX_USAGE, report
+from step3rt.cli import (
+    bench,
+    chat,
+    doctor,
+    generate,
+    node,
+    plan,
+    serve,
+    sim,
+    streams,
+    trace,
+    version,
+)
+from step3rt.cli.exit_codes import (
+    EX_CONFIG,
+    EX_FAILED,
+    EX_INTERRUPTED,
+    EX_USAGE,
+    refused_by_system,
+    report,
+)
 from step3rt.errors import Step3Error
 
 __all__ = ["EX_CONFIG", "EX_USAGE", "main"]
@@ -26,6 +45,32 @@ Start here:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    streams.take_any_text()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            streams.flush_output()
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is left to say or to whom.
+        streams.discard_output(sys.stdout, sys.stderr)
+        return EX_FAILED
+    except OSError as error:
+        streams.discard_output(sys.stdout)
+        return refused_by_system(error)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except Step3Error as error:
+        return report(error)
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="step3rt",
         description=_DESCRIPTION,
@@ -34,14 +79,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
     for command in (serve, node, generate, chat, plan, bench, sim, trace, doctor, version):
         command.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
-    try:
-        return int(parsed.run(parsed))
-    except Step3Error as error:
-        return report(error)
-    except KeyboardInterrupt:
-        return EX_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing is left to say or to whom.
-        sys.stderr.close()
-        return EX_FAILED
+    return parser

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from step3rt.cli import flags
+from step3rt.cli.signals import ended_by_ctrl_c, unwound_by_signals
 from step3rt.config import ServeConfig
 from step3rt.errors import InvalidArgument, Step3Error
 from step3rt.placement import HostConfig
@@ -178,7 +179,10 @@ def run_decode(arguments: argparse.Namespace) -> int:
     )
     serve, host = flags.cluster_from(arguments, {"model": Path("nano")})
     _check_outputs(arguments.trace, arguments.out)
-    with tempfile.TemporaryDirectory(prefix="step3rt-trace-") as directory:
+    with (
+        unwound_by_signals(),
+        tempfile.TemporaryDirectory(prefix="step3rt-trace-") as directory,
+    ):
         trace_dir = Path(directory) if arguments.log_dir is None else arguments.log_dir / "trace"
         values = decode.measure(
             serve,
@@ -249,17 +253,30 @@ def run_scheduler(arguments: argparse.Namespace) -> int:
     """
     from step3rt.bench import scheduler
 
+    _check_at_most(arguments, sequences=1_000_000, attention=1024, steps=10_000_000)
     peers = dict(_parse_peer(text) for text in arguments.peer)
-    report = scheduler.measure(
-        scheduler.Load(arguments.sequences, arguments.attention, arguments.lanes),
-        num_steps=arguments.steps,
-        has_scaling=arguments.scaling,
-        peers=peers,
-    )
+    with ended_by_ctrl_c():
+        report = scheduler.measure(
+            scheduler.Load(arguments.sequences, arguments.attention, arguments.lanes),
+            num_steps=arguments.steps,
+            has_scaling=arguments.scaling,
+            peers=peers,
+        )
     if not arguments.json:
         _print_scheduler(report)
     print(json.dumps(report))
     return 0
+
+
+def _check_at_most(arguments: argparse.Namespace, **limits: int) -> None:
+    """What is simulated lies in memory, of which a slip of the keyboard would take all."""
+    for name, limit in limits.items():
+        value = getattr(arguments, name)
+        if value > limit:
+            raise InvalidArgument(
+                f"--{name} {value} cannot be measured. What runs is held in memory. Use at most "
+                f"{limit}"
+            )
 
 
 def run_replay(arguments: argparse.Namespace) -> int:
@@ -270,9 +287,11 @@ def run_replay(arguments: argparse.Namespace) -> int:
     """
     from step3rt import _core
 
+    _check_at_most(arguments, requests=1_000_000, attention=1024)
     names = ("trace", "seed", "requests", "attention", "kv_blocks", "tpot_target_ms")
     options = {name: getattr(arguments, name) for name in names}
-    report: dict[str, Any] = json.loads(_core.replay_traffic(json.dumps(options)))
+    with ended_by_ctrl_c():
+        report: dict[str, Any] = json.loads(_core.replay_traffic(json.dumps(options)))
     if not arguments.json:
         _print_replay(report)
     print(json.dumps({**options, **report}))
@@ -312,7 +331,8 @@ def run_link(arguments: argparse.Namespace) -> int:
         InvalidArgument: a flag cannot be used.
         Unavailable: this host has no such link.
     """
-    report = _measure_link(arguments)
+    with unwound_by_signals():
+        report = _measure_link(arguments)
     if not arguments.json:
         quantiles = ", ".join(f"{key} {us} us" for key, us in report["one_way_us"].items())
         baseline = report["baseline"]

@@ -60,6 +60,8 @@ def _read_turn() -> str | None:
     """The next line; `None` at its end: nothing on it, Ctrl-D or Ctrl-C at the prompt."""
     try:
         return input("> ") or None
+    except RuntimeError:  # there is no standard input (`<&-`), or no output
+        return None
     except (EOFError, KeyboardInterrupt):
         print()  # leaves the prompt's line to the conversation, not to the shell
         return None

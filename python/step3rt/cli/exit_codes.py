@@ -1,6 +1,7 @@
 """What an error means to whoever started the command: a line for people, and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 69 not available, 78 bad configuration, 130 Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 69 not available, 78 bad configuration, 130 Ctrl-C, 143
+SIGTERM, 129 SIGHUP.
 """
 
 import logging
@@ -15,6 +16,8 @@ EX_FAILED = 1
 EX_USAGE = 2
 EX_UNAVAILABLE = 69
 EX_CONFIG = 78
+EX_SIGNAL = 128
+"""Added to the number of the signal that ended a command, as shells do."""
 EX_INTERRUPTED = 130
 
 _CODES: tuple[tuple[type[Step3Error], int], ...] = (
@@ -28,6 +31,17 @@ def report(error: Step3Error) -> int:
     """Prints an error as the command's last line and returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return next((code for kind, code in _CODES if isinstance(error, kind)), EX_FAILED)
+
+
+def refused_by_system(error: OSError) -> int:
+    """Prints what the operating system would not do and returns the exit code."""
+    place = "" if error.filename is None else f" for {str(error.filename)!r}"
+    print(
+        f"error: The operating system refused{place}: {error.strerror or error}. The command "
+        "cannot go on without it. Free space, or correct path and permissions",
+        file=sys.stderr,
+    )
+    return EX_FAILED
 
 
 def end_process(error: BaseException) -> NoReturn:

@@ -9,18 +9,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from step3rt.cli import flags
 from step3rt.cli.sampling_flags import add_sampling_flags, sampling_from
+from step3rt.cli.signals import unwound_by_signals
 from step3rt.client import Client
 from step3rt.codec import Prompt
 from step3rt.config import ServeConfig, describe
 from step3rt.errors import InvalidArgument, Unavailable
-from step3rt.llm import shows_progress
+from step3rt.llm import MAX_OPEN_STREAMS, shows_progress
 from step3rt.local_cluster import LocalCluster
 from step3rt.placement import HostConfig
 from step3rt.results import CompletionOutput, GenerationEvent, RequestOutput, TokenLogprob
@@ -143,6 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     is_json = arguments.output == "json"
     with ExitStack() as stack:
+        stack.enter_context(unwound_by_signals())
         begun_s = time.perf_counter()
         cluster: LocalCluster | None = None
         if arguments.address is None:
@@ -227,8 +229,17 @@ def _generate(
 
     if len(prompts) == 1:
         return [run_one(prompts[0])]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(run_one, prompts))
+    with ThreadPoolExecutor(min(MAX_OPEN_STREAMS, len(prompts))) as pool:
+        futures = [pool.submit(run_one, prompt) for prompt in prompts]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            # The pool waits for its threads, and they for streams, which end with the client.
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
+            raise
+        return [future.result() for future in futures]
 
 
 def _print_event(prompt: Prompt, event: GenerationEvent) -> None:

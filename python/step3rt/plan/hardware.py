@@ -105,7 +105,7 @@ def pick_hardware(key: str, cards: dict[str, Hardware]) -> Hardware:
     if card is not None:
         return card
     near = difflib.get_close_matches(key.lower(), cards, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(cards)}"
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(cards)}."
     raise ConfigError(
         f"The hardware {key!r} is unknown. Its peaks and price are needed. {hint} "
         "Add cards with --hardware-file"

@@ -125,8 +125,9 @@ def load_all(directory: Path) -> list[Recording]:
     found = [Recording.load(path) for path in sorted(directory.glob("*.npz"))]
     if not found:
         raise InvalidArgument(
-            f"{str(directory)!r} has no recordings. Instances of the device pipeline with "
-            "--trace-dir write one each, when their session ends. Give such a directory"
+            f"{str(directory)!r} holds no recordings, or does not exist. Instances of the "
+            "device pipeline with --trace-dir write one each, when their session ends. Give "
+            "such a directory"
         )
     found.sort(key=lambda each: (ROLES.index(each.shape.role), each.shape.rank))
     sizes = {(each.shape.num_sources, each.shape.num_ranks) for each in found}
