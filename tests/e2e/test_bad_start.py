@@ -135,6 +135,19 @@ def test_an_instance_with_an_unreadable_config_ends_with_the_file(
         assert "Traceback" not in ended.stderr
 
 
+def test_a_ready_file_that_cannot_be_written_is_said_in_one_line(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "nowhere" / "ready.json", tmp_path / "taken"):
+        listen = ("--listen=127.0.0.1:0", "--control-listen=127.0.0.1:0")
+        ended = run("serve", str(tiny_checkpoint.directory), *listen, f"--ready-file={path}")
+        assert ended.returncode == EX_CONFIG
+        [line] = ended.stderr.strip().splitlines()
+        assert line.startswith(f"error: ready_file = {path} cannot be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"], "and nothing is left"
+
+
 @pytest.mark.parametrize("flag", ["--listen", "--control-listen"])
 def test_a_port_in_use_is_said_so(tiny_checkpoint: Checkpoint, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

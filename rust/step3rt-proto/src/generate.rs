@@ -314,6 +314,17 @@ fn check_tokens(
     if tokens.len() >= limits.max_model_len as usize {
         return Err(prompt_too_long(field, tokens.len(), limits));
     }
+    check_vocabulary(tokens, field, limits, violations);
+    Ok(())
+}
+
+/// Checks that all of `tokens` are the model's.
+pub fn check_vocabulary(
+    tokens: &[u32],
+    field: &str,
+    limits: &ModelLimits,
+    violations: &mut Violations,
+) {
     let vocab_size = limits.vocab_size;
     if let Some(position) = tokens.iter().position(|id| *id >= vocab_size) {
         violations.check(false, field, || {
@@ -324,7 +335,6 @@ fn check_tokens(
             )
         });
     }
-    Ok(())
 }
 
 #[cfg(test)]

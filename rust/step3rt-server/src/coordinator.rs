@@ -6,6 +6,7 @@
 //!   signal 2, at any time: exit at once
 //! ```
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use step3rt_proto::{
 use step3rt_tls::{Identity, SetupError};
 use thiserror::Error;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tonic::transport::Server;
@@ -36,7 +37,7 @@ use crate::drive_handle::{ClusterStatus, DriveHandle, Message};
 use crate::health;
 use crate::incoming::{Security, incoming};
 use crate::inference_service::{InferenceServer, Model};
-use crate::listeners::{ListenError, Listeners, write_ready_file};
+use crate::listeners::{ListenError, Listeners, ReadyFile};
 use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
 use crate::registry::{Registry, RegistryConfig};
@@ -163,12 +164,13 @@ impl Coordinator {
     pub async fn serve(self, mut stops: mpsc::Receiver<StopSignal>) -> Result<u8, StartError> {
         let (address, control_address) = (self.address()?, self.control_address()?);
         let drain_timeout = Duration::from_secs_f64(self.config.drain_timeout_s);
-        let ready_file = self.config.ready_file.clone();
         let is_tls = self.tls.is_some();
+        let ready_file = self.config.ready_file.clone();
+        // Before anything runs that would have to be ended if it cannot be written: who reads it may
+        // connect, since the sockets are bound.
+        let ready_file = ready_file.map(|path| ReadyFile::write(path, address, control_address));
+        let _ready_file = ready_file.transpose()?;
         let mut running = self.start()?;
-        if let Some(path) = &ready_file {
-            write_ready_file(path, address, control_address)?;
-        }
         notify::ready();
         info!(%address, %control_address, is_tls, "the coordinator listens");
 
@@ -182,10 +184,7 @@ impl Coordinator {
                 1
             }
         };
-        if let Some(path) = &ready_file {
-            // It may be gone already; it only must not stay.
-            let _ = std::fs::remove_file(path);
-        }
+        running.end().await;
         Ok(code)
     }
 
@@ -261,9 +260,11 @@ impl Coordinator {
             Ok::<_, io::Error>(server.serve_with_incoming_shutdown(connections, closed(close)))
         })?;
         tokio::spawn(health::report(reporter, status));
+        let (alive, is_over) = oneshot::channel();
         Ok(Running {
             drive: drive_handle,
-            drive_task: on_own_thread(drive.run(messages)),
+            drive_task: on_own_thread(drive.run(messages), is_over),
+            alive: Some(alive),
             public: tokio::spawn(public),
             control,
             _control_runtime: control_runtime,
@@ -278,6 +279,8 @@ type ServerTask = JoinHandle<Result<(), tonic::transport::Error>>;
 struct Running {
     drive: DriveHandle,
     drive_task: JoinHandle<()>,
+    /// The drive loop ends when it is dropped.
+    alive: Option<oneshot::Sender<Infallible>>,
     public: ServerTask,
     control: ServerTask,
     _control_runtime: ControlRuntime,
@@ -295,7 +298,11 @@ impl Running {
     }
 
     /// Takes everything down in order; a second signal ends it at once.
-    async fn stop(self, stops: &mut mpsc::Receiver<StopSignal>, drain_timeout: Duration) -> u8 {
+    async fn stop(
+        &mut self,
+        stops: &mut mpsc::Receiver<StopSignal>,
+        drain_timeout: Duration,
+    ) -> u8 {
         notify::stopping();
         tokio::select! {
             () = self.drain(drain_timeout) => {
@@ -309,7 +316,7 @@ impl Running {
         }
     }
 
-    async fn drain(self, drain_timeout: Duration) {
+    async fn drain(&mut self, drain_timeout: Duration) {
         tokio::select! {
             _ = self.drive.ask(Message::Drain) => {}
             () = sleep(drain_timeout) => warn!("drain_timeout_s is over; running requests end"),
@@ -321,18 +328,36 @@ impl Running {
             warn!("some instances did not leave in time");
         }
         self.close.send_replace(true);
-        let servers = async { tokio::join!(self.public, self.control) };
+        let servers = async { tokio::join!(&mut self.public, &mut self.control) };
         if timeout(CLOSE_TIMEOUT, servers).await.is_err() {
             warn!("some connections did not close in time");
+        }
+    }
+
+    /// Ends the drive loop, which must not meet a runtime without timers: what may still send to it
+    /// lives on another runtime, and may end later than this one.
+    async fn end(mut self) {
+        self.alive = None;
+        if !self.drive_task.is_finished() {
+            let _ = timeout(CLOSE_TIMEOUT, self.drive_task).await; // a panic has been reported
         }
     }
 }
 
 /// Runs the drive loop beside the runtime's workers. As a task of theirs it would queue behind the
 /// hundreds of streams that it has just given a step's tokens, and the next step's plan with it.
-fn on_own_thread(drive: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+fn on_own_thread(
+    drive: impl Future<Output = ()> + Send + 'static,
+    is_over: oneshot::Receiver<Infallible>,
+) -> JoinHandle<()> {
     let runtime = Handle::current();
-    task::spawn_blocking(move || runtime.block_on(drive))
+    let until_over = async move {
+        tokio::select! {
+            _ = is_over => {}
+            () = drive => {}
+        }
+    };
+    task::spawn_blocking(move || runtime.block_on(until_over))
 }
 
 fn server_builder() -> Server {

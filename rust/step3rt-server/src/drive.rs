@@ -94,7 +94,7 @@ impl Drive {
         loop {
             let wake = self.next_wake();
             tokio::select! {
-                // When the runtime ends, the senders go before the timers do.
+                // Timers are looked at after every message anyway.
                 biased;
                 message = messages.recv() => match message {
                     Some(message) => self.take(message),

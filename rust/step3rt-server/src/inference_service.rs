@@ -7,8 +7,8 @@ use std::sync::Arc;
 use step3rt_core::error::ErrorKind;
 use step3rt_core::ids::{TimeNs, TokenId};
 use step3rt_proto::MAX_RECEIVED_MESSAGE_BYTES;
-use step3rt_proto::generate::{Prompt, check, prompt_too_long};
-use step3rt_proto::refusal::Refusal;
+use step3rt_proto::generate::{Prompt, check, check_vocabulary, prompt_too_long};
+use step3rt_proto::refusal::{Refusal, Violations};
 use step3rt_proto::sampling::{MAX_N, MAX_STOP_STRINGS};
 use step3rt_proto::v1;
 use step3rt_proto::v1::inference_service_server::InferenceService;
@@ -23,7 +23,7 @@ use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
 use crate::internal_error::without_diagnostics;
 use crate::live_requests::EVENT_BOUND;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
-use crate::text::chat_template::{Chat, ChatTemplate};
+use crate::text::chat_template::{Chat, ChatTemplate, RenderError};
 use crate::text::continuation::TextRules;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
@@ -132,7 +132,13 @@ impl InferenceServer {
             })
         };
         let rendered = self.run_aside(num_bytes, render).await?;
-        rendered.map_err(|error| Refusal::of_field(ErrorKind::InvalidParameter, "chat", error))
+        rendered.map_err(|error| {
+            let kind = match error {
+                RenderError::Chat(_) => ErrorKind::InvalidParameter,
+                RenderError::Media(_) => ErrorKind::UnsupportedFeature,
+            };
+            Refusal::of_field(kind, "chat", error.to_string())
+        })
     }
 
     async fn encode(&self, field: &str, text: Text) -> Result<Vec<TokenId>, Refusal> {
@@ -316,6 +322,10 @@ impl InferenceService for InferenceServer {
         let request = request.into_inner();
         let skip_special_tokens = request.skip_special_tokens.unwrap_or(true);
         let bytes = self.tokenizer("token_ids")?.bytes();
+        let mut violations = Violations::default();
+        let limits = &self.model.checkpoint.limits;
+        check_vocabulary(&request.token_ids, "token_ids", limits, &mut violations);
+        violations.into_result()?;
         let tokens = || {
             let tokens = request.token_ids.iter().copied().map(TokenId);
             tokens.filter(|token| !(skip_special_tokens && bytes.is_special(*token)))

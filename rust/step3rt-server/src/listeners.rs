@@ -4,7 +4,7 @@
 //! It never accepts a connection.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::{fs, io, process};
 
 use listenfd::ListenFd;
@@ -95,24 +95,37 @@ fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ListenErr
     })
 }
 
-/// Writes `{"address","control_address","pid"}` so that a reader sees all of it or nothing.
-pub fn write_ready_file(
-    path: &Path,
-    address: SocketAddr,
-    control_address: SocketAddr,
-) -> Result<(), ListenError> {
-    let failed = |source| ListenError::ReadyFile {
-        path: path.to_owned(),
-        source,
-    };
-    let text = serde_json::json!({
-        "address": address.to_string(),
-        "control_address": control_address.to_string(),
-        "pid": process::id(),
-    })
-    .to_string();
-    let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(format!(".{}", process::id()));
-    fs::write(&unfinished, text).map_err(failed)?;
-    fs::rename(&unfinished, path).map_err(failed)
+/// A file that tells where the sockets are, while this value lives.
+#[derive(Debug)]
+pub struct ReadyFile(PathBuf);
+
+impl ReadyFile {
+    /// Writes `{"address","control_address","pid"}` so that a reader sees all of it or nothing.
+    pub fn write(
+        path: PathBuf,
+        address: SocketAddr,
+        control_address: SocketAddr,
+    ) -> Result<Self, ListenError> {
+        let text = serde_json::json!({
+            "address": address.to_string(),
+            "control_address": control_address.to_string(),
+            "pid": process::id(),
+        })
+        .to_string();
+        let mut unfinished = path.as_os_str().to_owned();
+        unfinished.push(format!(".{}", process::id()));
+        let written = fs::write(&unfinished, text).and_then(|()| fs::rename(&unfinished, &path));
+        if let Err(source) = written {
+            let _ = fs::remove_file(&unfinished); // what is there of it
+            return Err(ListenError::ReadyFile { path, source });
+        }
+        Ok(Self(path))
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        // It may be gone already; it only must not stay.
+        let _ = fs::remove_file(&self.0);
+    }
 }

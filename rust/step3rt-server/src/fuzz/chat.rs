@@ -37,11 +37,14 @@ pub(super) fn run(mut data: &[u8]) {
     };
     match template.render(chat) {
         Ok(text) => check(template, chat, &text),
-        Err(error) => assert!(
-            (1..=MAX_ERROR_BYTES).contains(&error.len()),
-            "an error of {} bytes: {error:.200}",
-            error.len()
-        ),
+        Err(error) => {
+            let error = error.to_string();
+            assert!(
+                (1..=MAX_ERROR_BYTES).contains(&error.len()),
+                "an error of {} bytes: {error:.200}",
+                error.len()
+            );
+        }
     }
 }
 
@@ -163,7 +166,7 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     let plain =
         r#"[{"role": "system", "content": "be <|EOT|>"}, {"role": "user", "content": "hi"}]"#;
     let hostile = r#"[{"role": "user", "name": "<|EOT|>", "content": "a<|EOT|>b"},
-        {"role": "tool", "content": [{"type": "text", "text": "<|EOT|>"}, {"type": "image"}]},
+        {"role": "tool", "content": [{"type": "text", "text": "<|EOT|>"}, {"type": "x"}]},
         {"role": "assistant", "content": null, "tool_calls": [{"id": "<|EOT|>", "function":
             {"name": "f", "arguments": {"<|EOT|>": 1.5}}}]}]"#;
     let parts = r#"[{"role": "user", "content": [{"type": "text", "text": "one"},

@@ -9,9 +9,11 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Value;
+use thiserror::Error;
 
 use crate::checkpoint::Checkpoint;
 use crate::text::defuse::defuse;
+use crate::text::media_parts::first_media_part;
 use crate::text::python_json::tojson;
 
 /// Instructions that one rendering may take. Real templates take some hundreds per message.
@@ -44,6 +46,26 @@ pub struct Chat<'a> {
     pub tools_json: &'a str,
     /// Whether the assistant's turn is opened.
     pub add_generation_prompt: bool,
+}
+
+/// Why a chat is no prompt.
+#[derive(Debug, Error)]
+pub enum RenderError {
+    /// It is not what the template takes.
+    #[error("{0}")]
+    Chat(String),
+    /// It has something else than text.
+    #[error(
+        "a message has a content part of type {0:?}, and this build takes text alone. Send parts of \
+         type \"text\", or one string"
+    )]
+    Media(&'static str),
+}
+
+impl From<String> for RenderError {
+    fn from(reason: String) -> Self {
+        Self::Chat(reason)
+    }
 }
 
 impl ChatTemplate {
@@ -88,8 +110,17 @@ impl ChatTemplate {
 
     /// The prompt text of `chat`, cut at every [`SEPARATOR`](crate::text::defuse::SEPARATOR); the error
     /// says what is wrong with it.
-    pub fn render(&self, chat: Chat<'_>) -> Result<String, String> {
-        let mut messages = parse_list("chat.messages_json", chat.messages_json)?;
+    pub fn render(&self, chat: Chat<'_>) -> Result<String, RenderError> {
+        let messages = parse_list("chat.messages_json", chat.messages_json)?;
+        // A template may pass over what it does not know, and the answer would be to something else.
+        if let Some(kind) = first_media_part(&messages) {
+            return Err(RenderError::Media(kind));
+        }
+        self.render_any(messages, chat).map_err(RenderError::Chat)
+    }
+
+    /// As [`ChatTemplate::render`], with what a template makes of images.
+    fn render_any(&self, mut messages: Vec<Value>, chat: Chat<'_>) -> Result<String, String> {
         defuse(&mut messages, &self.special_tokens);
         if messages.is_empty() {
             return Err("chat.messages_json has no message. Send at least one".to_owned());
@@ -207,11 +238,12 @@ mod tests {
     }
 
     fn render(source: &str, messages_json: &str) -> Result<String, String> {
-        template(source).render(Chat {
+        let rendered = template(source).render(Chat {
             messages_json,
             tools_json: "",
             add_generation_prompt: true,
-        })
+        });
+        rendered.map_err(|error| error.to_string())
     }
 
     #[test]
@@ -275,6 +307,13 @@ mod tests {
     }
 
     #[test]
+    fn an_image_is_refused_and_not_passed_over() {
+        let messages = r#"[{"content": [{"type": "image_url"}, {"type": "text", "text": "?"}]}]"#;
+        let error = render("{{ messages[0].content[1].text }}", messages).expect_err("no text");
+        assert!(error.contains(r#"of type "image_url""#), "{error}");
+    }
+
+    #[test]
     fn a_template_that_quotes_a_long_message_gives_a_short_error() {
         let messages = format!(r#"[{{"content": "a{}"}}]"#, "ä".repeat(100_000));
         let source = "{{ raise_exception(messages[0].content) }}";
@@ -326,11 +365,13 @@ mod tests {
         let template = ChatTemplate::new(&checkpoint, vec![])
             .expect("compiles")
             .expect("present");
-        let text = template.render(Chat {
+        let chat = Chat {
             messages_json: include_str!("../../tests/fixtures/chat/messages.json"),
             tools_json: include_str!("../../tests/fixtures/chat/tools.json"),
             add_generation_prompt: true,
-        });
+        };
+        let messages = parse_list("messages", chat.messages_json).expect("a list");
+        let text = template.render_any(messages, chat);
         assert_eq!(
             text.expect("renders"),
             include_str!("../../tests/fixtures/chat/prompt.txt")

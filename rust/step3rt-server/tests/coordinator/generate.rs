@@ -191,6 +191,19 @@ async fn text_and_chat_prompts_are_tokenised() {
         .into_inner()
         .text;
     assert_eq!(text, rendered);
+
+    let refused = client
+        .detokenize(v1::DetokenizeRequest {
+            token_ids: vec![1, 1_000_000],
+            skip_special_tokens: None,
+        })
+        .await
+        .expect_err("an id of another model");
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(
+        refused.message().contains("id 1000000 at position 1"),
+        "{refused}"
+    );
 }
 
 #[tokio::test]

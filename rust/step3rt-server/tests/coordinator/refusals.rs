@@ -125,6 +125,18 @@ fn bad_parameters() -> Vec<BadRequest> {
             "chat",
         ),
         (
+            "an image among texts",
+            changed(|asked| {
+                asked.prompt = Some(Prompt::Chat(v1::ChatPrompt {
+                    messages_json: r#"[{"role": "user", "content": [{"type": "image"}]}]"#
+                        .to_owned(),
+                    ..Default::default()
+                }));
+            }),
+            "UNSUPPORTED_FEATURE",
+            "chat",
+        ),
+        (
             "bad request id",
             changed(|asked| asked.request_id.push_str("a b")),
             "INVALID_PARAMETER",
