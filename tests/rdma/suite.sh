@@ -15,7 +15,8 @@ python=${STEP3RT_PYTHON:-$PWD/.venv/bin/python}
 executables=target/rdma-tests
 if [ "${1:-}" = build ] || [ -z "${STEP3RT_IN_VM:-}" ]; then
     mkdir -p target
-    cargo test -p step3rt-fabric --no-run --color never 2>&1 | tee /dev/stderr |
+    # Not `tee /dev/stderr`, which opens it again: a log file would begin anew.
+    cargo test -p step3rt-fabric --no-run --color never 2>&1 | tee >(cat >&2) |
         sed -nE 's/^ +Executable .*\((.*)\)$/\1/p' >"$executables"
     [ "${1:-}" = build ] && exit
 fi
