@@ -64,6 +64,8 @@ pub struct ResponseStream {
     continuations: Vec<Progress>,
     outbox: Outbox,
     num_unfinished: u32,
+    /// Of the prompt; every continuation's usage says it, as `Started` did.
+    num_cached_tokens: u32,
     /// Why the stream ends early, to be told after what waits.
     failure: Option<Status>,
 }
@@ -105,6 +107,7 @@ impl ResponseStream {
             parts,
             continuations,
             outbox: Outbox::default(),
+            num_cached_tokens: 0,
             failure: None,
         }
     }
@@ -167,6 +170,7 @@ impl ResponseStream {
     async fn take(&mut self, event: Option<RequestEvent>) {
         match event {
             Some(RequestEvent::Started { num_cached_tokens }) => {
+                self.num_cached_tokens = num_cached_tokens;
                 self.outbox.push(Event::Started(v1::Started {
                     request_id: self.parts.client_id.clone(),
                     prompt_tokens: self.parts.num_prompt_tokens,
@@ -286,6 +290,7 @@ impl ResponseStream {
             usage: Some(v1::Usage {
                 prompt_tokens: self.parts.num_prompt_tokens,
                 completion_tokens: progress.num_tokens,
+                cached_tokens: self.num_cached_tokens,
                 ..Default::default()
             }),
             timing: Some(timing(usage.times)),
