@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from step3rt.errors import ConfigError
 from step3rt.ops import launch, mfa_decode, rmsnorm_quantize, router_topk
 from step3rt.ops.compile import (
     CompileError,
@@ -104,6 +105,27 @@ def test_the_cache_is_keyed_by_source_and_options(cache: Path, tmp_path: Path) -
     source.write_text(source.read_text() + "// changed\n")
     assert compile_kernel(source, ["-DVALUE=1"]).cubin_path != one.cubin_path
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_written_says_which_variable_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "small.cu"
+    source.write_text('extern "C" __global__ void small() {}')
+    occupied = tmp_path / "occupied"
+    occupied.touch()
+    monkeypatch.setenv("STEP3RT_CACHE_DIR", str(occupied))
+    with pytest.raises(ConfigError, match="Set STEP3RT_CACHE_DIR"):
+        compile_kernel(source)
+    monkeypatch.delenv("STEP3RT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", _nobody_at_home)
+    with pytest.raises(ConfigError, match="no home directory"):
+        compile_kernel(source)
+
+
+def _nobody_at_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_rejected_source_raises_with_the_compilers_words_and_caches_nothing(

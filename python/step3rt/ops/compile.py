@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import step3rt
+from step3rt.errors import ConfigError
 
 ARCHITECTURE = "sm_90a"
 """Hopper with its architecture-specific instructions (wgmma, setmaxnreg)."""
@@ -27,6 +28,11 @@ FIXED_OPTIONS = (
     "--generate-line-info",
     "--ptxas-options=-v",
     "--no-cache",  # a hit in NVRTC's own cache comes without the ptxas report
+)
+
+_NO_CACHE = (
+    "{}. Compiled kernels are kept in a folder that lasts. Set STEP3RT_CACHE_DIR to one that this "
+    "user may write"
 )
 
 
@@ -92,6 +98,7 @@ def compile_kernel(source: Path, options: Sequence[str] = ()) -> CompiledKernel:
 
     Raises:
         CompileError: NVRTC is missing or rejects the source.
+        ConfigError: the cubin can be kept nowhere.
     """
     nvrtc = _load_nvrtc()
     all_options = (*FIXED_OPTIONS, *options)
@@ -104,8 +111,12 @@ def compile_kernel(source: Path, options: Sequence[str] = ()) -> CompiledKernel:
         return CompiledKernel(source.stem, cubin_path, report)
     cubin, log = _run_nvrtc(nvrtc, source, all_options)
     report = parse_report(source.stem, log)
-    _write_atomically(cubin_path, cubin)
-    _write_atomically(report_path, json.dumps(asdict(report)).encode())
+    try:
+        _write_atomically(cubin_path, cubin)
+        _write_atomically(report_path, json.dumps(asdict(report)).encode())
+    except OSError as error:
+        found = f"{str(cubin_path.parent)!r} cannot be written: {error.strerror}"
+        raise ConfigError(_NO_CACHE.format(found)) from error
     return CompiledKernel(source.stem, cubin_path, report)
 
 
@@ -140,7 +151,10 @@ def _cache_dir() -> Path:
     if explicit:
         return Path(explicit) / "cubin"
     base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base else Path.home() / ".cache"
+    try:
+        root = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(_NO_CACHE.format("This user has no home directory")) from error
     return root / "step3rt" / "cubin"
 
 
