@@ -222,6 +222,19 @@ def test_a_command_that_needs_an_extra_names_it(command: tuple[str, ...]) -> Non
     assert "pip install 'step3rt[worker]'" in done.stderr
 
 
+@pytest.mark.parametrize("bench", ["engine", "kernels"])
+def test_a_bench_that_finds_no_gpu_is_exit_code_69(bench: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "step3rt", "bench", bench],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert (done.returncode, done.stdout) == (os.EX_UNAVAILABLE, "")
+    assert re.fullmatch(r"error: No GPU .* was found.*\n", done.stderr)
+
+
 def test_a_child_whose_parent_is_another_does_not_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
