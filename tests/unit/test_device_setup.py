@@ -64,6 +64,22 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         device_of("cuda:63")
 
 
+def test_a_gpu_that_the_kernels_do_not_run_on_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capabilities = [(9, 0), (8, 0), (10, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Test GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert device_of("cuda") == torch.device("cuda:0")
+    with pytest.raises(
+        ConfigError, match=r"'cuda:1', a Test GPU 1 of compute capability 8\.0\..*cpu"
+    ):
+        device_of("cuda:1")
+    with pytest.raises(ConfigError, match=r"capability 10\.0\."):
+        device_of("cuda:2")
+
+
 def test_made_up_weights_need_sizes_alone_and_a_device(tmp_path: Path) -> None:
     shutil.copy(NANO / "config.json", tmp_path)
     model = MadeUpModel.open(tmp_path)

@@ -20,6 +20,9 @@ import step3rt
 ARCHITECTURE = "sm_90a"
 """Hopper with its architecture-specific instructions (wgmma, setmaxnreg)."""
 
+COMPUTE_CAPABILITY = (9, 0)
+"""Of the GPUs that this code runs on; no others, newer ones neither."""
+
 FIXED_OPTIONS = (
     f"--gpu-architecture={ARCHITECTURE}",
     "-std=c++17",
