@@ -3,6 +3,7 @@
 Owns which settings the pipeline can serve; loads nothing by itself.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,8 @@ def device_of(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        ConfigError: there is none of that name here, or the kernels do not run on it.
+        ConfigError: there is none of that name here, the kernels do not run on it, or what loads
+            them is not installed.
     """
     try:
         device = torch.device(name)
@@ -117,6 +119,12 @@ def device_of(name: str) -> torch.device:
             f"The setting 'device' is {name!r}, a {torch.cuda.get_device_name(index)} of compute "
             f"capability {capability[0]}.{capability[1]}. The kernels are built for Hopper GPUs, "
             "9.0, and run on no others. Take one of those, or cpu"
+        )
+    if importlib.util.find_spec("cupy") is None:
+        extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
+        raise ConfigError(
+            f"The setting 'device' is {name!r}, and CuPy is not installed. It loads the kernels. "
+            f"Install it: pip install 'step3rt[{extra}]'"
         )
     return torch.device("cuda", index)
 

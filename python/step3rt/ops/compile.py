@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import step3rt
+from step3rt.errors import ConfigError
 
 ARCHITECTURE = "sm_90a"
 """Hopper with its architecture-specific instructions (wgmma, setmaxnreg)."""
@@ -33,7 +34,7 @@ FIXED_OPTIONS = (
 )
 
 
-class CompileError(RuntimeError):
+class CompileError(ConfigError):
     """A kernel cannot be compiled or kept; `log` is the compiler's full output, if it ran."""
 
     def __init__(self, message: str, log: str = "") -> None:
