@@ -1,5 +1,6 @@
 """Coordinator and instances speak to a service manager over a real notification socket."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -34,6 +35,15 @@ class Manager:
         """Reads until a line begins with `line`, counted from the beginning."""
         while sum(item.startswith(line) for item in self.heard) < times:
             self.heard += self._socket.recv(1 << 16).decode().splitlines()
+
+    def count(self, line: str) -> int:
+        """How many lines that begin with `line` have come by now."""
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard += self._socket.recv(1 << 16).decode().splitlines()
+        self._socket.settimeout(PATIENCE_S)
+        return sum(item.startswith(line) for item in self.heard)
 
     def close(self) -> None:
         """Closes the socket."""
@@ -77,6 +87,22 @@ def test_units_report_ready_status_watchdog_and_stopping(
     coordinator.process.send_signal(signal.SIGTERM)
     of_serve.wait_for("STOPPING=1")
     assert coordinator.process.wait(60) == 0
+
+
+def test_an_instance_that_looks_for_its_coordinator_again_feeds_the_watchdog(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    """It keeps its weights meanwhile; the service manager would kill it, and have it load again."""
+    model = tiny_checkpoint.directory
+    coordinator = commands.serve(model)
+    _of_serve, of_node = managers
+    environment = of_node.environment(watchdog_s=1)
+    node = commands.node("ffn", model, coordinator, environment=environment)
+    of_node.wait_for("READY=1")
+    coordinator.process.kill()
+    coordinator.process.wait(60)
+    wait_until(lambda: node.output().count("Looking for the coordinator") == 2, "the search")
+    of_node.wait_for("WATCHDOG=1", times=of_node.count("WATCHDOG=1") + 5)
 
 
 def test_an_instance_is_ready_only_after_its_weights_are_loaded(
