@@ -10,6 +10,7 @@ import torch
 
 from step3rt import _core
 from step3rt.errors import ConfigError, InvalidArgument
+from step3rt.instance.loading_status import LoadingStatus
 from step3rt.model.config import Step3Config
 from step3rt.model.gpu_weights import Fp8Matrix, ModelTensors
 from step3rt.ops.afd_link import DEFAULT_WAIT_LIMIT_NS, AfdShape
@@ -138,8 +139,7 @@ class _ReportingTensors:
     def __init__(self, tensors: ModelTensors, session: _core.NodeSession) -> None:
         self.config = tensors.config
         self._tensors = tensors
-        self._session = session
-        self._said = ""
+        self._status = LoadingStatus(session)
 
     def plain(self, name: str) -> torch.Tensor:
         self._say(name)
@@ -152,6 +152,4 @@ class _ReportingTensors:
     def _say(self, name: str) -> None:
         parts = name.split(".")
         phase = f"layer {parts[2]}" if parts[1] == "layers" else "embedding and head"
-        if phase != self._said:
-            self._said = phase
-            self._session.set_status(f"loading weights, {phase} of {self.config.num_layers} layers")
+        self._status.say(f"loading weights, {phase} of {self.config.num_layers} layers")

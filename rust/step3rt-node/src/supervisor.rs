@@ -3,6 +3,7 @@
 //! It never feeds the watchdog by itself: only the instance's loop does, so that a stuck loop is
 //! seen.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -10,6 +11,10 @@ use sd_notify::NotifyState;
 /// How much more time each sign of progress buys while weights are loading. Longer than reading
 /// one shard takes on a slow disk.
 const LOADING_EXTENSION: Duration = Duration::from_mins(2);
+
+/// Whether the service manager knows this process as started: its watchdog counts from then on,
+/// through all later sessions.
+static HAS_STARTED: AtomicBool = AtomicBool::new(false);
 
 /// What the service manager was told, and how often it wants to hear.
 #[derive(Debug)]
@@ -48,14 +53,18 @@ impl Supervisor {
     /// Start-up is over.
     pub fn ready(&mut self) {
         self.is_loading = false;
+        HAS_STARTED.store(true, Ordering::Relaxed);
         tell(&[NotifyState::Ready, NotifyState::Status("ready")]);
     }
 
-    /// The instance's loop came round at `now`.
+    /// The instance's loop came round at `now`, or what it waits for between two sessions did.
     pub fn feed(&mut self, now: Instant) {
         let Some(interval) = self.feed_interval else {
             return;
         };
+        if !HAS_STARTED.load(Ordering::Relaxed) {
+            return;
+        }
         if self.last_fed.is_none_or(|last| now - last >= interval) {
             self.last_fed = Some(now);
             tell(&[NotifyState::Watchdog]);
