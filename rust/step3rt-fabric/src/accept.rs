@@ -227,10 +227,10 @@ fn admit(hub: &Hub, hello: &Message, following: &[u8]) -> Result<Admitted, Accep
     let peer = hello.from.identity;
     hub.admit(peer).map_err(AcceptError::Refused)?;
     // Only for peers that are let in: numbers come to an end, and a high proposal uses up those below.
-    let Some(epoch) = hub.used_epochs.agree(epoch) else {
+    let epoch = hub.used_epochs.agree(epoch).map_err(|code| {
         hub.dismiss(peer.instance);
-        return Err(AcceptError::Refused(RefusalCode::NoEpoch));
-    };
+        AcceptError::Refused(code)
+    })?;
     let reset = (!reason.is_empty()).then(|| reason.to_owned());
     if let Some(reason) = &reset {
         hub.begin_reset(peer.instance, reason.clone());
