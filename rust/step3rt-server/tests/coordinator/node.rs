@@ -46,8 +46,6 @@ pub(crate) struct NodeOptions {
     pub(crate) step_delay: Duration,
     /// Never answers a step.
     pub(crate) is_stuck: bool,
-    /// Sends no heartbeats.
-    pub(crate) is_silent: bool,
     /// Links to the first FFN instances it hears of, and to none that replaces one.
     pub(crate) links_once: bool,
     /// Logits are not finite for sequences with this token.
@@ -61,7 +59,6 @@ impl NodeOptions {
             num_kv_blocks: 64,
             step_delay: Duration::ZERO,
             is_stuck: false,
-            is_silent: false,
             links_once: false,
             corrupts: None,
         }
@@ -149,6 +146,7 @@ pub(crate) struct TestNode {
     pub(crate) requests: mpsc::Sender<v1::SessionRequest>,
     task: JoinHandle<Result<(), Status>>,
     seen: watch::Receiver<Seen>,
+    is_silent: watch::Sender<bool>,
 }
 
 /// What an instance has been sent.
@@ -183,6 +181,7 @@ impl TestNode {
         };
         send(&requests, Event::Ready(ready)).await;
         let (seen_sender, seen) = watch::channel(Seen::default());
+        let (is_silent, silence) = watch::channel(false);
         let worker = Worker {
             options,
             requests: requests.clone(),
@@ -190,6 +189,7 @@ impl TestNode {
             seen: seen_sender,
             ep_size: settings.ep_size,
             has_linked: false,
+            is_silent: silence,
         };
         let lease = Duration::from_millis(settings.lease_ms.into());
         Self {
@@ -199,7 +199,13 @@ impl TestNode {
             requests,
             task: tokio::spawn(worker.run(responses, lease / 3)),
             seen,
+            is_silent,
         }
+    }
+
+    /// Sends no heartbeats from now on.
+    pub(crate) fn fall_silent(&self) {
+        self.is_silent.send_replace(true);
     }
 
     /// Ends the connection without a word.
@@ -233,6 +239,7 @@ struct Worker {
     seen: watch::Sender<Seen>,
     ep_size: u32,
     has_linked: bool,
+    is_silent: watch::Receiver<bool>,
 }
 
 struct SequenceState {
@@ -251,8 +258,10 @@ impl Worker {
         loop {
             let response = tokio::select! {
                 response = responses.message() => response?,
-                _ = heartbeats.tick(), if !self.options.is_silent => {
-                    send(&self.requests, Event::Heartbeat(v1::Heartbeat::default())).await;
+                _ = heartbeats.tick() => {
+                    if !*self.is_silent.borrow() {
+                        send(&self.requests, Event::Heartbeat(v1::Heartbeat::default())).await;
+                    }
                     continue;
                 }
             };
