@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tonic::transport::Server;
+use tower::util::MapRequestLayer;
 use tracing::{error, info, warn};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -40,6 +41,7 @@ use crate::inference_service::{InferenceServer, Model};
 use crate::listeners::{ListenError, Listeners, ReadyFile};
 use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
+use crate::receiving;
 use crate::registry::{Registry, RegistryConfig};
 use crate::request_echo::Echoing;
 use crate::shutdown::StopSignal;
@@ -226,7 +228,9 @@ impl Coordinator {
             }),
             settings: config.cluster_settings(limits.max_model_len),
             // A standing FFN instance must be found before the steps that wait for it.
-            step_timeout_ms: config.step_timeout_ms + u64::from(config.lease_ms),
+            step_timeout_ms: config
+                .step_timeout_ms
+                .saturating_add(config.lease_ms.into()),
             status: status_sender,
             notifier: Notifier::from_env(),
         });
@@ -246,6 +250,7 @@ impl Coordinator {
 
         let (close_sender, close) = watch::channel(false);
         let public = server_builder()
+            .layer(MapRequestLayer::new(receiving::counting()))
             .add_service(health_service)
             .add_service(inference_service)
             .add_optional_service(reflection_v1)
