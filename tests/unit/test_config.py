@@ -33,6 +33,7 @@ def test_dashes_and_underscores_are_the_same_key() -> None:
         ("drain_timeout_s", float("nan"), "must be from 0 to 86400"),
         ("fabric", "tpc", "Did you mean 'tcp'"),
         ("reflection", 1, "must be of type bool"),
+        ("ready_file", "~nobody-of-that-name/x", "knows none of theirs. Write the whole path"),
     ],
 )
 def test_wrong_values_are_refused(key: str, value: object, expected: str) -> None:

@@ -53,6 +53,13 @@ def test_services_stay_down_after_bad_configuration_only(units: list[Path]) -> N
             assert "RestartPreventExitStatus=78" in lines
 
 
+def test_instances_keep_compiled_kernels_where_they_may_write() -> None:
+    lines = (UNITS / "step3rt-node@.service").read_text().splitlines()
+    assert "ProtectSystem=strict" in lines
+    assert "CacheDirectory=step3rt" in lines
+    assert "Environment=STEP3RT_CACHE_DIR=%C/step3rt" in lines
+
+
 def test_example_configurations_are_accepted() -> None:
     from step3rt.config import NodeConfig, ServeConfig, build
     from step3rt.setting import load_toml
