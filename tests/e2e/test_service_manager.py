@@ -96,3 +96,48 @@ def test_an_instance_is_ready_only_after_its_weights_are_loaded(
         "the coordinator's notice",
     )
     assert "WATCHDOG=1" not in of_node.heard
+
+
+def test_an_instance_that_waits_for_its_coordinator_is_not_taken_for_dead(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    coordinator = commands.serve(tiny_checkpoint.directory)
+    _of_serve, of_node = managers
+    commands.node(
+        "ffn", tiny_checkpoint.directory, coordinator, environment=of_node.environment(watchdog_s=2)
+    )
+    of_node.wait_for("READY=1")
+    coordinator.process.kill()
+    # It keeps its weights meanwhile: a watchdog that were not fed would cost them.
+    looking = f"STATUS=looking for the coordinator at {coordinator.control_address}"
+    of_node.wait_for(looking, times=2)
+    of_node.heard.clear()
+    of_node.wait_for("WATCHDOG=1", times=4)
+    assert "READY=1" not in of_node.heard
+
+
+def test_a_start_without_a_coordinator_asks_for_time(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    _of_serve, of_node = managers
+    commands.start(
+        "node", "ffn", f"--model={tiny_checkpoint.directory}", "--coordinator=127.0.0.1:9",
+        environment=of_node.environment(watchdog_s=2),
+    )  # fmt: skip
+    of_node.wait_for("STATUS=looking for the coordinator at 127.0.0.1:9")
+    of_node.wait_for("EXTEND_TIMEOUT_USEC=")
+    assert "WATCHDOG=1" not in of_node.heard
+
+
+def test_a_drain_that_may_take_long_asks_for_its_time(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    of_serve, _of_node = managers
+    coordinator = commands.serve(
+        tiny_checkpoint.directory, "--drain-timeout-s=600", environment=of_serve.environment()
+    )
+    of_serve.wait_for("READY=1")
+    coordinator.process.send_signal(signal.SIGTERM)
+    of_serve.wait_for("STOPPING=1")
+    of_serve.wait_for("EXTEND_TIMEOUT_USEC=615000000")
+    assert coordinator.process.wait(60) == 0

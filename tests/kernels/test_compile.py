@@ -106,6 +106,19 @@ def test_the_cache_is_keyed_by_source_and_options(cache: Path, tmp_path: Path) -
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
 
 
+def test_a_user_without_a_home_is_told_where_to_keep_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for variable in ("STEP3RT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(CompileError, match="Set STEP3RT_CACHE_DIR"):
+        compile_kernel(kernel_sources()[0])
+
+
 def test_a_rejected_source_raises_with_the_compilers_words_and_caches_nothing(
     cache: Path, tmp_path: Path
 ) -> None:

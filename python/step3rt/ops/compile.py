@@ -140,7 +140,13 @@ def _cache_dir() -> Path:
     if explicit:
         return Path(explicit) / "cubin"
     base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base else Path.home() / ".cache"
+    try:
+        root = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise CompileError(
+            "The user of this process has no home directory. Compiled kernels are kept there, in "
+            ".cache/step3rt. Set STEP3RT_CACHE_DIR to a directory"
+        ) from error
     return root / "step3rt" / "cubin"
 
 

@@ -81,13 +81,22 @@ impl Node {
             action: "read the boot id of this host",
             source,
         })?;
+        let mut supervisor = Supervisor::from_environment();
+        let waiting = format!(
+            "looking for the coordinator at {}",
+            options.coordinator.as_str()
+        );
+        supervisor.wait(Instant::now(), &waiting);
         let session = Session::connect(&options, boot_id, &mut || {
+            supervisor.wait(Instant::now(), &waiting);
             signals::asked_to_stop() || is_interrupted()
         })?;
+        // The next sign of life is that weights load, or that they did.
+        supervisor.status("connected");
         Ok(Self {
             options,
             session,
-            supervisor: Supervisor::from_environment(),
+            supervisor,
             phase: Phase::Joined,
             is_draining: false,
             lost: None,

@@ -1,8 +1,9 @@
 //! Speaks to the service manager (`sd_notify`). Silent where there is none.
 //!
-//! It never feeds the watchdog by itself: only the instance's loop does, so that a stuck loop is
-//! seen.
+//! It never feeds the watchdog by itself: only the thread of the instance's loop does, so that a stuck
+//! loop is seen.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -11,11 +12,19 @@ use sd_notify::NotifyState;
 /// one shard takes on a slow disk.
 const LOADING_EXTENSION: Duration = Duration::from_mins(2);
 
+/// How often a start that waits for the coordinator asks for more time.
+const WAITING_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Whether the process has said once that it is ready. From then on the service manager expects its
+/// watchdog to be fed, whichever session the instance is in, or between two.
+static WAS_READY: AtomicBool = AtomicBool::new(false);
+
 /// What the service manager was told, and how often it wants to hear.
 #[derive(Debug)]
 pub struct Supervisor {
     feed_interval: Option<Duration>,
     last_fed: Option<Instant>,
+    last_extended: Option<Instant>,
     is_loading: bool,
 }
 
@@ -26,6 +35,7 @@ impl Supervisor {
             // Half of the limit is what sd_watchdog_enabled(3) recommends.
             feed_interval: sd_notify::watchdog_enabled().map(|limit| limit / 2),
             last_fed: None,
+            last_extended: None,
             is_loading: true,
         }
     }
@@ -45,8 +55,24 @@ impl Supervisor {
         }
     }
 
+    /// At `now` the instance still looks for its coordinator, shown as `text`. That may take longer
+    /// than a start has, and than the watchdog allows an instance that keeps its weights meanwhile.
+    pub fn wait(&mut self, now: Instant, text: &str) {
+        if self
+            .last_extended
+            .is_none_or(|last| now - last >= WAITING_INTERVAL)
+        {
+            self.last_extended = Some(now);
+            self.status(text);
+        }
+        if WAS_READY.load(Ordering::Relaxed) {
+            self.feed(now);
+        }
+    }
+
     /// Start-up is over.
     pub fn ready(&mut self) {
+        WAS_READY.store(true, Ordering::Relaxed);
         self.is_loading = false;
         tell(&[NotifyState::Ready, NotifyState::Status("ready")]);
     }
