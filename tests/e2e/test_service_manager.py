@@ -98,22 +98,6 @@ def test_units_report_ready_status_watchdog_and_stopping(
     assert coordinator.process.wait(60) == 0
 
 
-def test_an_instance_that_looks_for_its_coordinator_again_feeds_the_watchdog(
-    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
-) -> None:
-    """It keeps its weights meanwhile; the service manager would kill it, and have it load again."""
-    model = tiny_checkpoint.directory
-    coordinator = commands.serve(model)
-    _of_serve, of_node = managers
-    environment = of_node.environment(watchdog_s=1)
-    node = commands.node("ffn", model, coordinator, environment=environment)
-    of_node.wait_for("READY=1")
-    coordinator.process.kill()
-    coordinator.process.wait(60)
-    wait_until(lambda: node.output().count("Looking for the coordinator") == 2, "the search")
-    of_node.wait_for("WATCHDOG=1", times=of_node.count("WATCHDOG=1") + 5)
-
-
 def test_an_instance_is_ready_only_after_its_weights_are_loaded(
     tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
 ) -> None:
@@ -131,3 +115,47 @@ def test_an_instance_is_ready_only_after_its_weights_are_loaded(
         "the coordinator's notice",
     )
     assert "WATCHDOG=1" not in of_node.heard
+
+
+def test_an_instance_that_waits_for_its_coordinator_is_not_taken_for_dead(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    coordinator = commands.serve(tiny_checkpoint.directory)
+    _of_serve, of_node = managers
+    commands.node(
+        "ffn", tiny_checkpoint.directory, coordinator, environment=of_node.environment(watchdog_s=2)
+    )
+    of_node.wait_for("READY=1")
+    coordinator.process.kill()
+    # It keeps its weights meanwhile: a watchdog that were not fed would cost them.
+    looking = f"STATUS=looking for the coordinator at {coordinator.control_address}"
+    of_node.wait_for(looking, times=2)
+    of_node.wait_for("WATCHDOG=1", times=of_node.count("WATCHDOG=1") + 4)
+    assert of_node.count("READY=1") == 1
+
+
+def test_a_start_without_a_coordinator_asks_for_time(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    _of_serve, of_node = managers
+    commands.start(
+        "node", "ffn", f"--model={tiny_checkpoint.directory}", "--coordinator=127.0.0.1:9",
+        environment=of_node.environment(watchdog_s=2),
+    )  # fmt: skip
+    of_node.wait_for("STATUS=looking for the coordinator at 127.0.0.1:9")
+    of_node.wait_for("EXTEND_TIMEOUT_USEC=")
+    assert "WATCHDOG=1" not in of_node.heard
+
+
+def test_a_drain_that_may_take_long_asks_for_its_time(
+    tiny_checkpoint: Checkpoint, commands: Commands, managers: list[Manager]
+) -> None:
+    of_serve, _of_node = managers
+    coordinator = commands.serve(
+        tiny_checkpoint.directory, "--drain-timeout-s=600", environment=of_serve.environment()
+    )
+    of_serve.wait_for("READY=1")
+    coordinator.process.send_signal(signal.SIGTERM)
+    of_serve.wait_for("STOPPING=1")
+    of_serve.wait_for("EXTEND_TIMEOUT_USEC=615000000")
+    assert coordinator.process.wait(60) == 0

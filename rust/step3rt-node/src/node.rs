@@ -82,10 +82,17 @@ impl Node {
             source,
         })?;
         let mut supervisor = Supervisor::from_environment();
+        let waiting = format!(
+            "looking for the coordinator at {}",
+            options.coordinator.as_str()
+        );
+        supervisor.wait(Instant::now(), &waiting);
         let session = Session::connect(&options, boot_id, &mut || {
-            supervisor.feed(Instant::now());
+            supervisor.wait(Instant::now(), &waiting);
             signals::asked_to_stop() || is_interrupted()
         })?;
+        // The next sign of life is that weights load, or that they did.
+        supervisor.status("connected");
         Ok(Self {
             options,
             session,

@@ -309,7 +309,7 @@ impl Running {
         stops: &mut mpsc::Receiver<StopSignal>,
         drain_timeout: Duration,
     ) -> u8 {
-        notify::stopping();
+        notify::stopping(drain_timeout);
         tokio::select! {
             () = self.drain(drain_timeout) => {
                 info!("stopped");
