@@ -42,6 +42,9 @@ fn a_prompt_that_takes_longer_than_there_is_time_is_refused_at_once() {
     assert_eq!(error.kind, ErrorKind::DeadlineExceeded);
     assert!(error.message.contains("400 tokens to compute first"));
     assert!(error.message.contains("100 ms are left"));
+    let mut words = error.message.split(' ');
+    let least_ms = words.find_map(|word| word.parse::<u32>().ok());
+    assert!(least_ms.is_some_and(|ms| ms > 100), "{}", error.message);
     let new = with_deadline(&world, request(91, 400, 2), 300);
     world.submit(new);
     let end = world.now.plus_ms(400);
@@ -63,13 +66,13 @@ fn so_are_more_tokens_than_there_is_time_for() {
     may_stop.id.0 = 91;
     may_stop.sampling.min_tokens = 0;
     // Or it ends before `min_tokens`, since it is allowed no more.
-    let mut is_short = new.clone();
-    (is_short.id.0, is_short.max_tokens) = (92, 40);
-    // Or it has nearly all of them.
+    let mut is_short = with_deadline(&world, request(92, 100, 1), 150);
+    is_short.sampling.min_tokens = 150;
+    // Or it has all of them.
     let mut is_resumed = new;
     is_resumed.id.0 = 93;
     world.clients.submit(&is_resumed);
-    is_resumed.resumed = world.stream(93).expected(0, 1_024).0[..149].to_vec();
+    is_resumed.resumed = world.stream(93).expected(0, 1_024).0[..150].to_vec();
     for let_in in [may_stop, is_short, is_resumed] {
         let id = let_in.id.0;
         world.submit(let_in);
