@@ -58,7 +58,8 @@ class LLM:
         devices: what the processes compute on, e.g. ["cuda:0", "cuda:1"]; other devices than
             "reference" need dtype="bfloat16" and precision="production".
         random_weights: weights are made up, of the sizes in the model's config.json.
-        use_progress: progress bars on stderr; default: when it is a terminal.
+        use_progress: progress bars on stderr; default: when it is a terminal and
+            STEP3RT_NO_PROGRESS is not set.
 
     Raises:
         ConfigError: the checkpoint or a setting cannot be used.

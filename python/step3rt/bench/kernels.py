@@ -7,6 +7,7 @@ no setting of the GPU is changed.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        sys.stderr.write("No GPU of compute capability 9.0 found. The kernels are for Hopper.\n")
-        return 1
+        sys.stderr.write(
+            "error: No GPU of compute capability 9.0 was found. The kernels are for Hopper. Run it "
+            "on an H100 or H200\n"
+        )
+        return os.EX_UNAVAILABLE
     rows = []
     status = 0
     try:

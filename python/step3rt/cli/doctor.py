@@ -115,9 +115,8 @@ def _checkpoint(model: Path) -> Finding:
     try:
         from step3rt.model.checkpoint import describe_checkpoint
     except ModuleNotFoundError as error:
-        return Finding(
-            "missing", "checkpoint", f"cannot be checked without {error.name}", "step3rt[worker]"
-        )
+        without = f"cannot be checked without {error.name}"
+        return Finding("missing", "checkpoint", without, "pip install 'step3rt[worker]'")
     try:
         return Finding("ok", "checkpoint", describe_checkpoint(resolve_model(model)))
     except ConfigError as error:
