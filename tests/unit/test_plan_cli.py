@@ -214,6 +214,22 @@ def test_a_profile_that_was_kept_is_used_the_next_time(
     assert before == run(capsys, *search, "--profile", "paper-h800")
 
 
+def test_a_user_without_a_home_directory_can_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody_at_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody_at_home)
+    predict = ("predict", "--colocated-gpus", "8", "--batch", "64")
+    assert run(capsys, *predict) == run(capsys, *predict, "--profile", "paper-h800")
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps(RESULT))
+    assert main(["plan", "compare", str(result), "--save"]) == EX_CONFIG
+    assert "Name a file: --save FILE" in capsys.readouterr().err
+
+
 def test_holdout_compares_with_files_that_the_fit_has_not_seen(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def profile_of(arguments: argparse.Namespace) -> "Profile":
     if arguments.profile is not None:
         return load_profile(arguments.profile)
     kept = fitted_profile_path()
-    if not kept.is_file():
+    if kept is None or not kept.is_file():
         return load_profile(STATED)
     print(f"profile: {kept}, from `plan compare --save`; or name one: --profile", file=sys.stderr)
     return load_profile(str(kept))
