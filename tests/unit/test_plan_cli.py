@@ -312,6 +312,7 @@ def test_front_and_timeline_are_drawn(tmp_path: Path) -> None:
         (["simulate", "--batch", "8", "--ffn-gpus", "8"], EX_USAGE, "incomplete"),
         (["simulate", "--batch", "8", "--colocated-gpus", "-1"], EX_USAGE, "Correct the counts"),
         (["compare", "absent.json"], EX_CONFIG, "cannot be read"),
+        (["plot", "docs/results", "--tpot-ms", "nan"], EX_USAGE, "--tpot-ms is nan"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(

@@ -321,6 +321,7 @@ def test_a_card_that_ships_is_changed_however_its_name_is_written(tmp_path: Path
         ("[h800]\nusd_per_hour = '2'\n", "must be a number above 0"),
         ("[h800]\nusd_per_hour = nan\n", "must be a number above 0"),
         ("[h800]\nusd_per_hour = inf\n", "must be a number above 0, and finite"),
+        ("[h800]\nmemory_bytes = 1e308\n", "from 1e-09 to 1e\\+21"),
         ("[h800]\ngpus_per_host = 0.5\n", "must be a whole number above 0"),
         ("h800 = 2\n", "'h800' of .* is not a table"),
     ],

@@ -72,6 +72,13 @@ def test_runs_of_one_curve_follow_each_other(tmp_path: Path) -> None:
     assert len({point.series for point in points}) == 5
 
 
+def test_a_page_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "PAGE.md"
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        put_into(page, "table")
+
+
 def test_the_command_fills_the_page_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = tmp_path / "docs" / "results"

@@ -13,7 +13,7 @@ from step3rt.plan.batches import evaluate, most_sequences
 from step3rt.plan.cost import Precision
 from step3rt.plan.deployment import max_batch_by_memory
 from step3rt.plan.hardware import Hardware, load_hardware
-from step3rt.plan.hf_config import load_model
+from step3rt.plan.hf_config import load_model, parse_config
 from step3rt.plan.profile import load_profile
 from step3rt.plan.search import Candidate, search
 from step3rt.plan.search_space import Inventory, Target, deployments
@@ -25,6 +25,13 @@ CARDS = load_hardware()
 STEP3 = load_model("step3")
 PAPER = load_profile("paper-h800")
 FP8 = Precision()
+TINY_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 
 
 def inventory(**counts: int) -> Inventory:
@@ -316,6 +323,13 @@ def test_a_thousand_gpus_are_searched_in_seconds() -> None:
 def test_impossible_targets_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         Target(**values)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_small_for_its_cards_has_a_batch_that_can_be_simulated() -> None:
+    tiny = parse_config("tiny", dict.fromkeys(TINY_SIZES, 8))
+    target = Target(context_tokens=10, tpot_ms=1e9)
+    verdict = decide(tiny, inventory(h800=1), target, PAPER, FP8)
+    assert verdict.choices[0].candidate.batch == 10_000_000
 
 
 def test_an_empty_inventory_is_refused() -> None:

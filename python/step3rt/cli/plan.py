@@ -132,8 +132,7 @@ def _run_cost(arguments: argparse.Namespace) -> int:
 def _run_predict(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.compare import predict_run
-    from step3rt.plan.deployment import max_batch_by_memory
-    from step3rt.plan.workload import MAX_BATCH
+    from step3rt.plan.deployment import MAX_BATCH, max_batch_by_memory
 
     model, deployment = sliced_model_of(arguments), deployment_of(arguments)
     profile, precision = profile_of(arguments), precision_of(arguments, model)

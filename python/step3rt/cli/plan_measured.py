@@ -5,13 +5,14 @@ Never measures: files are of `step3rt bench`.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step3rt.cli.plan_flags import add_common, add_profile, cards_of, model_of
-from step3rt.errors import ConfigError
+from step3rt.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
     from step3rt.plan.measurement import Measurement
@@ -152,6 +153,10 @@ def _run_plot(arguments: argparse.Namespace) -> int:
     from step3rt.plan.decode_table import load_points, put_into, table
     from step3rt.plan.measurement import result_files
 
+    if not 0 < arguments.tpot_ms < math.inf:
+        raise InvalidArgument(
+            f"--tpot-ms is {arguments.tpot_ms}. A line is drawn there. Give a number above 0"
+        )
     points = load_points(result_files(arguments.results))
     text = table(points, Path() if arguments.into is None else arguments.into.parent)
     if arguments.plot is not None:

@@ -78,9 +78,10 @@ def put_into(page: Path, text: str) -> None:
     """
     try:
         old = page.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"The page {str(page)!r} cannot be read: {error.strerror}. The table belongs into it. "
+            f"The page {str(page)!r} cannot be read: {reason}. The table belongs into it. "
             "Give another one"
         ) from error
     begin, end = old.find(BEGIN), old.find(END)

@@ -21,6 +21,7 @@ _LM_HEAD_BYTES_PER_WEIGHT = 2  # the published FP8 checkpoint keeps embedding an
 MAX_LANES = 8  # as `step3rt serve` has it
 MAX_GPUS = 65_536
 MAX_CONTEXT_TOKENS = 1_000_000_000
+MAX_BATCH = 10_000_000  # each sequence of a workload has a length in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +173,10 @@ def kv_bytes_per_sequence(model: Model, context_tokens: float, precision: Precis
 def max_batch_by_memory(
     model: Model, deployment: Deployment, context_tokens: float, precision: Precision
 ) -> float:
-    """Sequences of `context_tokens` that fit into all GPUs together; 0 if weights do not fit."""
+    """Sequences of `context_tokens` that fit into all GPUs together; 0 if weights do not fit.
+
+    No more than a workload takes, however small the model.
+    """
     tables = 1 if model.is_tied else 2
     weights = (
         float(model.attention_params) + tables * model.embedding_params * _LM_HEAD_BYTES_PER_WEIGHT
@@ -184,4 +188,4 @@ def max_batch_by_memory(
         return 0.0
     free_bytes = _usable_bytes(deployment.attention_card) - weights
     per_gpu = free_bytes / kv_bytes_per_sequence(model, context_tokens, precision)
-    return max(0.0, per_gpu * deployment.num_attention_gpus)
+    return min(max(0.0, per_gpu * deployment.num_attention_gpus), float(MAX_BATCH))

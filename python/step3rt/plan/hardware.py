@@ -4,7 +4,6 @@ Owns peaks, sizes and prices; never how much of a peak a kernel reaches (`profil
 """
 
 import difflib
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from step3rt.setting import load_toml
 
 PAPER_CARDS = ("h800", "h20", "a800", "910b")  # table 4; their prices are the paper's
 _SECONDS_PER_HOUR = 3600.0
+_LEAST, _MOST = 1e-9, 1e21  # of a field, so that what follows from several is finite, too
 _OPTIONAL = ("fp8_flops", "nvlink_bytes_per_s")
 _PCIE_BYTES_PER_S = 2.5e10  # PCIe 4.0 x16, what a copy reaches
 
@@ -157,13 +157,14 @@ def _card(key: str, values: dict[str, Any], source: str) -> Hardware:
             and (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)
-                or not 0 < value < math.inf
+                or not _LEAST <= value <= _MOST
                 or (name == "gpus_per_host" and value != int(value))
             )
         ):
+            wanted_text = f"a {whole}number above 0, and finite: from {_LEAST:g} to {_MOST:g}"
             raise ConfigError(
                 f"The field '{name}' of card {key!r} is {value!r} ({source}). It must be "
-                f"{'text' if is_text else f'a {whole}number above 0, and finite'}. Correct it"
+                f"{'text' if is_text else wanted_text}. Correct it"
             )
     for name in wanted:
         if name not in values and name not in _OPTIONAL:

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step3rt.errors import InvalidArgument
-from step3rt.plan.deployment import MAX_CONTEXT_TOKENS
+from step3rt.plan.deployment import MAX_BATCH, MAX_CONTEXT_TOKENS
 
 Lengths = Literal["fixed", "spread", "stationary"]
 _SPREAD = 0.5  # "spread ±50 %" of the decode benchmark
-MAX_BATCH = 10_000_000  # each sequence of a workload has a length in memory
 MAX_CELLS = 200_000_000  # steps x lanes x GPUs that are kept, in memory of 8 bytes each
 
 

@@ -228,9 +228,10 @@ mod tests {
         assert_eq!(yields(&queue, 2, &[1]), Some(4), "then the youngest");
         assert_eq!(yields(&queue, 2, &[0, 1, 2, 3, 4]), None, "all have begun");
         assert_eq!(yields(&queue, 1, &[]), None, "it has had its share");
-        let three_each = (0..6).map(|arrival| waiting(0, arrival, (arrival % 2, arrival)));
-        let (even, _, _) = queue_of(three_each.collect());
-        assert_eq!(even.must_yield(TenantId(0), 7, |_| false), None, "exactly");
+        let three_and_four = (0..7).map(|arrival| waiting(0, arrival, (arrival % 2, arrival)));
+        let (uneven, _, _) = queue_of(three_and_four.collect());
+        let yields_to = |tenant| uneven.must_yield(TenantId(tenant), 7, |_| false);
+        assert_eq!(yields_to(1), None, "three are its share");
         let slots: Vec<Slot> = table.iter().map(|(slot, _)| slot).collect();
         for slot in &slots[..3] {
             queue.remove(*slot, &table[*slot]);
@@ -263,6 +264,14 @@ mod tests {
             let yields = queue.must_yield(TenantId(tenant), 4, |_| false);
             assert_eq!(yields, None, "nobody has more than one");
         }
+        // Those that lost their places wait beyond the bound.
+        let tenants = [0, 1, 2, 3, 4, 4];
+        let longer = (0..)
+            .zip(tenants)
+            .map(|(n, tenant)| waiting(0, n, (tenant, n)));
+        let (queue, table, _) = queue_of(longer.collect());
+        let yields = queue.must_yield(TenantId(9), 4, |_| false);
+        assert_eq!(yields.map(|slot| table[slot].tenant), Some(TenantId(4)));
     }
 
     #[test]

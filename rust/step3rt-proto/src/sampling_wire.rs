@@ -130,6 +130,7 @@ mod tests {
     #[test]
     fn adjustments_that_arithmetic_cannot_bear_are_refused() {
         type Spoil = fn(&mut v1::LogitAdjustments);
+        type SpoilState = fn(&mut v1::SamplingState);
         let cases: [(&str, Spoil); 7] = [
             ("presence_penalty", |a| a.presence_penalty = f32::NAN),
             ("frequency_penalty", |a| a.frequency_penalty = f32::INFINITY),
@@ -147,7 +148,6 @@ mod tests {
             let error = WireError::UnusableSampling { sequence: 1, field };
             assert_eq!(sampling_from_wire(1, wire), Err(error));
         }
-        type SpoilState = fn(&mut v1::SamplingState);
         let cases: [(&str, SpoilState); 3] = [
             ("temperature", |s| s.temperature = f32::INFINITY),
             ("top_p", |s| s.top_p = f32::NAN),

@@ -229,6 +229,32 @@ fn the_optimistic_figures_are_below_the_truth() {
     assert!(model.least_prefill_token_us() < 25.0);
 }
 
+#[test]
+fn errors_of_long_ago_do_not_count_for_ever() {
+    let (mut model, mut chance) = fitted(3_000, 1.0);
+    assert!(model.spread < 0.1);
+    for _ in 0..400 {
+        let load = chance.load();
+        let slower = f64::from(1 + chance.below(4));
+        model.observe(load, ns(truth(load) * slower));
+    }
+    assert!(model.spread > 0.2, "{}", model.spread);
+}
+
+#[test]
+fn what_was_learned_of_prompts_outlasts_any_time_without_one() {
+    let (mut model, mut chance) = fitted(600, 1.0);
+    for _ in 0..20_000 {
+        let load = StepLoad {
+            num_prefill_tokens: 0,
+            ..chance.load()
+        };
+        model.observe(load, ns(truth(load) * chance.noise()));
+    }
+    let prefill_us = model.coefficients[PREFILL];
+    assert!((15.0..35.0).contains(&prefill_us), "{prefill_us} us");
+}
+
 fn any_load() -> impl Strategy<Value = StepLoad> {
     let count = prop_oneof![Just(0_u32), 0..600_u32, any::<u32>()];
     let context = prop_oneof![Just(0_u64), 0..1_000_000_u64, any::<u64>()];

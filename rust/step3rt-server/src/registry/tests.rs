@@ -120,6 +120,7 @@ fn an_attention_instance_is_used_once_it_is_linked_to_every_expert() {
         decisions(registry.links_ready(attention.instance, links(incomplete))),
         []
     );
+    assert!(!registry.is_linked(attention.instance), "not to every one");
     let actions = decisions(registry.ready(second.instance, ready(0)));
     assert_eq!(actions, [Action::ExpertsComplete(true)]);
     assert!(!registry.is_serving(), "linked for an older topology");
@@ -132,6 +133,8 @@ fn an_attention_instance_is_used_once_it_is_linked_to_every_expert() {
     let actions = decisions(registry.links_ready(attention.instance, links(complete)));
     assert_eq!(actions, [attention_ready(attention)]);
     assert!(registry.is_serving());
+    registry.links_ready(attention.instance, links(incomplete));
+    assert!(registry.is_serving(), "nor does it undo anything");
 }
 
 #[test]
@@ -168,6 +171,7 @@ fn a_lost_ffn_instance_stops_steps_but_keeps_attention_and_its_kv() {
     let actions = decisions(registry.ready(back.instance, ready(0)));
     assert_eq!(actions, [Action::ExpertsComplete(true)]);
     assert!(!registry.is_linked(attention.instance), "to the dead one");
+    assert!(!registry.is_serving());
     let version = registry.topology().version;
     assert_eq!(
         decisions(registry.links_ready(attention.instance, links(version))),
@@ -304,6 +308,93 @@ fn links_of_a_topology_that_was_never_announced_are_a_lie() {
 }
 
 #[test]
+fn an_ffn_instance_that_reports_links_is_closed() {
+    let (mut registry, _attention, ffn) = serving();
+    let version = registry.topology().version;
+    let actions = registry.links_ready(ffn.instance, links(version));
+    assert!(
+        matches!(actions[0], Action::CloseSession { instance, .. } if instance == ffn.instance)
+    );
+}
+
+#[test]
+fn time_without_experts_does_not_count_against_an_instances_links() {
+    let (mut registry, attention, ffn) = serving();
+    registry.session_ended(ffn.instance);
+    let mut at = TimeNs(0);
+    for _ in 0..10 {
+        registry.renew(at, attention.instance);
+        assert_eq!(registry.expire(at), [], "nobody could make them");
+        at = at.plus_ms(LEASE_MS / 2);
+    }
+    let back = join(&mut registry, v1::Role::Ffn);
+    registry.ready(back.instance, ready(0));
+    for _ in 0..6 {
+        registry.renew(at, attention.instance);
+        registry.renew(at, back.instance);
+        assert_eq!(registry.expire(at), []);
+        at = at.plus_ms(LEASE_MS / 2);
+    }
+    registry.renew(at, attention.instance);
+    let actions = decisions(registry.expire(at));
+    assert_eq!(actions[1..], [Action::AttentionLost(attention.instance)]);
+}
+
+#[test]
+fn peers_and_operators_see_what_instances_have_told() {
+    let mut registry = registry(1, 1);
+    assert_eq!(registry.model_fingerprint(), "");
+    assert_eq!(registry.vocab_size(), 100);
+    let attention = join(&mut registry, v1::Role::Attention);
+    let ffn = join(&mut registry, v1::Role::Ffn);
+    assert_eq!(registry.model_fingerprint(), "f");
+    let status = "waiting for instances: 0 of 1 attention linked, 0 of 1 FFN ready, 2 loading";
+    assert_eq!(registry.status(), status);
+
+    let addresses = vec![v1::DataAddress {
+        address: "10.0.0.1:7".to_owned(),
+        ..Default::default()
+    }];
+    registry.ready(attention.instance, ready(8));
+    registry.ready(
+        ffn.instance,
+        v1::Ready {
+            addresses: addresses.clone(),
+            ..Default::default()
+        },
+    );
+    let topology = registry.topology();
+    let peer = topology
+        .peers
+        .iter()
+        .find(|p| p.instance_id == ffn.instance.0);
+    assert_eq!(peer.expect("it is ready").addresses, addresses);
+
+    let made = vec![v1::LinkInfo {
+        peer_instance_id: ffn.instance.0,
+        ..Default::default()
+    }];
+    let links = v1::LinksReady {
+        topology_version: topology.version,
+        links: made.clone(),
+    };
+    registry.links_ready(attention.instance, links);
+    let beat = v1::Heartbeat {
+        status: "well".to_owned(),
+        ..Default::default()
+    };
+    registry.heartbeat(attention.instance, beat);
+    let status = "serving: 1 of 1 attention linked, 1 of 1 FFN ready, 0 loading";
+    assert_eq!(registry.status(), status);
+    let seen = registry.instances();
+    let told = seen
+        .iter()
+        .map(|info| (&info.status[..], &info.links[..], &info.state[..]));
+    let expected = [("well", &made[..], "ready"), ("", &[], "ready")];
+    assert!(told.eq(expected), "{seen:?}");
+}
+
+#[test]
 fn the_first_instance_fixes_the_model_until_the_last_leaves() {
     let mut registry = registry(1, 1);
     let first = join(&mut registry, v1::Role::Attention);
@@ -312,6 +403,10 @@ fn the_first_instance_fixes_the_model_until_the_last_leaves() {
         ..hello(v1::Role::Ffn)
     };
     let refused = registry.hello(TimeNs(0), other.clone());
+    assert!(matches!(refused, Err(HelloError::OtherModel { .. })));
+    let mut longer = hello(v1::Role::Ffn);
+    longer.model.as_mut().expect("set").max_model_len = 65;
+    let refused = registry.hello(TimeNs(0), longer);
     assert!(matches!(refused, Err(HelloError::OtherModel { .. })));
     registry.session_ended(first.instance);
     assert!(registry.hello(TimeNs(0), other).is_ok());
@@ -346,6 +441,25 @@ fn what_contradicts_the_coordinators_checkpoint_is_refused() {
     assert_eq!(
         registry.hello(TimeNs(0), no_model),
         Err(HelloError::NoModel)
+    );
+    let mut other_ids = hello(v1::Role::Attention);
+    other_ids.model.as_mut().expect("set").vocab_size = 101;
+    assert_eq!(
+        registry.hello(TimeNs(0), other_ids),
+        Err(HelloError::OtherLimits {
+            key: "vocab_size",
+            found: 101,
+            expected: 100
+        })
+    );
+    let found = step3rt_proto::PROTOCOL_VERSION + 1;
+    let of_a_later_build = v1::Hello {
+        protocol_version: found,
+        ..hello(v1::Role::Attention)
+    };
+    assert_eq!(
+        registry.hello(TimeNs(0), of_a_later_build),
+        Err(HelloError::ProtocolVersion { found })
     );
 }
 

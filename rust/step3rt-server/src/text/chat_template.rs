@@ -278,6 +278,33 @@ mod tests {
     }
 
     #[test]
+    fn what_a_message_lacks_is_empty_and_json_is_as_python_writes_it() {
+        let source = "{{ messages[0].name }}|{{ messages[0].a | tojson(ensure_ascii=False) }}|\
+            {{ messages[0].a | tojson(indent=2) }}|{{ [1] | tojson(indent=99) }}";
+        let text = render(source, r#"[{"a": {"b": [1, "<ä>"], "c": null}}]"#);
+        let indented = "{\n  \"b\": [\n    1,\n    \"<ä>\"\n  ],\n  \"c\": null\n}";
+        let most = format!("[\n{}1\n]", " ".repeat(16));
+        let expected = format!(r#"|{{"b": [1, "<ä>"], "c": null}}|{indented}|{most}"#);
+        assert_eq!(text.expect("renders"), expected);
+        let error = render("{{ 1 | tojson(sort_keys=true) }}", "[1]");
+        assert!(error.expect_err("not passed over").contains("sort_keys"));
+    }
+
+    #[test]
+    fn messages_and_prompts_may_be_as_long_as_they_may() {
+        let json = |num_bytes: usize| format!("[{}]", " ".repeat(num_bytes - 2));
+        assert!(parse_list("f", &json(MAX_JSON_BYTES)).is_ok());
+        let error = parse_list("f", &json(MAX_JSON_BYTES + 1)).expect_err("too long");
+        assert!(error.contains("Shorten it"), "{error}");
+        let mut rendered = Rendered::default();
+        io::Write::write_all(&mut rendered, &vec![b'x'; MAX_RENDERED_BYTES - 1]).expect("fits");
+        io::Write::write_all(&mut rendered, b"x").expect("fits");
+        assert!(!rendered.is_too_long);
+        assert!(io::Write::write_all(&mut rendered, b"xy").is_err());
+        assert!(rendered.is_too_long);
+    }
+
+    #[test]
     fn an_endless_template_runs_out_of_fuel() {
         let source =
             "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}";
@@ -345,6 +372,9 @@ mod tests {
             error.contains("aää") && error.ends_with("role and content"),
             "{error}"
         );
+        assert!(error.contains("ä ..."), "it says that there was more");
+        let longest = "x".repeat(MAX_REASON_BYTES);
+        assert_eq!(shortened(longest.clone()), longest);
     }
 
     #[test]

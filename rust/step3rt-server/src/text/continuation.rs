@@ -167,6 +167,22 @@ mod tests {
     }
 
     #[test]
+    fn nothing_follows_a_match_and_a_match_at_the_end_cuts_nothing() {
+        let mut continuation = Continuation::new(Arc::new(rules(&["END"])));
+        let mut text = String::new();
+        for (position, token) in (0..).zip(bytes("aEND")) {
+            continuation.push(position, token, &mut text);
+        }
+        assert!(continuation.has_matched());
+        continuation.finish(&mut text);
+        assert_eq!(text, "a");
+        // The character that the end leaves incomplete completes a stop string.
+        let mut cut = bytes("xé");
+        cut.pop();
+        assert_eq!(run(rules(&["x\u{FFFD}"]), &cut).0, "x\u{FFFD}");
+    }
+
+    #[test]
     fn without_a_tokenizer_there_is_no_text() {
         let silent = TextRules {
             tokenizer: None,

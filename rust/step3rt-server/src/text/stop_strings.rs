@@ -169,9 +169,26 @@ mod tests {
             ("x".into(), Some("abc".into()))
         );
         assert_eq!(
+            run(&["abc", "bc"], &["xabc"], false),
+            ("x".into(), Some("abc".into())),
+            "in whatever order they are asked for"
+        );
+        assert_eq!(
             run(&["abcd", "bc"], &["xabcd"], false),
             ("xa".into(), Some("bc".into()))
         );
+    }
+
+    #[test]
+    fn after_a_match_the_search_is_over_and_holds_nothing() {
+        let mut search = StopStrings::new(&["END".to_owned()]);
+        let mut out = String::new();
+        let found = search.push("one END two", false, &mut out);
+        assert!(found.is_some());
+        search.finish(&mut out);
+        assert_eq!(out, "one ");
+        assert_eq!(search.push("END", false, &mut out), None);
+        assert_eq!(out, "one END");
     }
 
     #[test]
@@ -207,6 +224,19 @@ mod tests {
             let stops_ref: Vec<&str> = stops.iter().map(String::as_str).collect();
             let pieces_ref: Vec<&str> = pieces.iter().map(String::as_str).collect();
             prop_assert_eq!(run(&stops_ref, &pieces_ref, false), oracle(&stops, &pieces.concat()));
+        }
+
+        /// Long ones of two letters begin within themselves, and a mismatch falls back within them.
+        #[test]
+        fn stop_strings_that_overlap_themselves_are_found_where_they_are(
+            stops in prop::collection::vec("[ab]{4,7}", 1..3),
+            text in "[ab]{0,100}",
+            cut in 0_usize..=100,
+        ) {
+            let stops_ref: Vec<&str> = stops.iter().map(String::as_str).collect();
+            let pieces = text.split_at(cut.min(text.len()));
+            let found = run(&stops_ref, &[pieces.0, pieces.1], false);
+            prop_assert_eq!(found, oracle(&stops, &text));
         }
     }
 }
