@@ -261,8 +261,8 @@ def resolve_model(model: Path) -> Path:
     except PermissionError as error:
         raise ConfigError(
             f"The model directory {str(model)!r} cannot be read: {error.strerror}. It and all "
-            "above it must be open to the user that this process runs as; the systemd units' has "
-            "no access to /home and /root at all. Correct the permissions, or move the model"
+            "above it must be open to the user that this process runs as; that of systemd units "
+            "has no access to /home and /root at all. Correct the permissions, or move the model"
         ) from error
     if len(model.parts) == 1 and (shipped := shipped_model(model.name)) is not None:
         return shipped

@@ -119,6 +119,7 @@ impl Dialer {
     pub(crate) async fn dial(&self) -> Result<Connection, NodeError> {
         let started = Instant::now();
         let mut pause = FIRST_RETRY;
+        let mut told = String::new();
         loop {
             let last = match timeout(ATTEMPT_TIMEOUT, self.attempt()).await {
                 Ok(Ok(connection)) => return Ok(connection),
@@ -134,11 +135,15 @@ impl Dialer {
                     last,
                 });
             }
-            tracing::debug!(
-                coordinator = self.coordinator,
-                error = last,
-                "not connected yet"
-            );
+            // Each reason once: nobody may be there, or one who has no place for this instance.
+            if last != told {
+                tracing::info!(
+                    coordinator = self.coordinator,
+                    error = last,
+                    "not connected yet"
+                );
+                told = last;
+            }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_RETRY);
         }

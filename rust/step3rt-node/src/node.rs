@@ -160,7 +160,7 @@ impl Node {
         let tls = self.options.tls.clone();
         let endpoint =
             Endpoint::bind_with(config, device_offer, tls).map_err(|error| match error {
-                BindError::Tcp { error, .. } => NodeError::DataHost {
+                BindError::Tcp { error, .. } => NodeError::DataHostUnbound {
                     data_host: data_host.to_string(),
                     why: error.to_string(),
                 },
