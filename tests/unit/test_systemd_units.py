@@ -93,7 +93,8 @@ def test_example_configurations_are_accepted() -> None:
 
 def test_every_unit_that_the_guide_enables_has_its_configuration() -> None:
     guide = (UNITS.parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
-    names = set(re.findall(r"step3rt-node@([a-z0-9]+)", guide))
+    (enabled,) = re.findall(r"^# systemctl enable .*$", guide, re.M)
+    names = set(re.findall(r"step3rt-node@([a-z0-9]+)", enabled))
     assert names == {"ffn0", "attention0"}
     for name in names:
         assert f"deploy/systemd/node-{name}.toml" in guide
