@@ -24,6 +24,7 @@ from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.bench.mfa_prefill import prefill_rows
 from step3rt.bench.moe_fp8 import moe_rows
 from step3rt.bench.small_kernels import small_kernel_rows
+from step3rt.ops.compile import CompileError
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_decode import (
     MfaBatch,
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not options.json:
                 sys.stdout.write(_format(row))
                 sys.stdout.flush()
-    except RuntimeError as error:  # a wrong result; what was measured before it stands
+    except (RuntimeError, CompileError) as error:  # a wrong result; what was measured stands
         sys.stderr.write(f"{error}\n")
         status = 1
     document = json.dumps(_document(rows, argv), indent=1)

@@ -130,6 +130,8 @@ def _coordinator(control_address: str, tls: TlsPaths | None) -> Finding:
     try:
         snapshot = json.loads(_core.list_instances(control_address, 5.0, tls))
     except Step3Error as error:
-        return Finding("missing", "coordinator", str(error), "start it: step3rt serve MODEL")
+        return Finding(
+            "missing", "coordinator", str(error), "if none runs there: step3rt serve MODEL"
+        )
     level: Literal["ok", "note"] = "ok" if snapshot["is_serving"] else "note"
     return Finding(level, "coordinator", str(snapshot["status"]))

@@ -4,6 +4,7 @@ Owns peaks, sizes and prices; never how much of a peak a kernel reaches (`profil
 """
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -85,14 +86,15 @@ def load_hardware(extra_file: Path | None = None) -> dict[str, Hardware]:
     source = "hardware.toml"
     if extra_file is not None:
         source = str(extra_file)
-        for key, values in load_toml(extra_file).items():
+        for written, values in load_toml(extra_file).items():
+            key = written.lower()
             if not isinstance(values, dict):
                 raise ConfigError(
-                    f"The entry {key!r} of {source} is not a table. Each card is one. "
+                    f"The entry {written!r} of {source} is not a table. Each card is one. "
                     f"Write [{key}] and its fields below"
                 )
             tables[key] = {"name": key, "source": source} | tables.get(key, {}) | values
-    return {key.lower(): _card(key.lower(), values, source) for key, values in tables.items()}
+    return {key: _card(key, values, source) for key, values in tables.items()}
 
 
 def pick_hardware(key: str, cards: dict[str, Hardware]) -> Hardware:
@@ -149,13 +151,19 @@ def _card(key: str, values: dict[str, Any], source: str) -> Hardware:
                 f"read it. Known are: {', '.join(wanted)}"
             )
         is_text = name in ("name", "source")
+        whole = "whole " if name == "gpus_per_host" else ""
         if is_text != isinstance(value, str) or (
             not is_text
-            and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0)
+            and (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value < math.inf
+                or (name == "gpus_per_host" and value != int(value))
+            )
         ):
             raise ConfigError(
                 f"The field '{name}' of card {key!r} is {value!r} ({source}). It must be "
-                f"{'text' if is_text else 'a number above 0'}. Correct it"
+                f"{'text' if is_text else f'a {whole}number above 0, and finite'}. Correct it"
             )
     for name in wanted:
         if name not in values and name not in _OPTIONAL:

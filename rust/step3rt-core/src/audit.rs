@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::ids::BlockId;
+use crate::cluster::Need;
+use crate::ids::{BlockId, TenantId};
 use crate::instance::{Instance, num_blocks};
 use crate::lane::Lane;
 use crate::scheduler::Scheduler;
@@ -29,6 +30,7 @@ impl Scheduler {
     /// - a sequence computes no more than it knows, in blocks that it owns;
     /// - a sequence either waits or stays, on one lane, and belongs to a live request unless a
     ///   step in flight still holds its blocks;
+    /// - a tenant's share counts the continuations of its live requests;
     /// - the demand that a lane counts is the demand of its sequences.
     pub fn audit(&self) -> Result<(), String> {
         let mut num_waiting = 0;
@@ -57,9 +59,17 @@ impl Scheduler {
             num_waiting == self.queue.num_sequences(),
             "the queue has sequences that do not wait"
         );
+        let mut num_live: BTreeMap<TenantId, u64> = BTreeMap::new();
         for (id, request) in &self.requests {
             ensure!(request.slots().next().is_some(), "request {id} has ended");
+            for slot in request.slots() {
+                *num_live.entry(self.sequences[slot].tenant).or_default() += 1;
+            }
         }
+        ensure!(
+            self.fair_share.live_sequences().eq(num_live),
+            "the shares have lost count of the sequences that live"
+        );
         for instance in self.cluster.instances.values() {
             self.audit_instance(instance)?;
         }
@@ -98,6 +108,12 @@ impl Scheduler {
                 && stay.num_granted_blocks <= stay.num_demanded_blocks,
             "sequence {id} demands {} blocks for {plannable} tokens",
             stay.num_demanded_blocks
+        );
+        let at_most = Need::of(sequence, block_size_tokens).at_most;
+        ensure!(
+            u64::from(stay.holding.num_blocks_at_most) == at_most,
+            "sequence {id} may need {at_most} blocks and counts {}",
+            stay.holding.num_blocks_at_most
         );
         let in_flight = lane.in_flight.iter().flat_map(|step| &step.chunks);
         let held_by = in_flight.filter(|&&(other, _)| other == slot).count();

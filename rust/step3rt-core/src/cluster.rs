@@ -226,8 +226,10 @@ mod tests {
         for (id, epoch) in [(present, Epoch(1)), (InstanceId(last), Epoch(1))] {
             assert_eq!(cluster.note_registration(id, epoch), Err(Late));
         }
-        // The first that went is forgotten.
-        assert_eq!(cluster.note_registration(InstanceId(1), Epoch(1)), Ok(()));
+        // The first that went is forgotten, and never the one that has just come.
+        for noted in [Ok(()), Err(Late)] {
+            assert_eq!(cluster.note_registration(InstanceId(1), Epoch(1)), noted);
+        }
     }
 
     #[test]

@@ -125,7 +125,7 @@ mod tests {
     fn a_change_of_the_rate_is_followed() {
         let mut rate = measured();
         for second in 11..120 {
-            rate.note(ms(second * 1_000), 1, true);
+            rate.note(ms(second * 1_000 + 7), 1, true);
         }
         let hint = rate.retry_after_ms(ms(119_000), 100, 0);
         assert!((850..=1_000).contains(&hint), "{hint} ms");

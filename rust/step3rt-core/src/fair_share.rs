@@ -97,6 +97,13 @@ impl FairShare {
         self.tenants.get(&tenant).map_or(0, |share| share.cost)
     }
 
+    /// How many sequences of each tenant at work have not ended.
+    pub(crate) fn live_sequences(&self) -> impl Iterator<Item = (TenantId, u64)> {
+        let counts = self.tenants.iter();
+        let counts = counts.map(|(&tenant, share)| (tenant, share.num_live_sequences));
+        counts.filter(|&(_, num_live)| num_live > 0)
+    }
+
     fn charge(&mut self, tenant: TenantId, cost: u64) {
         let share = self.tenants.get_mut(&tenant).expect("it arrived");
         share.cost += cost;

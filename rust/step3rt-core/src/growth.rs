@@ -186,6 +186,21 @@ mod tests {
         assert!(growth.expected_tokens(1_000, 0) > 850);
     }
 
+    #[test]
+    fn a_sequence_is_expected_to_use_the_share_of_its_output_that_others_did() {
+        // The prompt is no part of it: 100 tokens are allowed beside one of 900.
+        let growth = learned(&[[(100, 40); 20], [(10_000, 2_000); 20]].concat());
+        let mut sequence = Sequence::for_tests(&[1; 900], &[1; 10]);
+        sequence.max_known_tokens = 1_000;
+        assert_eq!(growth.of(&sequence), 30);
+    }
+
+    #[test]
+    fn where_nothing_like_it_has_ended_the_mean_of_all_is_expected() {
+        let growth = learned(&[(100, 25); 20]);
+        assert_eq!(growth.expected_tokens(10_000, 0), 2_500);
+    }
+
     fn peak(num_blocks_now: u64, courses: &[(u64, u32)]) -> u64 {
         let courses = courses.iter().map(|&(num_blocks, to_come)| Course {
             num_blocks,

@@ -71,3 +71,15 @@ impl TimeNs {
         self.0.saturating_sub(earlier.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_millisecond_has_a_million_nanoseconds_and_time_has_an_end() {
+        assert_eq!(TimeNs(5).plus_ms(3), TimeNs(3_000_005));
+        assert_eq!(TimeNs(5).plus_ms(u64::MAX), TimeNs(u64::MAX));
+        assert_eq!(TimeNs(3).since_ns(TimeNs(5)), 0);
+    }
+}

@@ -380,3 +380,6 @@ pub(crate) struct Place {
 pub(crate) fn num_blocks(num_tokens: u32, block_size_tokens: u32) -> u32 {
     num_tokens.div_ceil(block_size_tokens)
 }
+
+#[cfg(test)]
+mod tests;

@@ -206,7 +206,9 @@ mod tests {
         assert_eq!(lane.retry_at(), Some(TimeNs(7).plus_ms(STEP_RETRY_MS)));
         assert!(!lane.is_ready(TimeNs(8), 1));
         assert!(lane.is_ready(TimeNs(7).plus_ms(STEP_RETRY_MS), 1));
+        lane.note_failure(TimeNs(8));
         lane.note_success();
+        assert!(lane.is_ready(TimeNs(8), 1));
         assert_eq!(lane.note_failure(TimeNs(9)), TimeNs(9));
     }
 }

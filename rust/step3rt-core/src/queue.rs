@@ -228,6 +228,9 @@ mod tests {
         assert_eq!(yields(&queue, 2, &[1]), Some(4), "then the youngest");
         assert_eq!(yields(&queue, 2, &[0, 1, 2, 3, 4]), None, "all have begun");
         assert_eq!(yields(&queue, 1, &[]), None, "it has had its share");
+        let three_each = (0..6).map(|arrival| waiting(0, arrival, (arrival % 2, arrival)));
+        let (even, _, _) = queue_of(three_each.collect());
+        assert_eq!(even.must_yield(TenantId(0), 7, |_| false), None, "exactly");
         let slots: Vec<Slot> = table.iter().map(|(slot, _)| slot).collect();
         for slot in &slots[..3] {
             queue.remove(*slot, &table[*slot]);
@@ -237,6 +240,47 @@ mod tests {
             None,
             "nobody is above a share of two"
         );
+    }
+
+    #[test]
+    fn the_tenant_that_has_most_in_line_yields_first() {
+        for largest in 1..4 {
+            let tenants =
+                (1..4).flat_map(|tenant| vec![tenant; 3 + usize::from(tenant == largest)]);
+            let sequences = (0..)
+                .zip(tenants)
+                .map(|(n, tenant)| waiting(0, n, (tenant, n)));
+            let (queue, table, _) = queue_of(sequences.collect());
+            let slot = queue.must_yield(TenantId(9), 10, |_| false);
+            assert_eq!(slot.map(|slot| table[slot].tenant), Some(TenantId(largest)));
+        }
+    }
+
+    #[test]
+    fn a_full_line_of_more_tenants_than_places_gives_everybody_one() {
+        let (queue, _, _) = queue_of((0..4).map(|n| waiting(0, n, (n, n))).collect());
+        for tenant in [0, 9] {
+            let yields = queue.must_yield(TenantId(tenant), 4, |_| false);
+            assert_eq!(yields, None, "nobody has more than one");
+        }
+    }
+
+    #[test]
+    fn shares_of_the_line_are_counted_in_requests_of_those_that_still_wait() {
+        // Three continuations of one request, and two requests, of another tenant that is gone.
+        let own = (0..3).map(|arrival| waiting(0, arrival, (1, 1)));
+        let others = (3..5).map(|arrival| waiting(1, arrival, (2, arrival)));
+        let (mut queue, table, _) = queue_of(own.chain(others).collect());
+        assert_eq!(queue.tenants, [(TenantId(1), 1), (TenantId(2), 2)].into());
+        for (slot, sequence) in table.iter().skip(3) {
+            queue.remove(slot, sequence);
+        }
+        assert_eq!(queue.tenants, [(TenantId(1), 1)].into());
+        assert_eq!((queue.classes.len(), queue.requests.len()), (1, 1));
+        for (slot, sequence) in table.iter().take(3) {
+            queue.remove(slot, sequence);
+        }
+        assert!(queue.classes.is_empty() && queue.tenants.is_empty());
     }
 
     #[test]
@@ -253,6 +297,9 @@ mod tests {
             queue.num_requests_before(&newcomer, &table)
         };
         assert_eq!([before(0), before(2), before(9)], [1, 2, 3]);
+        let one_that_waits = table.iter().find(|(_, s)| s.request == RequestId(3));
+        let (_, one_that_waits) = one_that_waits.unwrap();
+        assert_eq!(queue.num_requests_before(one_that_waits, &table), 2);
     }
 
     #[test]

@@ -260,11 +260,16 @@ pub(crate) fn check_welcome(welcome: v1::Welcome) -> Result<Welcome, String> {
     })
 }
 
+const NO_NODE_SERVICE: &str = "that port takes no instances. It may be the one for clients, or of \
+                               another version. Give the address of its --control-listen";
+
 /// A status in its sender's words.
 pub(crate) fn describe(status: &Status) -> String {
-    match status.message() {
-        "" => format!("the session failed with {:?}", status.code()),
-        message => message.to_owned(),
+    match (status.message(), status.code()) {
+        // What tonic says of a service that it does not have.
+        ("", Code::Unimplemented) => NO_NODE_SERVICE.to_owned(),
+        ("", code) => format!("the session failed with {code:?}"),
+        (message, _) => message.to_owned(),
     }
 }
 

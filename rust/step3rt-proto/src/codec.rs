@@ -142,3 +142,23 @@ impl<U: Bounded> Decoder for BoundedDecoder<U> {
         decode(wire).map(Some)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_may_take_what_its_bytes_earn_up_to_a_bound() {
+        let mib = 1024 * 1024;
+        let fixed = 64 * 1024;
+        for (num_bytes, allowed) in [
+            (0, fixed),
+            (1_000, fixed + 4_000),
+            (3 * mib, 12 * mib + fixed),
+            (4 * mib, 16 * mib),
+            (usize::MAX, 16 * mib),
+        ] {
+            assert_eq!(Allowance::CLIENTS.of_message(num_bytes), allowed);
+        }
+    }
+}

@@ -130,17 +130,32 @@ mod tests {
     #[test]
     fn adjustments_that_arithmetic_cannot_bear_are_refused() {
         type Spoil = fn(&mut v1::LogitAdjustments);
-        let cases: [(&str, Spoil); 6] = [
+        let cases: [(&str, Spoil); 7] = [
             ("presence_penalty", |a| a.presence_penalty = f32::NAN),
             ("frequency_penalty", |a| a.frequency_penalty = f32::INFINITY),
             ("repetition_penalty", |a| a.repetition_penalty = 0.0),
             ("repetition_penalty", |a| a.repetition_penalty = f32::NAN),
+            ("repetition_penalty", |a| {
+                a.repetition_penalty = f32::INFINITY;
+            }),
             ("biases", |a| a.biases[1] = f32::NEG_INFINITY),
             ("bias_token_ids", |a| a.bias_token_ids.push(9)),
         ];
         for (field, spoil) in cases {
             let mut wire = v1::SamplingState::from(state());
             spoil(wire.adjustments.as_mut().expect("set"));
+            let error = WireError::UnusableSampling { sequence: 1, field };
+            assert_eq!(sampling_from_wire(1, wire), Err(error));
+        }
+        type SpoilState = fn(&mut v1::SamplingState);
+        let cases: [(&str, SpoilState); 3] = [
+            ("temperature", |s| s.temperature = f32::INFINITY),
+            ("top_p", |s| s.top_p = f32::NAN),
+            ("min_p", |s| s.min_p = f32::NAN),
+        ];
+        for (field, spoil) in cases {
+            let mut wire = v1::SamplingState::from(state());
+            spoil(&mut wire);
             let error = WireError::UnusableSampling { sequence: 1, field };
             assert_eq!(sampling_from_wire(1, wire), Err(error));
         }

@@ -137,6 +137,18 @@ mod tests {
     }
 
     #[test]
+    fn a_client_may_try_again_where_time_heals() {
+        let retryable = ALL_KINDS.iter().filter(|kind| policy(**kind).is_retryable);
+        let expected = [
+            ErrorKind::QueueFull,
+            ErrorKind::Draining,
+            ErrorKind::NodeLost,
+            ErrorKind::EngineNotReady,
+        ];
+        assert!(retryable.eq(&expected));
+    }
+
+    #[test]
     fn retry_info_is_present_exactly_when_a_retry_may_help() {
         for kind in ALL_KINDS {
             let status = to_status(&error(kind, Some(250)));

@@ -300,9 +300,12 @@ mod tests {
 
     #[test]
     fn a_plan_survives_the_wire() {
-        let plan = plan();
-        let back = plan_from_wire(InstanceId(4), plan.clone().into()).expect("valid");
-        assert_eq!(back, plan);
+        let mut plan = plan();
+        for num_prompt_tokens in [2, 3] {
+            plan.joined[0].num_prompt_tokens = num_prompt_tokens; // of the three that are known
+            let back = plan_from_wire(InstanceId(4), plan.clone().into()).expect("valid");
+            assert_eq!(back, plan);
+        }
     }
 
     #[test]

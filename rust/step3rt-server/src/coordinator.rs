@@ -124,7 +124,8 @@ impl Coordinator {
         )?;
         let limits = &checkpoint.limits;
         config.scheduler_config(limits.max_model_len).validate()?;
-        let tokenizer = Tokenizer::read(&checkpoint.path)?.map(Arc::new);
+        let tokenizer =
+            Tokenizer::read(&checkpoint.path, checkpoint.opening_token())?.map(Arc::new);
         if let Some(tokenizer) = &tokenizer
             && tokenizer.bytes().num_ids() > limits.vocab_size as usize
         {
@@ -308,7 +309,7 @@ impl Running {
         stops: &mut mpsc::Receiver<StopSignal>,
         drain_timeout: Duration,
     ) -> u8 {
-        notify::stopping();
+        notify::stopping(drain_timeout);
         tokio::select! {
             () = self.drain(drain_timeout) => {
                 info!("stopped");

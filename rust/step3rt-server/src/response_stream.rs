@@ -64,7 +64,8 @@ pub struct ResponseStream {
     continuations: Vec<Progress>,
     outbox: Outbox,
     num_unfinished: u32,
-    is_started: bool,
+    /// Of the prompt; every continuation's usage says it, as `Started` did. `None` until then.
+    num_cached_tokens: Option<u32>,
     /// Why the stream ends early, to be told after what waits.
     failure: Option<Status>,
 }
@@ -106,7 +107,7 @@ impl ResponseStream {
             outbox: Outbox::new(parts.n),
             parts,
             continuations,
-            is_started: false,
+            num_cached_tokens: None,
             failure: None,
         }
     }
@@ -193,7 +194,7 @@ impl ResponseStream {
     }
 
     fn started(&mut self, num_cached_tokens: u32) {
-        self.is_started = true;
+        self.num_cached_tokens = Some(num_cached_tokens);
         self.outbox.push(Event::Started(v1::Started {
             request_id: self.parts.client_id.clone(),
             prompt_tokens: self.parts.num_prompt_tokens,
@@ -244,7 +245,7 @@ impl ResponseStream {
 
     /// `reason` is `None` when the request was aborted.
     fn finished(&mut self, index: u32, reason: Option<FinishReason>, usage: Usage) {
-        if !self.is_started {
+        if self.num_cached_tokens.is_none() {
             self.started(0); // it ends before it had a place
         }
         let Some(progress) = self.continuations.get_mut(index as usize) else {
@@ -294,6 +295,7 @@ impl ResponseStream {
             usage: Some(v1::Usage {
                 prompt_tokens: self.parts.num_prompt_tokens,
                 completion_tokens: progress.num_tokens,
+                cached_tokens: self.num_cached_tokens.unwrap_or(0),
                 ..Default::default()
             }),
             timing: Some(timing(usage.times)),

@@ -40,11 +40,11 @@ impl Chance {
 /// Microseconds: 12,800 + 30 per decode + 25 per prompt token + 0.02 per context token, + 2,000
 /// per other lane.
 fn truth(load: StepLoad) -> f64 {
-    let known = StepTimeModel {
-        coefficients: [12_800.0, 30.0, 25.0, 0.02, 2_000.0],
-        ..StepTimeModel::default()
-    };
-    known.predict_us(load)
+    12_800.0
+        + 30.0 * f64::from(load.num_decodes)
+        + 25.0 * f64::from(load.num_prefill_tokens)
+        + 0.02 * to_f64(load.num_context_tokens)
+        + 2_000.0 * f64::from(load.num_other_lanes)
 }
 
 fn ns(time_us: f64) -> u64 {
@@ -104,6 +104,52 @@ fn few_steps_fit_nothing() {
     assert!(model.least_step_us() <= 0.0);
     let (model, _) = fitted(16, 1.0);
     assert!(model.is_fitted());
+    let prefill = StepLoad {
+        num_prefill_tokens: 8,
+        ..StepLoad::default()
+    };
+    let mut model = StepTimeModel::default();
+    for num_steps in 1..=MIN_STEPS {
+        assert!(!model.is_fitted());
+        assert!(model.least_prefill_token_us() <= 0.0);
+        let is_early = num_steps <= MIN_PREFILL_STEPS;
+        model.observe(if is_early { prefill } else { decode }, 5_000_000);
+    }
+    assert!(model.is_fitted());
+}
+
+#[test]
+fn a_chunk_takes_its_tokens_and_reads_all_before_them_and_itself() {
+    let model = StepTimeModel {
+        coefficients: [1_000.0, 10.0, 20.0, 0.5, 100.0],
+        ..StepTimeModel::default()
+    };
+    let prefill_us = model.prefill_us(10, 100);
+    assert!((prefill_us - (20.0 * 10.0 + 0.5 * 110.0)).abs() < 1e-9);
+    assert_eq!(model.prefill_tokens_within(50.0 + 82.0, 100), 4); // 20.5 a token
+    assert_eq!(model.prefill_tokens_within(50.0 + 81.9, 100), 3);
+}
+
+#[test]
+fn the_optimistic_figures_are_zero_where_predictions_are_wide_of_the_mark() {
+    let mut model = StepTimeModel::default();
+    let mut chance = Chance(5);
+    for _ in 0..200 {
+        let load = chance.load();
+        model.observe(load, u64::from(1 + chance.below(100_000)) * 1_000);
+    }
+    assert!(model.is_fitted() && model.spread > 0.4);
+    assert!(model.least_step_us() <= 0.0 && model.least_prefill_token_us() <= 0.0);
+}
+
+#[test]
+fn no_step_is_promised_to_take_longer_than_a_third_of_the_fastest() {
+    let (mut model, mut chance) = fitted(600, 1.0);
+    let usual = model.least_step_us();
+    model.observe(chance.load(), 900_000);
+    assert!(model.least_step_us() <= 300.0, "it was {usual}");
+    train(&mut model, &mut chance, (20, 1.0));
+    assert!(model.least_step_us() <= 300.0, "and is not forgotten");
 }
 
 #[test]

@@ -47,6 +47,34 @@ fn a_request_that_can_never_run_is_refused_at_once() {
 }
 
 #[test]
+fn a_prompt_that_leaves_no_token_of_the_context_is_refused_however_large_the_pool() {
+    let mut world = World::new(config(), &[100]);
+    let error = refusal(&mut world, request(0, 64, 1));
+    assert_eq!(error.kind, ErrorKind::PromptTooLong);
+    world.submit(request(1, 63, 1));
+    assert!(world.stream(1).error.is_none());
+}
+
+#[test]
+fn the_longest_sequence_that_is_promised_is_the_longest_that_is_let_in() {
+    assert_eq!(
+        World::new(config(), &[])
+            .scheduler
+            .longest_sequence_tokens(),
+        None
+    );
+    for num_blocks in 1..20 {
+        let mut world = World::new(config(), &[1, num_blocks]);
+        let longest = world.scheduler.longest_sequence_tokens();
+        let longest = longest.expect("there is an instance");
+        world.submit(request(0, longest - 1, 1));
+        assert!(world.stream(0).error.is_none(), "{longest} tokens");
+        let error = refusal(&mut world, request(1, longest, 1));
+        assert_eq!(error.kind, ErrorKind::PromptTooLong);
+    }
+}
+
+#[test]
 fn a_request_that_just_fits_the_pool_runs_to_its_end() {
     let mut world = World::new(config(), &[8]);
     world.submit(request(0, 3, 30)); // 33 tokens, of which the last is never computed
@@ -206,6 +234,10 @@ fn a_cluster_that_was_never_complete_refuses_at_once() {
     let mut world = World::empty(config());
     let kind = refusal(&mut world, request(0, 4, 4)).kind;
     assert_eq!(kind, ErrorKind::EngineNotReady);
+    let mut world = World::new(config(), &[]);
+    let kind = refusal(&mut world, request(0, 4, 4)).kind;
+    assert_eq!(kind, ErrorKind::EngineNotReady, "experts alone do not do");
+    let mut world = World::empty(config());
     world.ready(0, 16);
     let error = refusal(&mut world, request(1, 4, 4));
     assert_eq!(error.kind, ErrorKind::EngineNotReady);
@@ -293,6 +325,7 @@ fn a_resumed_stream_that_lacks_only_its_end_gets_it_without_a_step() {
     let reasons = [0, 1, 2].map(|id| world.stream(id).finished[0].expect("it ends").0);
     let stop = FinishReason::StopToken(TokenId(3));
     assert_eq!(reasons, [FinishReason::Length, stop, FinishReason::Length]);
+    assert!((0..3).all(|id| world.stream(id).is_started));
 }
 
 #[test]

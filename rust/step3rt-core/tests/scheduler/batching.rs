@@ -204,6 +204,28 @@ fn a_tenant_with_many_requests_does_not_keep_another_waiting() {
 }
 
 #[test]
+fn nobody_pays_for_a_prompt_that_is_computed_again() {
+    let config = SchedulerConfig {
+        max_sequences_per_lane: 1,
+        ..one_lane()
+    };
+    let mut world = World::new(config, &[64]);
+    for (id, tenant) in [(0, 1), (1, 2), (2, 1), (3, 2)] {
+        let mut new = request(id, 8, 2);
+        new.tenant = TenantId(tenant);
+        world.submit(new);
+    }
+    world.step(); // of request 0; now it is the other tenant's turn
+    world.lose(0);
+    world.ready(0, 64);
+    world.run();
+    world.check_done();
+    // When 0 and 1 have ended, both have had 8 + 2 * 2, and the older goes first.
+    let started = |id| world.stream(id).finished[0].expect("it ends").1.times[1];
+    assert!(started(2) < started(3));
+}
+
+#[test]
 fn tenants_share_by_tokens_and_not_by_requests() {
     let mut world = World::new(
         SchedulerConfig {

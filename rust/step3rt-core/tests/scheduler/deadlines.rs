@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use step3rt_core::config::SchedulerConfig;
 use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{TimeNs, TokenId};
+use step3rt_core::ids::{TenantId, TimeNs, TokenId};
 use step3rt_core::request::{Request, RequestEvent};
 use step3rt_core::scheduler::Event;
 
@@ -59,10 +59,36 @@ fn so_are_more_tokens_than_there_is_time_for() {
     let error = error(&world, 90).expect("refused");
     assert!(error.message.contains("150 to generate"));
     // It may stop after its first token.
-    new.id.0 = 91;
-    new.sampling.min_tokens = 0;
+    let mut may_stop = new.clone();
+    may_stop.id.0 = 91;
+    may_stop.sampling.min_tokens = 0;
+    // Or it ends before `min_tokens`, since it is allowed no more.
+    let mut is_short = new.clone();
+    (is_short.id.0, is_short.max_tokens) = (92, 40);
+    // Or it has nearly all of them.
+    let mut is_resumed = new;
+    is_resumed.id.0 = 93;
+    world.clients.submit(&is_resumed);
+    is_resumed.resumed = world.stream(93).expected(0, 1_024).0[..149].to_vec();
+    for let_in in [may_stop, is_short, is_resumed] {
+        let id = let_in.id.0;
+        world.submit(let_in);
+        assert!(world.stream(id).error.is_none(), "request {id}");
+    }
+}
+
+#[test]
+fn one_that_has_begun_goes_on_to_its_deadline() {
+    let mut world = fitted();
+    let submitted = world.now;
+    let mut new = with_deadline(&world, request(90, 4, 100), 300); // needs 550 ms, and 180 at best
+    new.sampling.min_tokens = 100;
     world.submit(new);
-    assert!(world.stream(91).error.is_none());
+    run_until(&mut world, submitted.plus_ms(290));
+    assert!(world.stream(90).error.is_none());
+    assert!(world.stream(90).tokens[0].len() > 45);
+    run_until(&mut world, submitted.plus_ms(310));
+    assert!(error(&world, 90).is_some());
 }
 
 #[test]
@@ -82,6 +108,10 @@ fn what_is_cached_or_being_computed_takes_no_time() {
     let same = with_deadline(&world, same, 40);
     world.submit(same.clone());
     assert!(world.stream(91).error.is_none(), "the other computes it");
+    let mut of_another = same.clone();
+    (of_another.id.0, of_another.tenant) = (93, TenantId(5));
+    world.submit(of_another);
+    assert!(error(&world, 93).is_some(), "tenants share nothing");
     while !step(&mut world).is_empty() {}
     let mut again = with_deadline(&world, same, 40);
     again.id.0 = 92;
@@ -111,7 +141,7 @@ fn one_that_waits_too_long_is_told_when_it_is_certain() {
 
 #[test]
 fn those_ahead_count_when_they_are_more_than_there_are_places() {
-    for (num_others, is_refused) in [(15, false), (18, true)] {
+    for (num_others, is_refused) in [(15, false), (16, true)] {
         let mut world = fitted(); // eight places
         for id in 70..70 + num_others {
             world.submit(request(id, 4, 100));

@@ -32,6 +32,24 @@ fn a_stop_id_is_the_last_token_of_its_stream() {
 }
 
 #[test]
+fn usage_tells_when_it_came_was_planned_had_its_first_token_and_ended() {
+    let mut world = World::new(config(), &[16]);
+    world.submit(request(0, 12, 3)); // a step of eight tokens, and one of the rest
+    let began = world.now;
+    world.now = began.plus_ms(5);
+    for _ in 0..4 {
+        world.plan();
+        world.now = world.now.plus_ms(10);
+        world.answer(0);
+    }
+    let (_, usage) = world.stream(0).finished[0].expect("it ends");
+    let times = [0, 5, 25, 45].map(|ms| began.plus_ms(ms));
+    assert_eq!(usage.times, times);
+    world.run();
+    world.check_done();
+}
+
+#[test]
 fn stop_ids_do_not_stop_before_min_tokens() {
     let (mut new, token) = stopping_at(0);
     new.sampling.min_tokens = 1; // a real sampler would not even have sampled it

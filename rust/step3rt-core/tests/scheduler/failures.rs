@@ -214,6 +214,63 @@ fn who_fits_only_a_lost_instance_waits_for_it_and_holds_nobody_up() {
 }
 
 #[test]
+fn a_request_that_comes_after_the_last_instance_went_waits_for_the_recovery() {
+    let mut world = World::new(config(), &[32]);
+    world.lose(0); // nobody is there to miss it
+    let deadline = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.submit(request(0, 6, 4));
+    world.submit(request(1, 1, 2)); // one block
+    assert_eq!(world.scheduler.next_timer(), Some(deadline));
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms - 1);
+    world.plan();
+    assert!([0, 1].iter().all(|&id| world.stream(id).error.is_none()));
+    world.now = deadline;
+    world.plan();
+    for id in [0, 1] {
+        let error = world.stream(id).error.clone().expect("given up");
+        assert_eq!(error.kind, ErrorKind::EngineNotReady);
+    }
+    world.check_done();
+}
+
+#[test]
+fn who_waited_for_a_larger_instance_in_vain_is_told_the_size_of_those_that_are_here() {
+    let mut world = World::new(config(), &[16, 4]);
+    world.lose(0);
+    world.submit(request(0, 3, 1));
+    world.run();
+    world.ready(0, 16);
+    world.submit(request(1, 30, 10));
+    world.lose(0);
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms);
+    world.plan();
+    let error = world.stream(1).error.clone().expect("given up");
+    assert_eq!(error.kind, ErrorKind::PromptTooLong);
+    world.check_done();
+}
+
+#[test]
+fn steps_that_failed_for_want_of_experts_count_neither_against_lanes_nor_their_pace() {
+    let mut world = World::new(config(), &[32]);
+    world.submit(request(0, 6, 20));
+    world.step();
+    for _ in 0..2 {
+        world.plan();
+        world.fail(0);
+    }
+    world.handle(Event::ExpertsComplete(false));
+    world.now = world.now.plus_ms(world.config.recovery_timeout_ms - 1);
+    world.handle(Event::ExpertsComplete(true));
+    assert_eq!(world.scheduler.next_timer(), None, "no pause is left over");
+    world.plan();
+    world.now = world.now.plus_ms(1); // the first of these failures was a recovery's time ago
+    world.fail(0);
+    assert!(world.stream(0).error.is_none());
+    world.run();
+    world.check_done();
+}
+
+#[test]
 fn losing_an_unknown_instance_changes_nothing() {
     let mut world = World::new(config(), &[32]);
     world.submit(request(0, 6, 4));

@@ -148,25 +148,49 @@ fn a_newcomer_leaves_headroom_to_those_that_grow() {
 
 #[test]
 fn one_that_is_leaving_already_makes_room_and_nobody_else_has_to() {
-    let mut world = World::new(config_with(3), &[10]);
-    for id in 0..3 {
-        world.submit(request(id, 8, 16)); // three blocks each, with the token that comes next
-    }
+    let config = SchedulerConfig {
+        max_tokens_per_micro_batch: 16,
+        ..config_with(3)
+    };
+    let mut world = World::new(config, &[11]);
+    world.submit(request(0, 8, 16)); // three blocks, with the token that comes next
+    world.submit(request(1, 8, 16));
+    world.submit(request(2, 16, 8)); // four, and a promised one
     world.plan();
+    let mut num_running = Vec::new();
     // Lane 2 is kept in flight while the others grow by a block each.
-    while world.scheduler.stats().num_running == 3 {
-        let others = world.in_flight.iter().position(|p| p.key.lane.0 != 2);
-        world.answer(others.expect("the others go on"));
+    while let Some(other) = world.in_flight.iter().position(|p| p.key.lane.0 != 2) {
+        world.answer(other);
         world.plan();
+        num_running.push(world.scheduler.stats().num_running);
+        if world.stream(0).tokens[0].len() == 6 {
+            break;
+        }
     }
-    let (free, total) = world.kv_blocks();
-    assert!(total - free >= 9, "the blocks of lane 2 are still in use");
-    for _ in 0..4 {
-        world.plan();
-        assert_eq!(world.scheduler.stats().num_running, 2);
-    }
+    let (free, _) = world.kv_blocks();
+    assert_eq!(free, 0, "the blocks of lane 2 are still in use");
+    assert!(num_running.contains(&3) && num_running.iter().all(|&running| running >= 2));
+    assert_eq!(world.scheduler.stats().num_preemptions, 1);
     world.run();
     world.check_done();
+}
+
+#[test]
+fn one_that_is_alone_may_have_the_headroom_too() {
+    let config = SchedulerConfig {
+        max_model_len: 1_024,
+        max_tokens_per_micro_batch: 512,
+        ..config_with(1)
+    };
+    let mut world = World::new(config, &[128]);
+    world.submit(request(0, 511, 2)); // all 128 blocks
+    world.submit(request(1, 511, 2));
+    world.step();
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.num_running, stats.num_waiting), (1, 1));
+    world.run();
+    world.check_done();
+    assert!([0, 1].iter().all(|&id| world.stream(id).error.is_none()));
 }
 
 /// Ends enough requests to teach that all use what they are allowed.

@@ -52,6 +52,20 @@ fn a_cached_beginning_is_not_computed_again_and_takes_no_room() {
 }
 
 #[test]
+fn what_others_hold_already_takes_no_room() {
+    let mut world = World::new(one_lane(), &[10]);
+    world.submit(with_common(0, 24, 0)); // six blocks, and one for what follows
+    world.step();
+    world.submit(with_common(1, 24, 2)); // six that are there, one of its own
+    world.submit(request(2, 28, 1)); // seven
+    world.step();
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.num_running, stats.num_waiting), (2, 1));
+    world.run();
+    world.check_done();
+}
+
+#[test]
 fn at_least_the_last_token_is_computed() {
     let mut world = World::new(one_lane(), &[32]);
     world.submit(with_common(0, 8, 0));

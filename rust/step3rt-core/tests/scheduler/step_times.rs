@@ -95,6 +95,19 @@ fn the_room_is_shared_by_prompts_in_the_order_of_their_rank() {
 }
 
 #[test]
+fn before_steps_are_known_a_prompt_takes_what_decodes_leave_of_the_budget() {
+    let mut world = World::new(timed(), &[2_000]);
+    for id in 0..5_u32 {
+        world.submit(request(id.into(), 10 + 9 * id, 2));
+        while !step(&mut world).is_empty() {}
+    }
+    world.submit(request(90, 3, 200));
+    step(&mut world);
+    world.submit(request(91, 400, 5));
+    assert_eq!(tokens(&step(&mut world)), [1, 63]);
+}
+
+#[test]
 fn where_nobody_decodes_a_prompt_takes_the_whole_step() {
     let mut world = fitted();
     world.submit(request(90, 400, 5));

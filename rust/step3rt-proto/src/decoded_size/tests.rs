@@ -19,10 +19,17 @@ fn an_element_of_two_bytes_counts_as_its_struct() {
         element_bytes(&shapes::GenerateRequest, &wire, most_bytes),
         Err(Fault::TooLarge { field: "media" })
     );
+    let counted = element_bytes(&shapes::GenerateRequest, &wire, most_bytes + 1);
+    assert_eq!(counted, Ok(1_000 * each), "all that it may take");
 }
 
 #[test]
 fn numbers_count_the_same_packed_and_one_by_one() {
+    let many = v1::DetokenizeRequest {
+        token_ids: vec![127; 300], // a length of two bytes
+        skip_special_tokens: None,
+    };
+    assert_eq!(count(&shapes::DetokenizeRequest, &many), 300 * 4);
     let ids = vec![0, 127, 128, u32::MAX];
     let packed = v1::DetokenizeRequest {
         token_ids: ids.clone(),
@@ -56,7 +63,7 @@ fn lists_of_nested_messages_are_found() {
             ..Default::default()
         }),
         stopping: Some(v1::StoppingCriteria {
-            stop: vec![String::new(), "x".to_owned()],
+            stop: vec![String::new(), "x".to_owned(), "y".to_owned()],
             ..Default::default()
         }),
         prompt: Some(v1::generate_request::Prompt::TokenIds(v1::TokenIds {
@@ -64,11 +71,15 @@ fn lists_of_nested_messages_are_found() {
         })),
         ..Default::default()
     };
-    let texts = 2 * size_of::<String>() + TEXT_BLOCK_BYTES;
-    assert_eq!(
-        count(&shapes::GenerateRequest, &request),
-        2 * 16 + texts + 5 * 4
-    );
+    let texts = 3 * size_of::<String>() + 2 * TEXT_BLOCK_BYTES;
+    let all = 2 * 16 + texts + 5 * 4;
+    assert_eq!(count(&shapes::GenerateRequest, &request), all);
+    let named = v1::GenerateRequest {
+        model: "a text that is no element has its String in the message".to_owned(),
+        ..request
+    };
+    let named = count(&shapes::GenerateRequest, &named);
+    assert_eq!(named, all + TEXT_BLOCK_BYTES);
 }
 
 #[test]
@@ -94,9 +105,22 @@ fn what_is_no_message_is_refused_wherever_it_ends() {
 }
 
 #[test]
+fn a_negative_number_takes_ten_bytes_and_is_valid() {
+    let request = v1::GenerateRequest {
+        sampling: Some(v1::SamplingParams {
+            seed: Some(-1),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert_eq!(count(&shapes::GenerateRequest, &request), 0);
+}
+
+#[test]
 fn fields_of_later_versions_are_passed_over() {
     let wire = [
-        0xfa, 0x01, 3, 1, 2, 3, 0xf8, 0x01, 5, 0xfd, 0x01, 0, 0, 0, 0,
+        0xfa, 0x01, 3, 1, 2, 3, 0xf8, 0x01, 5, 0xfd, 0x01, 0, 0, 0, 0, 0xf9, 0x01, 0, 0, 0, 0, 0,
+        0, 0, 0,
     ];
     assert_eq!(element_bytes(&shapes::GenerateRequest, &wire, 0), Ok(0));
     assert!(v1::GenerateRequest::decode(&wire[..]).is_ok());

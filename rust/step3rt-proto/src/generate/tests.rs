@@ -1,7 +1,9 @@
 //! Which requests are refused, with which kind and field.
 
 use super::*;
-use crate::sampling::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS};
+use crate::sampling::{
+    MAX_N, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS,
+};
 use crate::v1::generate_request::Prompt as WirePrompt;
 use crate::v1::sampling_params::StructuredOutput;
 
@@ -57,6 +59,79 @@ fn a_silent_request_gets_the_models_defaults() {
     assert_eq!(params.sampling.seed, 7);
     assert_eq!(params.sampling.stop_tokens, [TokenId(2)]);
     assert!(params.output.text && params.output.token_ids);
+    assert!(params.output.skip_special_tokens && !params.include_stop);
+    assert_eq!((params.n, params.sampling.min_tokens), (1, 0));
+}
+
+#[test]
+fn numbers_at_their_limits_are_valid() {
+    let sampling = |temperature, top_p, min_p, n| {
+        with_sampling(v1::SamplingParams {
+            temperature: Some(temperature),
+            top_p: Some(top_p),
+            min_p: Some(min_p),
+            n: Some(n),
+            ..Default::default()
+        })
+    };
+    let stopping = with_stopping(v1::StoppingCriteria {
+        max_tokens: Some(3),
+        min_tokens: Some(3),
+        stop: vec!["a".repeat(MAX_STOP_STRING_BYTES); MAX_STOP_STRINGS],
+        stop_token_ids: vec![99; MAX_STOP_TOKEN_IDS],
+        ..Default::default()
+    });
+    let output = with_output(Some(MAX_TOP_LOGPROBS), Some(MAX_TOP_LOGPROBS));
+    let most = sampling(100.0, 1.0, 1.0, MAX_N);
+    let least = sampling(0.0, f32::MIN_POSITIVE, 0.0, 1);
+    for request in [most, least, stopping, output] {
+        let checked = check(request.clone(), &limits(), 7);
+        assert!(checked.is_ok(), "{request:?}");
+    }
+}
+
+#[test]
+fn a_top_k_beyond_the_vocabulary_is_all_of_it() {
+    let asked = with_sampling(v1::SamplingParams {
+        top_k: Some(101),
+        ..Default::default()
+    });
+    let params = check(asked, &limits(), 7).expect("valid");
+    assert_eq!(params.sampling.top_k, 100);
+}
+
+fn with_output(top: Option<u32>, of_prompt: Option<u32>) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        output: Some(v1::OutputOptions {
+            top_logprobs: top,
+            prompt_logprobs: of_prompt,
+            ..Default::default()
+        }),
+        ..request(&[1])
+    }
+}
+
+#[test]
+fn more_rivals_than_can_be_listed_are_refused() {
+    let (kind, fields) = refused(with_output(Some(MAX_TOP_LOGPROBS + 1), Some(u32::MAX)));
+    assert_eq!(kind, ErrorKind::InvalidParameter);
+    assert_eq!(fields, ["output.top_logprobs", "output.prompt_logprobs"]);
+}
+
+#[test]
+fn a_request_id_is_plain_and_short_or_absent() {
+    let with_id = |request_id: &str| v1::GenerateRequest {
+        request_id: request_id.to_owned(),
+        ..request(&[1])
+    };
+    let longest = "x".repeat(MAX_REQUEST_ID_BYTES);
+    for id in ["", "a-B_9.:", &longest] {
+        assert!(check(with_id(id), &limits(), 7).is_ok(), "{id:?}");
+    }
+    let too_long = "x".repeat(MAX_REQUEST_ID_BYTES + 1);
+    for id in ["a b", "a/b", "\u{e4}", "a\n", &too_long] {
+        assert_eq!(refused(with_id(id)).1, ["request_id"], "{id:?}");
+    }
 }
 
 #[test]
@@ -203,6 +278,13 @@ fn stopping_criteria_out_of_range_are_refused_by_field() {
             },
             "stopping.stop_token_ids",
         ),
+        (
+            v1::StoppingCriteria {
+                stop_token_ids: vec![1; MAX_STOP_TOKEN_IDS + 1],
+                ..Default::default()
+            },
+            "stopping.stop_token_ids",
+        ),
     ] {
         let expected = (ErrorKind::InvalidParameter, vec![field.to_owned()]);
         assert_eq!(refused(with_stopping(stopping)), expected);
@@ -260,6 +342,50 @@ fn prompts_that_cannot_be_are_refused() {
     assert_eq!(refused(v1::GenerateRequest::default()).1, ["prompt"]);
     assert_eq!(refused(request(&[99, 100])).1, ["token_ids"]);
     assert_eq!(refused(request(&[1; 16])).0, ErrorKind::PromptTooLong);
+    let text = |text: &str| v1::GenerateRequest {
+        prompt: Some(WirePrompt::Text(text.to_owned())),
+        ..Default::default()
+    };
+    assert_eq!(refused(text("")).1, ["prompt"]);
+    assert!(check(text("x"), &limits(), 7).is_ok());
+}
+
+fn resuming(tokens: &[u32], sampling: v1::SamplingParams) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        resume_token_ids: Some(v1::TokenIds { ids: tokens.into() }),
+        ..with_sampling(sampling)
+    }
+}
+
+#[test]
+fn what_is_resumed_is_one_stream_of_the_models_tokens_that_fits_the_context() {
+    let one = v1::SamplingParams::default;
+    assert_eq!(refused(resuming(&[4, 100], one())).1, ["resume_token_ids"]);
+    assert_eq!(
+        refused(resuming(&[4; 16], one())).0,
+        ErrorKind::PromptTooLong
+    );
+    let of = |n| v1::SamplingParams {
+        n: Some(n),
+        ..Default::default()
+    };
+    assert_eq!(refused(resuming(&[4], of(2))).1, ["resume_token_ids"]);
+    assert!(check(resuming(&[4], of(1)), &limits(), 7).is_ok());
+    // The prompt leaves room for a token, and resumed ones may fill the context of 16.
+    for (num_prompt, num_resumed, fits) in [
+        (6, 10, true),
+        (7, 10, false),
+        (15, 0, true),
+        (15, 1, true),
+        (16, 0, false),
+    ] {
+        let params = check(resuming(&vec![4; num_resumed], one()), &limits(), 7).expect("valid");
+        let prompt = vec![TokenId(1); num_prompt];
+        let made = params.into_request(RequestId(1), prompt, &limits());
+        let kind = made.map_err(|refusal| refusal.error.kind).err();
+        let expected = (!fits).then_some(ErrorKind::PromptTooLong);
+        assert_eq!(kind, expected, "{num_prompt} and {num_resumed}");
+    }
 }
 
 #[test]

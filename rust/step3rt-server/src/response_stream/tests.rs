@@ -316,6 +316,24 @@ async fn a_stream_that_ends_while_it_waits_for_a_place_is_started_first() {
 }
 
 #[tokio::test]
+async fn every_end_repeats_how_much_of_the_prompt_was_cached() {
+    let mut harness = start(2, &[]);
+    harness
+        .tell(RequestEvent::Started {
+            num_cached_tokens: 2,
+        })
+        .await;
+    harness.finished(0).await;
+    harness.finished(1).await;
+    let (_, _, finished, _) = harness.read_all().await;
+    let cached: Vec<_> = finished
+        .iter()
+        .map(|end| end.usage.expect("a usage").cached_tokens)
+        .collect();
+    assert_eq!(cached, [2, 2]);
+}
+
+#[tokio::test]
 async fn an_internal_error_keeps_its_text_to_itself() {
     let mut harness = start(1, &[]);
     let internal = RequestError {
