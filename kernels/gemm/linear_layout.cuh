@@ -57,6 +57,10 @@ static_assert(kTileN % 16 == 0, "outputs are stored in pairs of column groups");
 static_assert(kTileN - (kTileN & -kTileN) <= kBlockN, "a tile lies in two scale blocks at most");
 static_assert(kTileN % (kShare * 8) == 0, "a CTA shares whole swizzle groups of w");
 static_assert(kClusterCtas <= 8, "the portable cluster size");
+// Scale warps take blocks in turns, so one may see phases of a barrier that are three apart, where a
+// parity tells only neighbours apart. Enough stages make it safe: before block i a warp has awaited the
+// release of block i - kScaleWarps - kStages, so that of block i - 2 kStages is over.
+static_assert(kStages >= kScaleWarps, "a scale warp may be a phase ahead");
 
 // A tile is summed in units of (row block, row half, pair of column groups): 32 rows x 16 columns.
 // Unit u belongs to the CTA of rank u % kSplit, which receives that unit from all of them.

@@ -137,7 +137,7 @@ __device__ __forceinline__ uint32_t await_step(AfdLane* lane, Source& source) {
   bool is_active = false;
   uint32_t expected = 0, arrived = 0;
   uint64_t window_start = 0;
-  for (int spin = 0;; ++spin) {
+  for (uint32_t spin = 0;; ++spin) {  // wraps while an idle lane waits for hours
     if (spin % kSpinsBetweenChecks == 0) {
       if (!may_begin(lane)) return 0;
       const bool is_idle = arrived == 0 && idle_limit_ns != 0;

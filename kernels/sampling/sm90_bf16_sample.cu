@@ -12,7 +12,7 @@
 //
 // Tile            one row a cluster of 8 CTAs, up to 16,376 tokens a CTA
 // Threads         256, 3 CTAs per SM
-// Shared memory   8 KiB and 4 bytes per token of a slice: 72.5 KB at 128,815 tokens
+// Shared memory   11 KiB and 4 bytes per token of a slice: 75.7 KB at 128,815 tokens
 // Roofline        2 bytes per logit: 256 rows of 128,815 in 15 us at 4.5 TB/s; noise without a
 //                 filter costs 10 rounds of Philox for every 4 tokens and is bound by integer units
 // Reference       step3rt.ops.sampling.sample, token_logprobs

@@ -257,9 +257,31 @@ class AsyncClient:
         with codec.call_errors():
             return list((await self._stub.Abort(request)).aborted_request_ids)
 
-    async def model_info(self) -> inference_service_pb2.GetModelInfoResponse:
+    async def model_info(
+        self, *, timeout_s: float = 10.0
+    ) -> inference_service_pb2.GetModelInfoResponse:
         """What the server serves and its limits."""
         request = inference_service_pb2.GetModelInfoRequest()
+        timeout = codec.timeout_s_of(timeout_s)
         with codec.call_errors():
-            info = await self._stub.GetModelInfo(request, timeout=10.0)
+            info = await self._stub.GetModelInfo(request, timeout=timeout)
             return cast(inference_service_pb2.GetModelInfoResponse, info)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text` by the served model's tokenizer."""
+        request = inference_service_pb2.TokenizeRequest(
+            text=text, add_special_tokens=add_special_tokens
+        )
+        codec.check_size(request)
+        with codec.call_errors():
+            return list((await self._stub.Tokenize(request)).token_ids)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        """Text of `token_ids` by the served model's tokenizer."""
+        request = inference_service_pb2.DetokenizeRequest(
+            token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        with codec.call_errors():
+            return str((await self._stub.Detokenize(request)).text)

@@ -252,10 +252,18 @@ def resolve_model(model: Path) -> Path:
     """The checkpoint directory that `model` means.
 
     Raises:
-        ConfigError: neither a directory with a config.json nor the name of a shipped model.
+        ConfigError: neither a directory with a config.json nor the name of a shipped model, or
+            not for this process's user to read.
     """
-    if (model / "config.json").is_file():
-        return model.absolute()
+    try:
+        if (model / "config.json").is_file():
+            return model.absolute()
+    except PermissionError as error:
+        raise ConfigError(
+            f"The model directory {str(model)!r} cannot be read: {error.strerror}. It and all "
+            "above it must be open to the user that this process runs as; that of systemd units "
+            "has no access to /home and /root at all. Correct the permissions, or move the model"
+        ) from error
     if len(model.parts) == 1 and (shipped := shipped_model(model.name)) is not None:
         return shipped
     found = "has no config.json" if model.is_dir() else "does not exist"

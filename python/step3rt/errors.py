@@ -99,3 +99,13 @@ class CheckpointError(ConfigError):
     """
 
     default_reason = "BAD_CHECKPOINT"
+
+
+class CheckpointUnreadable(Step3Error):  # noqa: N818
+    """A checkpoint's file fails, or changes, while weights are read; the process exits with 1.
+
+    Not a `ConfigError`: the same files may be readable when a service manager starts it again.
+    """
+
+    default_reason = "CHECKPOINT_UNREADABLE"
+    default_is_retryable = True

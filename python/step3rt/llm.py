@@ -6,8 +6,8 @@ Owns neither processes (`LocalCluster` does) nor the wire; it queues prompts and
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -27,6 +27,10 @@ from step3rt.sampling import SamplingParams
 
 MAX_OPEN_STREAMS = 256
 """Streams that are open at once; more prompts wait here, not in the server's queue."""
+
+
+_CHECK_S = 0.5
+"""How often the cluster's processes are looked at while no prompt is done."""
 
 
 def shows_progress() -> bool:
@@ -54,7 +58,8 @@ class LLM:
         devices: what the processes compute on, e.g. ["cuda:0", "cuda:1"]; other devices than
             "reference" need dtype="bfloat16" and precision="production".
         random_weights: weights are made up, of the sizes in the model's config.json.
-        use_progress: progress bars on stderr; default: when it is a terminal.
+        use_progress: progress bars on stderr; default: when it is a terminal and
+            STEP3RT_NO_PROGRESS is not set.
 
     Raises:
         ConfigError: the checkpoint or a setting cannot be used.
@@ -160,8 +165,13 @@ class LLM:
         messages: Sequence[Mapping[str, object]],
         params: SamplingParams | None = None,
     ) -> RequestOutput:
-        """Generates the next turn of one conversation (OpenAI message format)."""
-        return self._client.chat(messages, params).result()
+        """Generates the next turn of one conversation (OpenAI message format).
+
+        Raises:
+            Step3Error: the request failed.
+        """
+        [output] = self._run([partial(self._client.chat, messages, params)], use_tqdm=False)
+        return output
 
     def _run(
         self, starts: Sequence[Callable[[], GenerationStream]], use_tqdm: bool | None
@@ -187,7 +197,7 @@ class LLM:
         ):
             futures = [pool.submit(run, index) for index in range(len(starts))]
             try:
-                for future in as_completed(futures):
+                for future in self._as_completed(futures):
                     output = outputs[future.result()]
                     assert output is not None, "a finished run has stored its output"
                     num_tokens += sum(len(item.token_ids) for item in output.outputs)
@@ -204,6 +214,19 @@ class LLM:
                     self._cluster.check()  # how a child died says more than that it is missing
                 raise
         return [output for output in outputs if output is not None]
+
+    def _as_completed(self, futures: Sequence[Future[int]]) -> Iterator[Future[int]]:
+        """The futures as they are done.
+
+        Raises:
+            Unavailable: they wait for a process that is dead, and that nobody else replaces.
+        """
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, _CHECK_S, FIRST_COMPLETED)
+            yield from done
+            if not done and self._cluster.is_broken():
+                raise Unavailable("A process that the local cluster needs has ended")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -191,6 +191,15 @@ class LocalCluster:
             if code is not None:
                 raise self._failure(child, code)
 
+    def is_broken(self) -> bool:
+        """Whether it cannot compute any more, unless somebody replaces a child that has died.
+
+        It goes on without one of several attention instances: their sequences move.
+        """
+        dead = {child.name for child in self._children if child.process.poll() is not None}
+        attention = {item.name for item in self._children if item.name.startswith("attention-")}
+        return bool(dead - attention) or (bool(attention) and attention <= dead)
+
     def start_instance(self, role: str) -> int:
         """Starts one more instance, or "colocated" one of each role; returns its process id."""
         names = {child.name for child in self._children}

@@ -4,6 +4,7 @@ Owns the settings of whoever starts instances; the coordinator's and the instanc
 `config`. One TOML file, a cluster file, may hold these beside the coordinator's.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,10 +101,21 @@ def devices_of(serve: ServeConfig, placement: str, devices: Sequence[str]) -> li
                 "of the device pipeline. Set devices to cpu or cuda:N"
             )
     used = [devices[place % len(devices)] for place in range(count)]
+    _check_known(used)
     _check_one_kind(used)
     if placement == COLOCATED:
         _check_one_process_each(used)
     return used
+
+
+def _check_known(used: Sequence[str]) -> None:
+    """An instance would say it, too, but only when it has loaded torch."""
+    for device in used:
+        if re.fullmatch("reference|cpu|cuda(:[0-9]+)?", device) is None:
+            raise ConfigError(
+                f"The device {device!r} is unknown. Known are reference, cpu, cuda and cuda:N. "
+                "Correct devices"
+            )
 
 
 def _check_one_kind(used: Sequence[str]) -> None:

@@ -91,6 +91,16 @@ def _unknown_key(key: str, known: Mapping[str, object], source: str) -> str:
     return f"The setting '{key}' does not exist ({source}). Nothing would read it. {hint}"
 
 
+def _expanded(name: str, path: Path, source: str) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The setting '{name}' is {str(path)!r} ({source}). It begins with somebody's home "
+            "directory, and this host knows none of theirs. Write the whole path"
+        ) from error
+
+
 def _check(name: str, item: "Field[Any]", hint: Any, value: Any, source: str) -> Any:
     """The value in its declared type and range, or a ConfigError."""
     if get_origin(hint) is tuple:
@@ -100,7 +110,7 @@ def _check(name: str, item: "Field[Any]", hint: Any, value: Any, source: str) ->
         return None
     wanted = next(kind for kind in kinds if kind is not type(None))
     if wanted is Path and isinstance(value, str | Path):
-        value = Path(value).expanduser()
+        value = _expanded(name, Path(value), source)
     elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):

@@ -18,11 +18,28 @@ from tests.e2e.commands import Commands, free_address, run
 from tests.fixtures import corruption
 from tests.fixtures.checkpoint import Checkpoint
 
+EX_UNAVAILABLE = 69
 EX_CONFIG = 78
 
 
 def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
+
+
+def test_an_address_that_cannot_be_had_yet_is_not_a_wrong_setting(
+    tiny_checkpoint: Checkpoint, commands: Commands
+) -> None:
+    # 192.0.2.0/24 is nobody's. A service manager tries again unless it reads 78.
+    ended = run("serve", f"--listen={free_address()}", "--control-listen=192.0.2.1:0",
+                "--insecure-bind", str(tiny_checkpoint.directory))  # fmt: skip
+    assert (ended.returncode, "cannot be bound" in last_line(ended.stderr)) == (
+        EX_UNAVAILABLE,
+        True,
+    )
+    coordinator = commands.serve(tiny_checkpoint.directory, "--fabric=tcp")
+    ended = run("node", "ffn", f"--model={tiny_checkpoint.directory}", "--data-host=192.0.2.1",
+                f"--coordinator={coordinator.control_address}")  # fmt: skip
+    assert (ended.returncode, "cannot be bound" in last_line(ended.stderr)) == (1, True)
 
 
 def health(address: str, service: str = "") -> str:
@@ -154,7 +171,9 @@ def test_a_port_in_use_is_said_so(tiny_checkpoint: Checkpoint, flag: str) -> Non
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         others = [f"{other}=127.0.0.1:0" for other in ("--listen", "--control-listen")]
         ended = run("serve", str(tiny_checkpoint.directory), *others, f"{flag}={address}")
-    assert ended.returncode == EX_CONFIG
+    assert ended.returncode == EX_UNAVAILABLE, (
+        "whoever has it may go: a service manager tries again"
+    )
     line = last_line(ended.stderr)
     assert address in line
     assert "in use" in line

@@ -125,6 +125,18 @@ def test_a_process_that_no_coordinator_takes_ends_with_one_error(commands: Comma
     assert "compute_dtype is float32" in node.output().strip().splitlines()[-1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_one_process(commands: Commands) -> None:
+    coordinator = commands.serve(NANO, *setting_flags(SETTINGS))
+    first = commands.node("colocated", NANO, coordinator, "--device=cuda:0")
+    wait_until(lambda: snapshot(coordinator.control_address)["is_serving"], "serving")
+    second = commands.node("colocated", NANO, coordinator, "--device=cuda:0")
+    assert second.process.wait(PATIENCE_S) == 69
+    assert "Another colocated process has cuda" in second.output()
+    assert first.process.poll() is None
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[LocalCluster]:
     """Two processes; every test here leaves it whole again."""

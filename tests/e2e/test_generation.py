@@ -1,12 +1,13 @@
 """What a request asks for, it gets: logprobs, seeds, continuations, and every way to stop."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
 
-from step3rt import Client, LocalCluster, SamplingParams
+from step3rt import AsyncClient, Client, LocalCluster, SamplingParams
 from step3rt.v1 import common_pb2, inference_service_pb2
 from step3rt.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.e2e.clusters import assert_all_blocks_return
@@ -241,6 +242,22 @@ def test_text_and_chat_prompts_are_tokenised_by_the_checkpoint(
     answer = client.chat([{"role": "user", "content": "hi"}], GREEDY).result()
     assert answer.num_prompt_tokens > len(client.tokenize("hi"))
     assert len(answer.outputs[0].token_ids) == 24
+
+
+def test_the_asyncio_client_tokenises_as_the_blocking_one(
+    chat_cluster: LocalCluster, client: Client
+) -> None:
+    async def there_and_back() -> tuple[list[int], str, str]:
+        async with AsyncClient(chat_cluster.address) as other:
+            ids = await other.tokenize("the thing")
+            bare = await other.tokenize("the thing", add_special_tokens=False)
+            whole = await other.detokenize(ids, skip_special_tokens=False)
+            return bare, await other.detokenize(ids), whole
+
+    bare, text, whole = asyncio.run(there_and_back())
+    assert bare == client.tokenize("the thing", add_special_tokens=False)
+    assert text == "the thing"
+    assert whole == client.detokenize(client.tokenize("the thing"), skip_special_tokens=False)
 
 
 def test_a_prompt_that_was_seen_before_is_not_computed_again_but_gives_the_same(

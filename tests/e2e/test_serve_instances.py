@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,28 @@ def test_instances_of_a_cluster_file_serve_are_replaced_and_end_with_the_coordin
     assert coordinator.process.wait(60) == 0, coordinator.output()
     assert not any(is_running(pid) for pid in before | after)
     assert "ended with code -9 and is started again" in coordinator.output()
+
+
+@pytest.mark.parametrize("placement", ["colocated", "disaggregated"])
+def test_a_plan_that_was_emitted_serves(commands: Commands, tmp_path: Path, placement: str) -> None:
+    """On CPUs instead of the GPUs that were planned for, whose memory is as small as nano."""
+    cards, file = tmp_path / "cards.toml", tmp_path / "cluster.toml"
+    cards.write_text("[h200]\nmemory_bytes = 4.5e9\n")
+    search = ["plan", "search", f"--model={NANO}", "--gpus=h200:2", "--context=1024"]
+    ended = run(
+        *search, f"--hardware-file={cards}", f"--placement={placement}", f"--emit={file}",
+        "--profile=step3rt-h200",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    text = re.sub(r"^# (devices|kv_blocks) =", r"\1 =", file.read_text(), flags=re.MULTILINE)
+    file.write_text(re.sub(r"cuda:\d+", "cpu", text))
+    coordinator = commands.serve(NANO, f"--config={file}")
+    assert_agrees(reference_decoder(), generate(coordinator))
+    instances = snapshot(coordinator.control_address)["instances"]
+    planned = tomllib.loads(file.read_text())
+    assert len(instances) == planned["attention"] + planned["ffn"]
+    blocks = {item["num_kv_blocks"] for item in instances if item["role"] == "attention"}
+    assert blocks == {planned["kv_blocks"]}
 
 
 def test_instances_that_refuse_their_configuration_end_the_coordinator() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from step3rt.ops.afd_link import FfnSlots, LinkError
+from step3rt.ops.afd_link import AfdShape, AttentionSlots, FfnSlots, LinkError, StopWord
 from step3rt.ops.afd_slots import AFD_TRACE_ROW
 from step3rt.ops.rmsnorm_quantize import QuantizedRows
 from step3rt.ops.stream import Stream
 from tests.kernels.afd_bench import Bench
-from tests.kernels.afd_cases import CPU, DEVICES, EPOCHS, HAS_GPU
+from tests.kernels.afd_cases import CPU, DEVICES, EPOCHS, HAS_GPU, device_of
 from tests.kernels.afd_party import compute
 
 
@@ -90,6 +90,33 @@ def test_a_paused_rank_begins_no_step_and_loses_nothing(bench: Bench) -> None:
     bench.rank.resume()
     bench.compute()
     assert bench.receive(0) == [2.0] * 2
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_paused_lane_keeps_no_other_lane_from_its_step(kind: str) -> None:
+    device, shape = device_of(kind), AfdShape(2, 1, 1, 5, 256, 3)
+    stop = StopWord(device)
+    rank, source = FfnSlots(shape, 0, device, stop), AttentionSlots(shape, 0, device, stop)
+    rank.connect(0, source.handle, 1)
+    source.connect(0, rank.handle, 1)
+    rows = QuantizedRows.empty(5, 256, device)
+    count = torch.ones(1, dtype=torch.int32, device=device)
+    rank.pause(1)
+    for lane in (0, 1):
+        source.send(lane, rows, None, count, 0, is_first_layer=True)
+        rank.wait(lane, True)
+    assert [steps_of(rank, lane) for lane in (0, 1)] == [1, 0]
+    rank.resume()
+    rank.wait(1, True)
+    assert steps_of(rank, 1) == 1
+    for slots in (rank, source):
+        slots.close()
+
+
+def steps_of(rank: FfnSlots, lane: int) -> int:
+    if rank.device.type != "cpu":
+        torch.cuda.synchronize()
+    return rank.state(lane).steps
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -1,3 +1,6 @@
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,65 @@ def test_the_cache_is_keyed_by_source_and_options(cache: Path, tmp_path: Path) -
     source.write_text(source.read_text() + "// changed\n")
     assert compile_kernel(source, ["-DVALUE=1"]).cubin_path != one.cubin_path
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("suffix", [".cubin", ".json"])
+@pytest.mark.parametrize("damage", [_truncate, _empty, Path.unlink])
+def test_what_a_crash_or_a_cleaner_left_of_a_cached_kernel_is_compiled_again(
+    damage: Callable[[Path], None], suffix: str, cache: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "tiny.cu"
+    source.write_text('extern "C" __global__ void tiny(int* p) { *p = 1; }\n')
+    compiled = compile_kernel(source)
+    cubin = compiled.cubin_path.read_bytes()
+    damage(compiled.cubin_path.with_suffix(suffix))
+    assert compile_kernel(source) == compiled
+    assert compiled.cubin_path.read_bytes() == cubin
+    modified = compiled.cubin_path.stat().st_mtime_ns
+    assert compile_kernel(source) == compiled
+    assert compiled.cubin_path.stat().st_mtime_ns == modified
+
+
+def test_other_users_can_read_a_cache_that_they_share(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny.cu"
+    source.write_text('extern "C" __global__ void tiny(int* p) { *p = 1; }\n')
+    before = os.umask(0o022)
+    try:
+        compile_kernel(source)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in cache.iterdir()}
+    assert modes == {0o644}
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "tiny.cu"
+    source.write_text('extern "C" __global__ void tiny(int* p) { *p = 1; }\n')
+    monkeypatch.setenv("STEP3RT_CACHE_DIR", str(source))  # no folder
+    with pytest.raises(CompileError, match=r"tiny\.cu/cubin.*set STEP3RT_CACHE_DIR"):
+        compile_kernel(source)
+
+
+def test_a_user_without_a_home_is_asked_for_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "tiny.cu"
+    source.write_text('extern "C" __global__ void tiny(int* p) { *p = 1; }\n')
+    for name in ("STEP3RT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 0x7FFFFFF1)  # of no user
+    with pytest.raises(CompileError, match="Set STEP3RT_CACHE_DIR"):
+        compile_kernel(source)
 
 
 def test_a_rejected_source_raises_with_the_compilers_words_and_caches_nothing(

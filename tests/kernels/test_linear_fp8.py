@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from step3rt.ops.compile import compile_kernel, kernels_dir
+from step3rt.ops.compile import CompileError, compile_kernel, kernels_dir
 from step3rt.ops.linear_fp8 import linear_fp8, reference_linear_fp8
 from step3rt.ops.linear_fp8_choice import CHOICES, FALLBACK, choose_variant
 from step3rt.ops.linear_fp8_variant import LinearVariant
@@ -37,6 +37,15 @@ def test_every_chosen_variant_compiles_without_spills(
     assert not report.is_wgmma_serialized
     room = variant.ctas_per_sm * (variant.shared_bytes + SHARED_BYTES_OF_SYSTEM)
     assert room <= SHARED_BYTES_OF_SM
+
+
+def test_a_ring_in_which_a_scale_warp_could_be_a_phase_ahead_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEP3RT_CACHE_DIR", str(tmp_path))
+    variant = LinearVariant(128, 128, split=1, cast=1, stages=2)
+    with pytest.raises(CompileError, match="a scale warp may be a phase ahead"):
+        compile_kernel(kernels_dir() / "gemm" / "sm90_fp8_linear.cu", variant.options)
 
 
 def test_the_choice_covers_its_shapes_and_rises_with_the_tokens() -> None:

@@ -198,6 +198,43 @@ def test_doctor_reports_findings_with_fixes_as_json(capsys: pytest.CaptureFixtur
     assert "FAIL" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("node", "ffn", "--model=nano"),
+        ("bench", "decode"),
+        ("bench", "engine"),
+        ("bench", "kernels"),
+        ("bench", "link", "--fabric=cuda_ipc"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_needs_an_extra_names_it(command: tuple[str, ...]) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; import step3rt.cli; "
+        f"sys.exit(step3rt.cli.main({list(command)}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (EX_CONFIG, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install 'step3rt[worker]'" in done.stderr
+
+
+@pytest.mark.parametrize("bench", ["engine", "kernels"])
+def test_a_bench_that_finds_no_gpu_is_exit_code_69(bench: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "step3rt", "bench", bench],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert (done.returncode, done.stdout) == (os.EX_UNAVAILABLE, "")
+    assert re.fullmatch(r"error: No GPU .* was found.*\n", done.stderr)
+
+
 def test_a_child_whose_parent_is_another_does_not_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

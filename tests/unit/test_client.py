@@ -1,6 +1,7 @@
 """The clients against a real gRPC server that misbehaves, over a socket."""
 
 import asyncio
+import inspect
 import math
 import signal
 import subprocess
@@ -158,6 +159,17 @@ def test_a_client_that_is_closed_while_a_stream_waits_to_retry_cancels_it(
         asyncio.run(close_meanwhile())
 
 
+def test_both_clients_take_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(call).parameters)
+            for name, call in vars(kind).items()
+            if inspect.isfunction(call) and not name.startswith("__")
+        }
+
+    assert calls(AsyncClient) == calls(Client)
+
+
 def test_a_closed_client_says_so_whatever_it_is_asked() -> None:
     client = Client("127.0.0.1:1")
     client.close()
@@ -181,6 +193,8 @@ def test_a_closed_client_says_so_whatever_it_is_asked() -> None:
     asynchronous: list[Callable[[AsyncClient], Awaitable[object]]] = [
         lambda client: client.generate("text").result(),
         lambda client: client.abort("id"),
+        lambda client: client.tokenize("text"),
+        lambda client: client.detokenize([1]),
         lambda client: client.model_info(),
     ]
     for start in asynchronous:

@@ -1,5 +1,6 @@
 """Settings come from flags, then the file, then defaults; mistakes are named with a remedy."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def test_dashes_and_underscores_are_the_same_key() -> None:
         ("drain_timeout_s", float("nan"), "must be from 0 to 86400"),
         ("fabric", "tpc", "Did you mean 'tcp'"),
         ("reflection", 1, "must be of type bool"),
+        ("ready_file", "~nobody-of-that-name/x", "knows none of theirs. Write the whole path"),
     ],
 )
 def test_wrong_values_are_refused(key: str, value: object, expected: str) -> None:
@@ -63,6 +65,21 @@ def test_model_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         resolve_model(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         resolve_model(tmp_path / "absent")
+
+
+def test_model_that_is_closed_to_this_user_is_a_wrong_setting(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "model").mkdir(parents=True)
+    closed.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(ConfigError, match=r"cannot be read: Permission denied.*/home"):
+            resolve_model(closed / "model")
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o700)
 
 
 def test_precision_names_the_types_on_the_way() -> None:

@@ -91,6 +91,14 @@ def test_context_limit_is_found_under_either_name() -> None:
     assert read(max_position_embedding=8, max_seq_len=None).max_model_len == 8
 
 
+def test_rope_theta_is_found_where_newer_tools_write_it() -> None:
+    nested = {"rope_type": "default", "rope_theta": 10000.0}
+    assert read(rope_theta=None, rope_parameters=nested).rope_theta == 10_000
+    assert read(rope_parameters={"rope_type": "default"}).rope_theta == 500_000
+    assert read(rope_scaling={"type": "default"}).rope_theta == 500_000
+    assert read(rope_theta=None).rope_theta == 500_000
+
+
 def test_block_size_of_the_quantisation_is_taken_as_it_is() -> None:
     quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 40]}
     assert read(quantization_config=quantisation).weight_block_size == (48, 40)
@@ -107,6 +115,10 @@ def test_block_size_of_the_quantisation_is_taken_as_it_is() -> None:
         ("num_hidden_layers", 10**9),
         ("share_q_dim", None),
         ("rope_theta", float("nan")),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 500000, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("rope_parameters", [500000]),
         ("rms_norm_eps", -1e-5),
         ("norm_expert_weight", "false"),
         ("tie_word_embeddings", True),

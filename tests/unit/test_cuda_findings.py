@@ -18,6 +18,10 @@ int cuDeviceGet(int *device, int index) { *device = index; return 0; }
 int cuDeviceGetName(char *name, int len, int device) {
   return snprintf(name, len, "Test GPU %d", device) < 0;
 }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 75 ? (device < NUM_HOPPERS ? 9 : 8) : attribute == 76 ? 0 : -1;
+  return 0;
+}
 int cuDeviceCanAccessPeer(int *can, int device, int peer) {
   *can = device / ISLAND == peer / ISLAND; return 0;
 }
@@ -38,11 +42,13 @@ class Host:
     def add_device(self) -> None:
         (self.dev / "nvidia0").touch()
 
-    def driver(self, num_devices: int = 1, island: int = 8, init_status: int = 0) -> str:
+    def driver(
+        self, num_devices: int = 1, island: int = 8, init_status: int = 0, num_hoppers: int = 8
+    ) -> str:
         source, library = self._directory / "cuda.c", self._directory / "libcuda.so"
         source.write_text(_LIBRARY, encoding="utf-8")
         macros = [f"-DNUM_DEVICES={num_devices}", f"-DISLAND={island}"]
-        macros.append(f"-DINIT_STATUS={init_status}")
+        macros += [f"-DINIT_STATUS={init_status}", f"-DNUM_HOPPERS={num_hoppers}"]
         command = ["cc", "-shared", "-fPIC", *macros, "-o", str(library), str(source)]
         subprocess.run(command, check=True)
         return str(library)
@@ -114,3 +120,15 @@ def test_devices_that_do_not_are_named_with_where_to_look(host: Host) -> None:
 def test_one_device_is_shared(host: Host) -> None:
     host.add_device()
     assert host.findings(host.driver())["cuda_ipc"].level == "ok"
+
+
+def test_hoppers_are_what_the_kernels_are_built_for(host: Host) -> None:
+    host.add_device()
+    assert "kernels" not in host.findings(host.driver(num_devices=4))
+
+
+def test_devices_of_another_architecture_are_named(host: Host) -> None:
+    host.add_device()
+    kernels = host.findings(host.driver(num_devices=4, num_hoppers=2))["kernels"]
+    assert kernels.level == "note"
+    assert kernels.found.endswith("9.0; not for 2 (8.0), 3 (8.0)")

@@ -1,5 +1,6 @@
 """What the device pipeline refuses before it loads anything, each time with what to do."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -62,6 +63,36 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         device_of("tpu")
     with pytest.raises(ConfigError, match=r"has [0-9]+ CUDA devices"):
         device_of("cuda:63")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hopper, an older GPU and a newer one."""
+    capabilities = [(9, 0), (8, 0), (10, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Test GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_gpu_that_the_kernels_do_not_run_on_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert device_of("cuda") == torch.device("cuda:0")
+    with pytest.raises(ConfigError, match=r"'cuda:1', a Test GPU 1 of compute capability 8\.0"):
+        device_of("cuda:1")
+    with pytest.raises(ConfigError, match=r"capability 10\.0\..*or cpu"):
+        device_of("cuda:2")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_host_without_what_loads_kernels_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"CuPy is not installed.*'step3rt\[cuda1[23]\]'"):
+        device_of("cuda:0")
 
 
 def test_made_up_weights_need_sizes_alone_and_a_device(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_devices_of_several_kinds_cannot_be_linked(placement: str, devices: list
     assert devices_of(serve(1, 1), "colocated", ["cpu", "cuda:0"]) == ["cpu"]
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "", "Reference"])
+def test_a_device_of_no_known_kind_is_refused_before_anything_starts(device: str) -> None:
+    with pytest.raises(ConfigError, match="Known are reference, cpu, cuda and cuda:N"):
+        devices_of(serve(1, 1), "disaggregated", [device])
+
+
 def test_only_different_gpus_count() -> None:
     assert num_gpus(["cuda:0", "cuda", "cuda:1", "cuda:1", "cpu", "reference"]) == 2
     assert num_gpus(["cpu"]) == 0

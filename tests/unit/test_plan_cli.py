@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from step3rt.plan.cost import token_cost
 from step3rt.plan.hardware import load_hardware
 from step3rt.plan.hf_config import load_model
 from step3rt.setting import load_toml
+
+HUGE = "1" + "0" * 400
+SIMULATE = ["simulate", "--colocated-gpus", "8", "--batch", "64", "--lengths", "stationary"]
 
 RESULT = {
     "run": "full-colocated-4",
@@ -124,6 +128,41 @@ def test_a_colocated_plan_is_emitted_with_its_placement(
     assert "step3rt node colocated" in file.read_text()
 
 
+def test_what_is_emitted_has_the_kv_and_the_target_that_were_planned_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.toml"
+    search = ("search", "--gpus", "h200:4", "--context", "4000", "--profile", "step3rt-h200")
+    found = run(capsys, *search, "--tpot-ms", "62.5", "--emit", str(file))
+    text = file.read_text()
+    # With the two lines that are in it as comments, `serve` starts the instances.
+    file.write_text(re.sub(r"^# (devices|kv_blocks) =", r"\1 =", text, flags=re.MULTILINE))
+    settings, host = cluster_from(argparse.Namespace(config=file))
+    assert settings.target_tpot_ms == 62
+    assert host.used_devices(settings) == [f"cuda:{index}" for index in range(4)]
+    sequences = found["choices"][0]["batch"] / 4
+    assert host.kv_blocks is not None
+    assert sequences * 4064 / 64 < host.kv_blocks <= sequences * 4128 / 64
+    assert f"give it --kv-blocks {host.kv_blocks}" in text
+    room = found["choices"][0]["max_batch"] / 4 * 4000 / 64
+    assert host.kv_blocks < 1.02 * room
+
+
+def test_emitting_says_what_was_written_and_what_does_not_run_yet(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.toml"
+    search = ("plan", "search", "--gpus", "h800:32", "--context", "4096", "--emit", str(file))
+    assert main([*search, "--placement", "disaggregated"]) == 0
+    output = capsys.readouterr()
+    label = re.search(r"One unit: (.*);", file.read_text())
+    assert label is not None
+    # What is best splits experts, which instances do not.
+    assert label[1] not in output.out.splitlines()[1]
+    assert f"wrote {file}: {label[1]} (not the best), " in output.err
+    assert "links instances on GPUs within one host only" in file.read_text()
+
+
 def test_nothing_is_emitted_when_nothing_fits(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -173,6 +212,22 @@ def test_a_profile_that_was_kept_is_used_the_next_time(
     assert after == run(capsys, *search, "--profile", str(kept))
     assert after != before
     assert before == run(capsys, *search, "--profile", "paper-h800")
+
+
+def test_a_user_without_a_home_directory_can_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody_at_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody_at_home)
+    predict = ("predict", "--colocated-gpus", "8", "--batch", "64")
+    assert run(capsys, *predict) == run(capsys, *predict, "--profile", "paper-h800")
+    result = tmp_path / "r.json"
+    result.write_text(json.dumps(RESULT))
+    assert main(["plan", "compare", str(result), "--save"]) == EX_CONFIG
+    assert "Name a file: --save FILE" in capsys.readouterr().err
 
 
 def test_holdout_compares_with_files_that_the_fit_has_not_seen(
@@ -228,6 +283,7 @@ def test_front_and_timeline_are_drawn(tmp_path: Path) -> None:
     [
         (["cost", "--model", "step4"], EX_CONFIG, "neither one that the planner ships"),
         (["cost", "--context", "0"], EX_USAGE, "--context is 0"),
+        (["cost", "--context", HUGE], EX_USAGE, "from 1 to 1000000000"),
         (["cost", "--hardware", "h8000"], EX_CONFIG, "Did you mean 'h800'"),
         (["cost", "--plot", "figure.pdf"], EX_CONFIG, "unknown suffix"),
         (["search", "--gpus", "h800"], EX_USAGE, "Write it like h20:8,h800:8"),
@@ -240,9 +296,23 @@ def test_front_and_timeline_are_drawn(tmp_path: Path) -> None:
             "a batch at most 10000000",
         ),
         (["simulate", "--batch", "8"], EX_USAGE, "incomplete or given twice"),
+        ([*SIMULATE, "--context", HUGE], EX_USAGE, "the others at most 1000000000"),
+        ([*SIMULATE, "--output-tokens", HUGE], EX_USAGE, "the others at most 1000000000"),
+        ([*SIMULATE, "--arrivals-per-step", "inf"], EX_USAGE, "a number above 0, at most"),
+        ([*SIMULATE, "--seed", "-1"], EX_USAGE, "The seed is -1. Seeds count from 0"),
+        ([*SIMULATE, "--experts", "2"], EX_USAGE, "takes 3 different ones"),
+        (["predict", "--colocated-gpus", "8", "--batch", HUGE], EX_USAGE, "at most 10000000"),
+        (["search", "--gpus", "h800:8", "--seed", "-1"], EX_USAGE, "The seed is -1"),
+        (["search", "--gpus", "h800:8", "--tpot-ms", "inf"], EX_USAGE, "the TPOT finite"),
+        (
+            ["search", "--gpus", "h800:8", "--model", "qwen3-32b", "--emit", "never.toml"],
+            EX_USAGE,
+            "cannot be written into a cluster file",
+        ),
         (["simulate", "--batch", "8", "--ffn-gpus", "8"], EX_USAGE, "incomplete"),
         (["simulate", "--batch", "8", "--colocated-gpus", "-1"], EX_USAGE, "Correct the counts"),
         (["compare", "absent.json"], EX_CONFIG, "cannot be read"),
+        (["plot", "docs/results", "--tpot-ms", "nan"], EX_USAGE, "--tpot-ms is nan"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(

@@ -187,6 +187,12 @@ def test_transfer_may_be_one_reading(tmp_path: Path) -> None:
         ({"batch": float("nan")}, "no number above 0"),
         ({"tpot_ms": 30}, "no number above 0 as p50"),
         ({"kv_dtype": "int3"}, "is not one of fp8"),
+        ({"batch": 10**400}, "no number above 0"),
+        ({"batch": 0.5}, "batch = 0.5, which is not from 1 to"),
+        ({"experts": "all"}, "experts = 'all', which has no number above 0"),
+        ({"experts": -3}, "experts = -3, which has no number above 0"),
+        ({"layers": [61]}, "which has no number above 0"),
+        ({"lanes": 9}, r"a.json' cannot be used. The deployment has 9 lanes"),
     ],
 )
 def test_impossible_result_files_are_refused(
@@ -210,6 +216,19 @@ def test_a_run_of_another_depth_is_refused(tmp_path: Path) -> None:
     path = result_file(tmp_path / "a.json", "2a2f-slice", layers=4)
     with pytest.raises(InvalidArgument, match="had 4 layers, the model 'step3' has 61"):
         compare(STEP3, [load_measurement(path, CARDS)], STATED)
+
+
+def test_a_run_of_fewer_experts_than_a_token_takes_is_named(tmp_path: Path) -> None:
+    path = result_file(tmp_path / "a.json", "2a2f-slice", experts=2)
+    with pytest.raises(InvalidArgument, match=r"'2a2f-slice \(a.json\)' .* has 2 routed experts"):
+        compare(STEP3, [load_measurement(path, CARDS)], STATED)
+
+
+def test_more_last_steps_than_steps_do_not_make_a_context_negative(tmp_path: Path) -> None:
+    over = {"steps": 10, "stages_over": {"steps": 10**6}}
+    path = result_file(tmp_path / "a.json", "2a2f-slice", **over)
+    measured = load_measurement(path, CARDS)
+    assert measured.stage_context_tokens >= measured.context_tokens
 
 
 def test_fitting_to_nothing_is_refused() -> None:

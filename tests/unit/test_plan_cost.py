@@ -305,6 +305,14 @@ def test_a_user_changes_a_price_and_adds_a_card(tmp_path: Path) -> None:
     assert cards["h800"].bytes_per_s == 3.35e12
 
 
+def test_a_card_that_ships_is_changed_however_its_name_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "cards.toml"
+    file.write_text("[H800]\nusd_per_hour = 1.0\n")
+    cards = load_hardware(file)
+    assert set(cards) == set(load_hardware())
+    assert cards["h800"].usd_per_hour == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -312,6 +320,9 @@ def test_a_user_changes_a_price_and_adds_a_card(tmp_path: Path) -> None:
         ("[h800]\nprice = 1\n", "'price' of card 'h800' does not exist"),
         ("[h800]\nusd_per_hour = '2'\n", "must be a number above 0"),
         ("[h800]\nusd_per_hour = nan\n", "must be a number above 0"),
+        ("[h800]\nusd_per_hour = inf\n", "must be a number above 0, and finite"),
+        ("[h800]\nmemory_bytes = 1e308\n", "from 1e-09 to 1e\\+21"),
+        ("[h800]\ngpus_per_host = 0.5\n", "must be a whole number above 0"),
         ("h800 = 2\n", "'h800' of .* is not a table"),
     ],
 )

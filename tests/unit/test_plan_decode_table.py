@@ -57,11 +57,26 @@ def test_what_a_file_does_not_have_is_left_empty(tmp_path: Path) -> None:
         load_points([write(path, SWEEP[0], tokens_per_s_per_gpu=None)])
 
 
+def test_what_is_no_number_is_left_empty(tmp_path: Path) -> None:
+    values = {"bubble_share": {"mean": float("nan")}, "jitter_ms": True, "context_spread": 10**400}
+    path = write(tmp_path / "a.json", SWEEP[0], **values)
+    line = table(load_points([path]), tmp_path).splitlines()[-1]
+    assert line.endswith("| fp8 | 1,000 | 30.0, 31.0 |  |  |  |")
+    assert "±" not in line
+
+
 def test_runs_of_one_curve_follow_each_other(tmp_path: Path) -> None:
     points = load_points(files(tmp_path)[::-1])
     order = [(point.series, point.context, point.batch) for point in points]
     assert order == sorted(order)
     assert len({point.series for point in points}) == 5
+
+
+def test_a_page_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "PAGE.md"
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        put_into(page, "table")
 
 
 def test_the_command_fills_the_page_and_draws(tmp_path: Path) -> None:

@@ -91,7 +91,19 @@ def test_rows_that_are_not_understood_change_nothing(tmp_path: Path) -> None:
     assert changed == {"source", "attention_bytes_fp8"}
 
 
-@pytest.mark.parametrize("text", ["{}", '{"rows": []}', '{"rows": [1, {"us": 1}]}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"rows": []}',
+        '{"rows": [1, {"us": 1}]}',
+        "[]",
+        '{"rows": [{"kernel": "moe_fp8", "shape": "E0xT0", "us": 1}]}',
+        '{"rows": [{"kernel": "mfa_decode_fp8", "shape": "0x4096", "us": 1}]}',
+        f'{{"rows": [{{"kernel": "mfa_decode_fp8", "shape": "{"9" * 5000}x1", "us": 1}}]}}',
+        f'{{"rows": [{{"kernel": "mfa_decode_fp8", "shape": "1x1", "us": 1{"0" * 400}}}]}}',
+    ],
+)
 def test_files_without_kernels_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "k.json"
     path.write_text(text)

@@ -5,21 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from step3rt.errors import InvalidArgument
+from step3rt.plan.batches import evaluate, most_sequences
 from step3rt.plan.cost import Precision
 from step3rt.plan.deployment import max_batch_by_memory
-from step3rt.plan.hardware import load_hardware
-from step3rt.plan.hf_config import load_model
+from step3rt.plan.hardware import Hardware, load_hardware
+from step3rt.plan.hf_config import load_model, parse_config
 from step3rt.plan.profile import load_profile
-from step3rt.plan.search import (
-    Inventory,
-    Target,
-    deployments,
-    evaluate,
-    most_sequences,
-    search,
-)
+from step3rt.plan.search import Candidate, search
+from step3rt.plan.search_space import Inventory, Target, deployments
 from step3rt.plan.simulate import simulate
 from step3rt.plan.verdict import MODEL_ERROR, decide
 from step3rt.plan.workload import Workload
@@ -28,6 +25,13 @@ CARDS = load_hardware()
 STEP3 = load_model("step3")
 PAPER = load_profile("paper-h800")
 FP8 = Precision()
+TINY_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 
 
 def inventory(**counts: int) -> Inventory:
@@ -63,6 +67,92 @@ def test_where_tiles_are_whole_the_best_batch_is_what_enumeration_finds(context:
     assert found.tokens_per_s == pytest.approx(rates.max(), rel=0.01)
     verdict = decide(STEP3, inventory(h200=4), target, profile, FP8)
     assert all(limit.gain >= 0 for limit in verdict.choices[0].limits)
+
+
+@pytest.mark.parametrize(
+    ("cards", "context", "profile"),
+    [({"h200": 5}, 4096, "step3rt-h200"), ({"h800": 7}, 2048, "paper-h800")],
+)
+def test_no_deployment_and_batch_beats_what_the_search_finds(
+    cards: dict[str, int], context: int, profile: str
+) -> None:
+    target, kernels = Target(context_tokens=context), load_profile(profile)
+    found = search(STEP3, inventory(**cards), target, kernels, FP8)
+    most: dict[str, float] = {}
+    for unit, num_units in deployments(inventory(**cards), target):
+        if unit.ffn_parallelism == "tp_ep":
+            continue  # of no part of a host
+        for lanes in (1, 2, 3, 4):
+            deployment = replace(unit, lanes=lanes)
+            places = lanes * unit.num_attention_gpus
+            limit = int(max_batch_by_memory(STEP3, deployment, context, FP8) / places)
+            if not limit:
+                continue
+            sizes = np.arange(1.0, limit + 1)
+            tpot_ms = evaluate(STEP3, deployment, target, kernels, FP8, sizes)
+            rates = 1e3 * num_units * sizes * places / tpot_ms
+            rate = float(np.max(rates, where=tpot_ms <= target.tpot_ms, initial=0.0))
+            most[unit.placement] = max(most.get(unit.placement, 0.0), rate)
+    assert {each.deployment.placement for each in found.best} == set(most)
+    for candidate in found.best:
+        expected = most[candidate.deployment.placement]
+        assert candidate.tokens_per_s == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    field=st.sampled_from(
+        ["bytes_per_s", "fp8_flops", "bf16_flops", "memory_bytes", "nvlink_bytes_per_s"]
+    ),
+    factor=st.floats(1.0, 3.0),
+    context=st.integers(256, 65536),
+    profile=st.sampled_from(["paper-h800", "step3rt-h200"]),
+)
+def test_a_better_card_is_never_slower_and_a_dearer_one_costs_in_proportion(
+    field: str, factor: float, context: int, profile: str
+) -> None:
+    card = CARDS["h200"]
+    better = replace(card, **{field: factor * getattr(card, field)})
+    dearer = replace(card, usd_per_hour=factor * card.usd_per_hour)
+    target, kernels = Target(context_tokens=context), load_profile(profile)
+
+    def best(of: Hardware) -> dict[str, Candidate]:
+        found = search(STEP3, Inventory(((of, 6),)), target, kernels, FP8)
+        return {each.deployment.placement: each for each in found.best}
+
+    stated, faster, paid = best(card), best(better), best(dearer)
+    for placement, candidate in stated.items():
+        assert faster[placement].tokens_per_s >= candidate.tokens_per_s * (1 - 1e-9)
+        assert paid[placement].deployment.label == candidate.deployment.label
+        assert paid[placement].usd_per_1m_tokens == pytest.approx(
+            factor * candidate.usd_per_1m_tokens
+        )
+
+
+@pytest.mark.parametrize(
+    ("cards", "context"), [({"h800": 16}, 4096), ({"h800": 8, "h20": 8}, 16384)]
+)
+def test_simulating_what_was_chosen_meets_the_target(cards: dict[str, int], context: int) -> None:
+    target = Target(context_tokens=context)
+    verdict = decide(STEP3, inventory(**cards), target, PAPER, FP8)
+    assert verdict.choices
+    for choice in verdict.choices:
+        candidate = choice.candidate
+        workload = Workload(batch=candidate.batch, context_tokens=context, lengths="spread")
+        result = simulate(STEP3, candidate.deployment, PAPER, workload, FP8)
+        assert result.tpot_ms["p99"] <= target.tpot_ms
+        room = max_batch_by_memory(STEP3, candidate.deployment, context, FP8)
+        assert candidate.batch <= room
+
+
+def test_experts_that_are_spread_either_way_count_as_what_was_asked_for() -> None:
+    """Colocated experts know no other way, so asking for a split FFN does not rule them out."""
+    target = Target(context_tokens=4096, ffn_parallelism="tp_ep")
+    split = decide(STEP3, inventory(h800=16), target, PAPER, FP8)
+    either = decide(STEP3, inventory(h800=16), replace(target, ffn_parallelism=None), PAPER, FP8)
+    assert split.of("colocated") == either.of("colocated") is not None
+    one_host = decide(STEP3, inventory(h800=8), target, PAPER, FP8)
+    assert one_host.of("disaggregated") is not None
 
 
 def test_every_unit_fits_the_inventory() -> None:
@@ -225,12 +315,21 @@ def test_a_thousand_gpus_are_searched_in_seconds() -> None:
     [
         ({"context_tokens": 0}, "Both are above 0"),
         ({"context_tokens": 1, "tpot_ms": float("nan")}, "Both are above 0"),
+        ({"context_tokens": 1, "tpot_ms": float("inf")}, "the TPOT finite"),
+        ({"context_tokens": 10**400}, "a context at most 1000000000"),
         ({"context_tokens": 1, "percentile": "p90"}, "knows p50 and p99"),
     ],
 )
 def test_impossible_targets_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         Target(**values)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_small_for_its_cards_has_a_batch_that_can_be_simulated() -> None:
+    tiny = parse_config("tiny", dict.fromkeys(TINY_SIZES, 8))
+    target = Target(context_tokens=10, tpot_ms=1e9)
+    verdict = decide(tiny, inventory(h800=1), target, PAPER, FP8)
+    assert verdict.choices[0].candidate.batch == 10_000_000
 
 
 def test_an_empty_inventory_is_refused() -> None:

@@ -157,6 +157,20 @@ def test_block_tables_travel_as_what_is_new_in_them() -> None:
     assert fill_step(planned, table, new_host()).table_changes is None
 
 
+def test_blocks_of_a_plan_that_was_not_launched_do_not_travel_to_the_next_in_the_slot() -> None:
+    table = new_table(num_slots=1)
+    first, _ = launch(table, plan(1, [chunk(7, 0, 64, known=64, blocks=[5])], [join(7, [1] * 64)]))
+    with pytest.raises(StepNotDueError):  # planned on a step that failed
+        table.apply(plan(3, [chunk(7, 65, 66, known=66, blocks=[6])]))
+    accept(table, first, 20)
+    # The stream ended with the failure; another request gets its slot, and blocks of its own.
+    joined = [join(8, [30] * 70)]
+    planned = table.apply(plan(5, [chunk(8, 0, 70, known=70, blocks=[9, 10])], joined, left=[7]))
+    order = fill_step(planned, table, HostStep(128, MAX_TOP, torch.device("cpu")))
+    assert order.table_changes is not None
+    assert order.table_changes.tolist() == [[0, 1], [9, 10]]
+
+
 def test_penalties_wait_for_the_tokens_that_they_count() -> None:
     table = new_table()
     adjustments = SimpleNamespace(

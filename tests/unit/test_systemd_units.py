@@ -1,5 +1,6 @@
 """The shipped units are valid, hardened, and restart what must be restarted."""
 
+import fnmatch
 import re
 import shutil
 import subprocess
@@ -51,6 +52,33 @@ def test_services_stay_down_after_bad_configuration_only(units: list[Path]) -> N
             lines = unit.read_text().splitlines()
             assert "Restart=always" in lines
             assert "RestartPreventExitStatus=78" in lines
+
+
+def settings(unit: Path, key: str) -> list[str]:
+    """The values of `key` in `unit`, in order."""
+    lines = unit.read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix(f"{key}=") for line in lines if line.startswith(f"{key}=")]
+
+
+def test_services_come_back_however_often_they_end() -> None:
+    for unit in UNITS.glob("*.service"):
+        assert settings(unit, "StartLimitIntervalSec") == ["0"]
+
+
+def test_instances_reach_the_devices_under_every_name_that_drivers_gave_them() -> None:
+    allowed = settings(UNITS / "step3rt-node@.service", "DeviceAllow")
+    patterns = [value.removeprefix("char-").removesuffix(" rw") for value in allowed]
+    before_550 = ("nvidia-frontend", "nvidia-uvm", "nvidia-caps")
+    since_550 = ("nvidia", "nvidiactl", "nvidia-uvm", "nvidia-caps")
+    for name in (*before_550, *since_550, "infiniband_verbs"):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), name
+
+
+def test_instances_keep_compiled_kernels_though_their_user_has_no_home() -> None:
+    unit = UNITS / "step3rt-node@.service"
+    assert settings(unit, "CacheDirectory") == ["step3rt"]
+    (environment,) = settings(unit, "Environment")
+    assert environment.split() == ["HOME=%C/step3rt", "STEP3RT_CACHE_DIR=%C/step3rt"]
 
 
 def test_example_configurations_are_accepted() -> None:

@@ -7,6 +7,7 @@ no setting of the GPU is changed.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from step3rt.bench.linear_fp8 import linear_rows
 from step3rt.bench.mfa_prefill import prefill_rows
 from step3rt.bench.moe_fp8 import moe_rows
 from step3rt.bench.small_kernels import small_kernel_rows
+from step3rt.ops.compile import CompileError
 from step3rt.ops.kv_cache import bf16_cache_shape, fp8_cache_shape, unpack_fp8_blocks
 from step3rt.ops.mfa_decode import (
     MfaBatch,
@@ -71,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        sys.stderr.write("No GPU of compute capability 9.0 found. The kernels are for Hopper.\n")
-        return 1
+        sys.stderr.write(
+            "error: No GPU of compute capability 9.0 was found. The kernels are for Hopper. Run it "
+            "on an H100 or H200\n"
+        )
+        return os.EX_UNAVAILABLE
     rows = []
     status = 0
     try:
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not options.json:
                 sys.stdout.write(_format(row))
                 sys.stdout.flush()
-    except RuntimeError as error:  # a wrong result; what was measured before it stands
+    except (RuntimeError, CompileError) as error:  # a wrong result; what was measured stands
         sys.stderr.write(f"{error}\n")
         status = 1
     document = json.dumps(_document(rows, argv), indent=1)

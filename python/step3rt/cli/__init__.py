@@ -24,6 +24,7 @@ from step3rt.cli.exit_codes import (
     EX_USAGE,
     refused_by_system,
     report,
+    without_package,
 )
 from step3rt.errors import Step3Error
 
@@ -66,6 +67,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return int(parsed.run(parsed))
     except Step3Error as error:
         return report(error)
+    except ModuleNotFoundError as error:
+        return without_package(error)
     except KeyboardInterrupt:
         return EX_INTERRUPTED
 

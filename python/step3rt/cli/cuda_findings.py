@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from step3rt.cli.finding import Finding
+from step3rt.ops.compile import COMPUTE_CAPABILITY
 
 _NAME_BYTES = 128
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 _ON_CPU = "the reference backend computes on the CPU, and no link is cuda_ipc"
 
 
@@ -47,6 +49,7 @@ def cuda_findings(
     try:
         driver = _Driver(library)
         devices = driver.devices()
+        capabilities = [driver.capability(index) for index in range(len(devices))]
     except OSError as error:
         yield Finding(
             "note",
@@ -69,6 +72,18 @@ def cuda_findings(
         return
     names = ", ".join(f"{index} {name}" for index, name in enumerate(devices))
     yield Finding("ok", "gpu", f"{names}; CUDA {driver.version()}")
+    others = [
+        f"{index} ({major}.{minor})"
+        for index, (major, minor) in enumerate(capabilities)
+        if (major, minor) != COMPUTE_CAPABILITY
+    ]
+    if others:
+        yield Finding(
+            "note",
+            "kernels",
+            f"built for Hopper GPUs, compute capability 9.0; not for {', '.join(others)}",
+            "leave these out of --device; instances compute on the CPU with reference and cpu",
+        )
     yield _peers(driver, len(devices))
     yield from _torch()
 
@@ -136,6 +151,18 @@ class _Driver:
             self._call("cuDeviceGetName", name, _NAME_BYTES, self._device(index))
             names.append(name.value.decode(errors="replace"))
         return names
+
+    def capability(self, index: int) -> tuple[int, int]:
+        """A device's compute capability, as in (9, 0)."""
+        return (
+            self._attribute(_CAPABILITY_MAJOR, index),
+            self._attribute(_CAPABILITY_MINOR, index),
+        )
+
+    def _attribute(self, attribute: int, index: int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device(index))
+        return value.value
 
     def version(self) -> str:
         """The newest CUDA that the driver supports, as in 12.8."""

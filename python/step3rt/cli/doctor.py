@@ -115,9 +115,8 @@ def _checkpoint(model: Path) -> Finding:
     try:
         from step3rt.model.checkpoint import describe_checkpoint
     except ModuleNotFoundError as error:
-        return Finding(
-            "missing", "checkpoint", f"cannot be checked without {error.name}", "step3rt[worker]"
-        )
+        without = f"cannot be checked without {error.name}"
+        return Finding("missing", "checkpoint", without, "pip install 'step3rt[worker]'")
     try:
         return Finding("ok", "checkpoint", describe_checkpoint(resolve_model(model)))
     except ConfigError as error:
@@ -130,6 +129,8 @@ def _coordinator(control_address: str, tls: TlsPaths | None) -> Finding:
     try:
         snapshot = json.loads(_core.list_instances(control_address, 5.0, tls))
     except Step3Error as error:
-        return Finding("missing", "coordinator", str(error), "start it: step3rt serve MODEL")
+        return Finding(
+            "missing", "coordinator", str(error), "if none runs there: step3rt serve MODEL"
+        )
     level: Literal["ok", "note"] = "ok" if snapshot["is_serving"] else "note"
     return Finding(level, "coordinator", str(snapshot["status"]))

@@ -10,6 +10,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+from step3rt.cli.log import print_error
 from step3rt.errors import ConfigError, InvalidArgument, Step3Error, Unavailable
 
 EX_FAILED = 1
@@ -26,20 +27,39 @@ _CODES: tuple[tuple[type[Step3Error], int], ...] = (
     (Unavailable, EX_UNAVAILABLE),
 )
 
+_EXTRA_OF = {"torch": "worker", "safetensors": "worker", "cupy": "cuda13"}
+"""Which extra brings a package that the client side does without."""
+
 
 def report(error: Step3Error) -> int:
     """Prints an error as the command's last line and returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    print_error(f"error: {error}")
     return next((code for kind, code in _CODES if isinstance(error, kind)), EX_FAILED)
+
+
+def without_package(error: ModuleNotFoundError) -> int:
+    """Prints which extra brings the package that a command lacks and returns the exit code.
+
+    Raises:
+        ModuleNotFoundError: no extra does; a defect.
+    """
+    extra = _EXTRA_OF.get(error.name or "")
+    if extra is None:
+        raise error
+    print(
+        f"error: The Python package {error.name!r} is not installed. Client and coordinator do "
+        f"without it, instances and benches do not. Install it: pip install 'step3rt[{extra}]'",
+        file=sys.stderr,
+    )
+    return EX_CONFIG
 
 
 def refused_by_system(error: OSError) -> int:
     """Prints what the operating system would not do and returns the exit code."""
     place = "" if error.filename is None else f" for {str(error.filename)!r}"
-    print(
+    print_error(
         f"error: The operating system refused{place}: {error.strerror or error}. The command "
-        "cannot go on without it. Free space, or correct path and permissions",
-        file=sys.stderr,
+        "cannot go on without it. Free space, or correct path and permissions"
     )
     return EX_FAILED
 

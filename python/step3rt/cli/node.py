@@ -6,9 +6,6 @@ from step3rt.cli import flags
 from step3rt.cli.exit_codes import end_process
 from step3rt.cli.log import log_to_stderr
 from step3rt.config import COLOCATED, ROLES, NodeConfig
-from step3rt.errors import ConfigError
-
-_WORKER_PACKAGES = ("torch", "safetensors")
 
 _DESCRIPTION = """\
 Run one instance. An attention instance holds embedding, attention, KV cache and sampler; an FFN
@@ -47,15 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         del arguments.role
     config = flags.config_from(arguments, NodeConfig)
     log_to_stderr()
-    try:
-        from step3rt.instance import run_instance
-    except ModuleNotFoundError as error:
-        if error.name not in _WORKER_PACKAGES:
-            raise
-        raise ConfigError(
-            f"The Python package '{error.name}' is not installed. An instance computes with it. "
-            "Install it with: pip install 'step3rt[worker]'"
-        ) from error
+    from step3rt.instance import run_instance
+
     if config.role != COLOCATED:
         return run_instance(config, end_process)
     try:

@@ -132,16 +132,16 @@ def _run_cost(arguments: argparse.Namespace) -> int:
 def _run_predict(arguments: argparse.Namespace) -> int:
     from step3rt.plan import report
     from step3rt.plan.compare import predict_run
-    from step3rt.plan.deployment import max_batch_by_memory
+    from step3rt.plan.deployment import MAX_BATCH, max_batch_by_memory
 
     model, deployment = sliced_model_of(arguments), deployment_of(arguments)
     profile, precision = profile_of(arguments), precision_of(arguments, model)
     check_context(arguments.context)
     places = deployment.lanes * deployment.num_attention_gpus
-    if arguments.batch < places:
+    if not places <= arguments.batch <= MAX_BATCH:
         raise InvalidArgument(
-            f"--batch is {arguments.batch}. Each of {places} lanes takes at least one sequence. "
-            "Give more, or fewer lanes or GPUs"
+            f"--batch is {arguments.batch}. Each of {places} lanes takes at least one sequence, "
+            f"and all at most {MAX_BATCH}. Correct it, or take other lanes or GPUs"
         )
     found = predict_run(model, deployment, profile, arguments.batch, precision, arguments.context)
     max_batch = int(max_batch_by_memory(model, deployment, arguments.context, precision))

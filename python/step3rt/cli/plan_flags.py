@@ -57,7 +57,7 @@ def profile_of(arguments: argparse.Namespace) -> "Profile":
     if arguments.profile is not None:
         return load_profile(arguments.profile)
     kept = fitted_profile_path()
-    if not kept.is_file():
+    if kept is None or not kept.is_file():
         return load_profile(STATED)
     print(f"profile: {kept}, from `plan compare --save`; or name one: --profile", file=sys.stderr)
     return load_profile(str(kept))
@@ -108,26 +108,25 @@ def sliced_model_of(arguments: argparse.Namespace) -> "Model":
     """`--model`, with `--experts` routed experts if they are given.
 
     Raises:
-        InvalidArgument: `--experts` is below 1.
+        InvalidArgument: see `Model.with_num_experts`.
     """
     model = model_of(arguments)
-    if arguments.experts is None:
-        return model
-    if arguments.experts < 1:
-        raise InvalidArgument(
-            f"--experts is {arguments.experts}. A slice has at least one. Correct it"
-        )
-    return model.with_num_experts(arguments.experts)
+    return model if arguments.experts is None else model.with_num_experts(arguments.experts)
 
 
 def check_context(context: int) -> None:
-    """Refuses a context of nothing.
+    """Refuses a context of nothing, and one that nothing holds.
 
     Raises:
-        InvalidArgument: it is below 1.
+        InvalidArgument: it is out of range.
     """
-    if context < 1:
-        raise InvalidArgument(f"--context is {context}. A token has some behind it. Correct it")
+    from step3rt.plan.deployment import MAX_CONTEXT_TOKENS
+
+    if not 1 <= context <= MAX_CONTEXT_TOKENS:
+        raise InvalidArgument(
+            f"--context is {context}. A token has from 1 to {MAX_CONTEXT_TOKENS} behind it. "
+            "Correct it"
+        )
 
 
 def precision_of(arguments: argparse.Namespace, model: "Model") -> "Precision":

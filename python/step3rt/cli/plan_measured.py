@@ -5,12 +5,14 @@ Never measures: files are of `step3rt bench`.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step3rt.cli.plan_flags import add_common, add_profile, cards_of, model_of
+from step3rt.errors import ConfigError, InvalidArgument
 
 if TYPE_CHECKING:
     from step3rt.plan.measurement import Measurement
@@ -73,6 +75,13 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from step3rt.plan.cross_validation import cross_validate
     from step3rt.plan.profile import fitted_profile_path, load_profile, save_profile
 
+    is_kept = arguments.save == _KEPT
+    path = fitted_profile_path() if is_kept else arguments.save
+    if is_kept and path is None:
+        raise ConfigError(
+            "This user has no home directory, and XDG_CONFIG_HOME is not set. A fitted profile is "
+            "kept among a user's settings. Name a file: --save FILE"
+        )
     measurements, model = _measurements(arguments), model_of(arguments)
     stated = load_profile(arguments.profile)
     rows = {"stated": compare(model, measurements, stated)}
@@ -80,7 +89,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     if len(measurements) > 1 and not arguments.fit_all:
         fitted_to, tested_on = split(measurements, arguments.seed)
     fitted = None
-    if tested_on or arguments.fit_all or arguments.save is not None:
+    if tested_on or arguments.fit_all or path is not None:
         fitted = fit(model, fitted_to, stated)
         rows["fitted"] = compare(model, tested_on or fitted_to, fitted)
     values: dict[str, Any] = {name: report.comparison_values(each) for name, each in rows.items()}
@@ -101,9 +110,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         if tested_on:
             print(report.holdout_text(values["test"]))
             print(report.cross_validation_text(values["cross_validation"]))
-    if fitted is not None and arguments.save is not None:
-        is_kept = arguments.save == _KEPT
-        path = fitted_profile_path() if is_kept else arguments.save
+    if fitted is not None and path is not None:
         save_profile(fitted, path)
         use = "from now on used where no --profile is named" if is_kept else "use it with --profile"
         print(f"saved; {use}: {path}", file=sys.stderr)
@@ -146,6 +153,10 @@ def _run_plot(arguments: argparse.Namespace) -> int:
     from step3rt.plan.decode_table import load_points, put_into, table
     from step3rt.plan.measurement import result_files
 
+    if not 0 < arguments.tpot_ms < math.inf:
+        raise InvalidArgument(
+            f"--tpot-ms is {arguments.tpot_ms}. A line is drawn there. Give a number above 0"
+        )
     points = load_points(result_files(arguments.results))
     text = table(points, Path() if arguments.into is None else arguments.into.parent)
     if arguments.plot is not None:

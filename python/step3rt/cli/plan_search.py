@@ -50,13 +50,15 @@ def _run_search(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from step3rt.plan import report
-    from step3rt.plan.emit import cluster_toml, write_text
+    from step3rt.plan.emit import check_served, cluster_toml, write_text
     from step3rt.plan.hardware import parse_inventory
-    from step3rt.plan.search import Inventory, Target
+    from step3rt.plan.search_space import Inventory, Target
     from step3rt.plan.verdict import decide
 
     model, profile = model_of(arguments), profile_of(arguments)
     precision = precision_of(arguments, model)
+    if arguments.emit is not None:
+        check_served(model)
     inventory = Inventory(parse_inventory(arguments.gpus, cards_of(arguments)))
     target = Target(
         context_tokens=arguments.context,
@@ -89,6 +91,7 @@ def _run_search(arguments: argparse.Namespace) -> int:
     if arguments.emit is not None:
         # Instances have whole experts; what runs best with those need not be what is best.
         served = replace(target, ffn_parallelism="ep")
+        best = verdict.choices[:1]
         if served != target:
             verdict = decide(model, inventory, served, profile, precision, seed=arguments.seed)
         if not verdict.choices:
@@ -99,9 +102,17 @@ def _run_search(arguments: argparse.Namespace) -> int:
         text = cluster_toml(
             verdict.choices[0],
             precision,
+            target,
             model=arguments.serve_model or arguments.model,
-            context_tokens=arguments.context,
             command=command,
         )
         write_text(arguments.emit, text)
+        written = verdict.choices[0].candidate
+        label = written.deployment.label
+        other = "" if best and best[0].candidate.deployment.label == label else " (not the best)"
+        print(
+            f"wrote {arguments.emit}: {label}{other}, {written.tokens_per_s_per_gpu:,.0f} "
+            "tokens/s/GPU",
+            file=sys.stderr,
+        )
     return 0 if verdict.choices else 1

@@ -9,6 +9,7 @@ from step3rt.errors import ConfigError
 from step3rt.instance.attention import AttentionRole
 from step3rt.instance.colocated import OnFailure, run_colocated
 from step3rt.instance.device_attention import DeviceAttentionRole
+from step3rt.instance.device_claim import claim
 from step3rt.instance.device_ffn import DeviceFfnRole
 from step3rt.instance.device_setup import DeviceModel, device_of
 from step3rt.instance.device_share import DeviceShare
@@ -35,7 +36,8 @@ def run_instance(config: NodeConfig, on_failure: OnFailure) -> int:
 
     Raises:
         ConfigError: the checkpoint cannot be used, or the coordinator refuses this instance.
-        Unavailable: no coordinator answers within `connect_timeout_s`.
+        Unavailable: no coordinator answers within `connect_timeout_s`, or another colocated process
+            has the GPU.
     """
     # The driver reads it when it is first used.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", _MAX_CONNECTIONS)
@@ -45,7 +47,11 @@ def run_instance(config: NodeConfig, on_failure: OnFailure) -> int:
                 "The setting 'device' is 'reference' and 'role' is 'colocated'. Both roles share "
                 "one device of the device pipeline. Give --device cpu or cuda:N"
             )
-        return run_colocated(config, make_role, on_failure)
+        device = device_of(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        with claim(device):
+            return run_colocated(config, make_role, on_failure)
     return run_node(config, lambda model: make_role(config, model, DeviceShare()))
 
 

@@ -119,39 +119,37 @@ class DeviceAttentionRole:
 
     def _allocate(self, settings: _core.Settings, weights: GpuWeights) -> DevicePool:
         is_fp8_kv = settings.kv_dtype == "fp8"
+        shape = fp8_cache_shape(1) if is_fp8_kv else bf16_cache_shape(1)
+        layer_bytes = torch.Size(shape).numel() * (1 if is_fp8_kv else 2)
+        block_bytes = layer_bytes * len(weights.layers)
         options = DevicePoolOptions(
-            num_blocks=self._num_blocks(weights, is_fp8_kv=is_fp8_kv),
+            num_blocks=self._node.kv_blocks or (self._node.kv_memory_mb << 20) // block_bytes,
             max_model_len=settings.max_model_len,
             max_tokens=settings.max_tokens_per_micro_batch,
             is_fp8_kv=is_fp8_kv,
         )
         if self._pool is None or self._pool.options != options:
             self._pool = self._ends = None  # frees them before others are allocated
+            self._check_memory(options.num_blocks, block_bytes)
             self._pool = DevicePool(weights, options)
             if self._node.random_kv:
                 logger.warning("All KV blocks are filled with random values, for measurements")
                 self._pool.fill_randomly()
         return self._pool
 
-    def _num_blocks(self, weights: GpuWeights, *, is_fp8_kv: bool) -> int:
-        shape = fp8_cache_shape(1) if is_fp8_kv else bf16_cache_shape(1)
-        layer_bytes = torch.Size(shape).numel() * (1 if is_fp8_kv else 2)
-        block_bytes = layer_bytes * len(weights.layers)
-        num_blocks = self._node.kv_blocks or (self._node.kv_memory_mb << 20) // block_bytes
+    def _check_memory(self, num_blocks: int, block_bytes: int) -> None:
         device = self._model.device
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what loading weights left over is free, too
             max_bytes = torch.cuda.mem_get_info(device)[0]
         else:
             max_bytes = available_memory_bytes()
-        is_allocated = self._pool is not None and self._pool.options.num_blocks == num_blocks
-        if num_blocks < 1 or (not is_allocated and num_blocks * block_bytes > max_bytes):
+        if num_blocks < 1 or num_blocks * block_bytes > max_bytes:
             raise ConfigError(
                 f"KV pool of {num_blocks} blocks takes {num_blocks * block_bytes} bytes. It must "
                 f"have 1 block or more and fit in {max_bytes} bytes of memory. Change kv_blocks or "
                 "kv_memory_mb."
             )
-        return num_blocks
 
     def _prepare(self, shape: AfdShape, source: int, pool: DevicePool) -> _Ends:
         key = (shape, source, pool.options)

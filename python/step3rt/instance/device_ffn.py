@@ -142,6 +142,8 @@ class DeviceFfnLoop:
     share: DeviceShare
     traces: LaneTraces | None = None
     _peers: dict[int, _Peer] = field(default_factory=dict)
+    _joining: list[_core.LinkUp] = field(default_factory=list)
+    _num_held: int = 0
     _greetings: list[_core.Arrival] = field(default_factory=list)
     _replays: list[deque[Event]] = field(default_factory=list)
     _is_draining: bool = False
@@ -150,13 +152,15 @@ class DeviceFfnLoop:
         """Keeps steps queued until the session is lost, or drained and no step is in progress."""
         self._replays = [deque() for _ in self.lanes]
         while True:
+            self._join()
             # A lane that waits for rows would hold up the process's other role, which still loads.
             if not self.share.is_loading:
                 self._answer_greetings()
                 self._queue()
             if self._is_draining and not any(self._replays):
                 return Outcome.DRAINED
-            for event in self.session.poll(LOOK_S if self._peers else IDLE_TIMEOUT_S):
+            is_busy = self._peers or self._joining
+            for event in self.session.poll(LOOK_S if is_busy else IDLE_TIMEOUT_S):
                 if event.kind == "session_lost":
                     logger.warning("The session with the coordinator is over: %s", event.reason)
                     return Outcome.LOST
@@ -173,17 +177,18 @@ class DeviceFfnLoop:
                 event.wait()
             replays.clear()
         self._peers.clear()
+        self._joining.clear()
         self._greetings.clear()
         self.slots.reset()
-        self.slots.resume()
+        self._release()
         self.stop_word.clear()
 
     def _queue(self) -> None:
-        for lane, replays in zip(self.lanes, self._replays, strict=True):
+        for index, (lane, replays) in enumerate(zip(self.lanes, self._replays, strict=True)):
             while replays and replays[0].is_done():
                 replays.popleft()
             # Nobody can begin a step yet: a parked lane would only be in the way of who loads.
-            if self._is_draining or not self._peers:
+            if self._is_draining or not self._peers or index < self._num_held:
                 continue
             while len(replays) < QUEUED_STEPS:
                 replays.append(lane.replay())
@@ -210,6 +215,41 @@ class DeviceFfnLoop:
                 link.reason,
             )
             return
+        self._joining.append(link)
+
+    def _join(self) -> None:
+        """Links those that are up, once every lane is between steps."""
+        if self._is_draining or not (self._joining or self._num_held):
+            return
+        if self._joining and not self._hold():
+            return
+        for link in self._joining:
+            self._connect(link)
+        self._joining.clear()
+        self._release()
+
+    def _hold(self) -> bool:
+        """Keeps lanes from their next step, as `FfnSlots.holds_in_turn` says; whether all rest.
+
+        Who is not held yet goes on meanwhile, and the loop looks after links and errors.
+        """
+        while not any(self._is_in_step(lane) for lane in range(self._num_held)):
+            if self._num_held == len(self.lanes):
+                return True
+            first = self._num_held
+            self._num_held = first + 1 if self.slots.holds_in_turn else len(self.lanes)
+            for lane in range(first, self._num_held):
+                self.slots.pause(lane)
+        return False
+
+    def _is_in_step(self, lane: int) -> bool:
+        return not all(event.is_done() for event in self._replays[lane])
+
+    def _release(self) -> None:
+        self._num_held = 0
+        self.slots.resume()
+
+    def _connect(self, link: _core.LinkUp) -> None:
         try:
             self.slots.connect(link.role_rank, link.device_offer or b"", link.epoch)
         except (InvalidArgument, Unavailable) as error:
@@ -219,6 +259,7 @@ class DeviceFfnLoop:
         logger.info("Linked to attention instance %d over %s", link.peer, link.fabric)
 
     def _on_link_down(self, link: _core.LinkDown) -> None:
+        self._joining = [joining for joining in self._joining if joining.peer != link.peer]
         for source, peer in list(self._peers.items()):
             if peer.link.peer == link.peer:
                 self.slots.set_active(source, False)
@@ -228,9 +269,11 @@ class DeviceFfnLoop:
 
     def _answer_greetings(self) -> None:
         """Says that this end is connected, and its lanes wait for rows from now on."""
+        joining = {link.peer for link in self._joining}
         for greeting in self._greetings:
-            self._answer(greeting)
-        self._greetings.clear()
+            if greeting.peer not in joining:
+                self._answer(greeting)
+        self._greetings = [item for item in self._greetings if item.peer in joining]
 
     def _answer(self, arrival: _core.Arrival) -> None:
         if not any(peer.link.peer == arrival.peer for peer in self._peers.values()):
@@ -251,17 +294,17 @@ class DeviceFfnLoop:
             if found and not peer.is_lost:
                 peer.is_lost = True
                 self.slots.set_active(source, False)
-                self._reset(peer, f"its rows ended: {', '.join(sorted(found))}")
+                self._reset(peer.link, f"its rows ended: {', '.join(sorted(found))}")
 
     def _make_anew(self, reason: str) -> None:
-        peers = list(self._peers.values())
+        links = [peer.link for peer in self._peers.values()] + self._joining
         self.stop()
-        for peer in peers:
-            self._reset(peer, reason)
+        for link in links:
+            self._reset(link, reason)
 
-    def _reset(self, peer: _Peer, reason: str) -> None:
-        logger.warning("The link to attention instance %d breaks: %s", peer.link.peer, reason)
+    def _reset(self, link: _core.LinkUp, reason: str) -> None:
+        logger.warning("The link to attention instance %d breaks: %s", link.peer, reason)
         try:
-            self.session.reset_link(peer.link.peer, reason)
+            self.session.reset_link(link.peer, reason)
         except Unavailable as error:
             logger.debug("It left before its link was made anew: %s", error)

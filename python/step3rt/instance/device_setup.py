@@ -3,15 +3,18 @@
 Owns which settings the pipeline can serve; loads nothing by itself.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from step3rt import _core
 from step3rt.errors import ConfigError, InvalidArgument
+from step3rt.instance.loading_status import LoadingStatus
 from step3rt.model.config import Step3Config
 from step3rt.model.gpu_weights import Fp8Matrix, ModelTensors
 from step3rt.ops.afd_link import DEFAULT_WAIT_LIMIT_NS, AfdShape
+from step3rt.ops.compile import COMPUTE_CAPABILITY
 from step3rt.ops.mfa_schedule import BLOCK_SIZE_TOKENS
 
 SLOT_BYTES = 1
@@ -92,7 +95,8 @@ def device_of(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        ConfigError: there is none of that name here.
+        ConfigError: there is none of that name here, the kernels do not run on it, or what loads
+            them is not installed.
     """
     try:
         device = torch.device(name)
@@ -110,6 +114,19 @@ def device_of(name: str) -> torch.device:
             f"The setting 'device' is {name!r}. This host has {num_devices} CUDA devices that "
             "torch can use. Take cuda:N of one of them, or cpu"
         )
+    capability = torch.cuda.get_device_capability(index)
+    if capability != COMPUTE_CAPABILITY:
+        raise ConfigError(
+            f"The setting 'device' is {name!r}, a {torch.cuda.get_device_name(index)} of compute "
+            f"capability {capability[0]}.{capability[1]}. The kernels are built for Hopper GPUs, "
+            "9.0, and run on no others. Take one of those, or cpu"
+        )
+    if importlib.util.find_spec("cupy") is None:
+        extra = "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
+        raise ConfigError(
+            f"The setting 'device' is {name!r}, and CuPy is not installed. It loads the kernels. "
+            f"Install it: pip install 'step3rt[{extra}]'"
+        )
     return torch.device("cuda", index)
 
 
@@ -122,8 +139,7 @@ class _ReportingTensors:
     def __init__(self, tensors: ModelTensors, session: _core.NodeSession) -> None:
         self.config = tensors.config
         self._tensors = tensors
-        self._session = session
-        self._said = ""
+        self._status = LoadingStatus(session)
 
     def plain(self, name: str) -> torch.Tensor:
         self._say(name)
@@ -136,6 +152,4 @@ class _ReportingTensors:
     def _say(self, name: str) -> None:
         parts = name.split(".")
         phase = f"layer {parts[2]}" if parts[1] == "layers" else "embedding and head"
-        if phase != self._said:
-            self._said = phase
-            self._session.set_status(f"loading weights, {phase} of {self.config.num_layers} layers")
+        self._status.say(f"loading weights, {phase} of {self.config.num_layers} layers")

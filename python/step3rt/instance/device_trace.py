@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from step3rt.config import NodeConfig
+from step3rt.instance.device_claim import name_of
 from step3rt.instance.group_rows import GroupRows
 from step3rt.ops.afd_endpoint import AfdEndpoint
 from step3rt.ops.afd_slots import AFD_TRACE_ROW
@@ -60,7 +61,7 @@ class LaneTraces:
             return None
         links = slots.shape
         sizes = (num_layers, links.num_sources, links.num_ranks)
-        shape = Shape(node.role, rank, *sizes, device=_name_of(slots.device))
+        shape = Shape(node.role, rank, *sizes, device=name_of(slots.device))
         return cls(node.trace_dir, shape, slots, node.trace_steps * num_layers, group_tables)
 
     def look(self) -> None:
@@ -84,11 +85,3 @@ class LaneTraces:
             logger.error("The trace cannot be written to %s: %s", self._directory, error)
             return
         logger.info("The trace of the last steps is in %s", path)
-
-
-def _name_of(device: torch.device) -> str:
-    """The same for all processes that share the device, whatever index they know it by."""
-    if device.type != "cuda":
-        return str(device)
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device.index)
-    return f"cuda {uuid}"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from step3rt import _core
 from step3rt.config import NodeConfig, resolve_model
 from step3rt.errors import Cancelled, Unavailable
+from step3rt.instance.loading_status import LoadingStatus
 from step3rt.model.checkpoint import Checkpoint
 from step3rt.model.config import Step3Config
 from step3rt.model.random_weights import MadeUpModel
@@ -131,14 +132,15 @@ def open_model(config: NodeConfig) -> Model:
 def load_progress(session: _core.NodeSession) -> Progress:
     """Reports loading as the session's status, whole per cents, and as a bar on a terminal."""
     bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())
-    last_percent = -1
+    status = LoadingStatus(session)
+    last_percent, text = -1, ""
 
     def report(done_bytes: int, total_bytes: int, phase: str) -> None:
-        nonlocal last_percent
+        nonlocal last_percent, text
         percent = 100 * done_bytes // total_bytes
         if percent != last_percent:
-            last_percent = percent
-            session.set_status(f"loading weights {percent} %, {phase}")
+            last_percent, text = percent, f"loading weights {percent} %, {phase}"
+        status.say(text)
         bar.total = total_bytes
         bar.set_description(phase, refresh=False)
         bar.update(done_bytes - bar.n)

@@ -133,7 +133,7 @@ class SequenceTable:
         self._num_prompt: Ints = zeros()
         self.num_held_blocks: Ints = zeros()
         self.blocks = np.zeros((num_slots, self._max_blocks), dtype=np.int32)
-        self._table_changes: list[npt.NDArray[np.int32]] = []
+        self._changed_places: list[Ints] = []
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -240,13 +240,16 @@ class SequenceTable:
     def take_table_changes(self) -> npt.NDArray[np.int32] | None:
         """Returns the entries of block tables that are new since the last call, i32[2, N].
 
-        The first row has their places (slot * max_blocks + index), the second the KV blocks.
+        The first row has their places (slot * max_blocks + index), each once, the second the KV
+        blocks.
         """
-        if not self._table_changes:
+        if not self._changed_places:
             return None
-        changes = np.concatenate(self._table_changes, axis=1)
-        self._table_changes.clear()
-        return changes
+        # A plan that was not launched may have filled what a later sequence of the slot has now: of
+        # two blocks for one place a device keeps either.
+        places = np.unique(np.concatenate(self._changed_places))
+        self._changed_places.clear()
+        return np.stack([places, self.blocks.reshape(-1)[places]]).astype(np.int32)
 
     def edits(self, planned: PlannedStep, index: int) -> npt.NDArray[np.uint8]:
         """Returns what penalties, bias and mask change of chunk `index`'s logits, u8[E, 16]."""
@@ -331,8 +334,7 @@ class SequenceTable:
         if added:
             self.blocks[slot, num_held:end] = added
             self.num_held_blocks[slot] = end
-            places = slot * self._max_blocks + np.arange(num_held, end)
-            self._table_changes.append(np.array([places, added], dtype=np.int32))
+            self._changed_places.append(slot * self._max_blocks + np.arange(num_held, end))
 
     def _check(
         self,

@@ -6,6 +6,7 @@ also describe a vision tower; step3rt is text-only and skips that part.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -157,8 +158,8 @@ class _Reader:
             moe_intermediate_size=self.size("moe_intermediate_size") if has_moe else 0,
             share_expert_dim=self.size("share_expert_dim") if has_moe else 0,
             norm_expert_weight=self.boolean("norm_expert_weight", default=False),
-            rope_theta=self.positive("rope_theta", DEFAULT_ROPE_THETA),
-            rms_norm_eps=self.positive("rms_norm_eps", DEFAULT_RMS_NORM_EPS),
+            rope_theta=self.rope_theta(),
+            rms_norm_eps=self.positive("rms_norm_eps", DEFAULT_RMS_NORM_EPS, self.text),
             max_model_len=self.max_model_len(),
             bos_token_id=self.bos_token_id(),
             eos_token_ids=self.eos_token_ids(),
@@ -184,13 +185,22 @@ class _Reader:
             raise self.error("num_attention_groups", groups, "must be 1: MFA has one K/V head")
         for source in (self.top, self.text):
             for key, wanted in (
-                ("rope_scaling", (None,)),
                 ("tie_word_embeddings", (None, False)),
                 ("hidden_act", (None, "silu")),
                 ("attention_bias", (None, False)),
             ):
                 if source.get(key) not in wanted:
                     raise self.error(key, source[key], "must be absent: Step-3 has no such variant")
+
+    def rope_theta(self) -> float:
+        """Reads the base of the rotary angles; newer tools write it into `rope_parameters`."""
+        for source in (self.top, self.text):
+            for key in ("rope_scaling", "rope_parameters"):
+                if not _is_plain_rope(source.get(key)):
+                    raise self.error(key, source[key], "must not scale: Step-3 has no such variant")
+        nested = self.text.get("rope_parameters")
+        source = self.text if self.text.get("rope_theta") is not None else nested or {}
+        return self.positive("rope_theta", DEFAULT_ROPE_THETA, source)
 
     def moe_layers(self, num_layers: int) -> frozenset[int]:
         """Parses `moe_layers_enum`: the published string "4,5,…", a list, or absent (1..L-1)."""
@@ -271,8 +281,8 @@ class _Reader:
             raise self.error(key, value, f"must be an integer of 1..{maximum}")
         return value
 
-    def positive(self, key: str, default: float) -> float:
-        value = self.text.get(key)
+    def positive(self, key: str, default: float, source: Mapping[str, Any]) -> float:
+        value = source.get(key)
         if value is None:
             return default
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -293,6 +303,15 @@ class _Reader:
             "Hugging Face layout.",
             details={"field": key},
         )
+
+
+def _is_plain_rope(value: Any) -> bool:
+    """Whether a rotary embedding that is described so has its angles unchanged."""
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() <= {"rope_type", "type", "rope_theta"}
+        and all(value.get(key) in (None, "default") for key in ("rope_type", "type"))
+    )
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

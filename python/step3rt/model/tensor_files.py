@@ -1,11 +1,10 @@
-"""Owns a model directory's safetensors files: finds them, checks them, reads tensors by mapping.
+"""Owns a model directory's safetensors files: finds them, checks them, reads tensors out of them.
 
 Never allocates by a size that a file states before that size has been checked against the file,
 and never executes anything from it.
 """
 
 import math
-import mmap
 import os
 import stat
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 
 from step3rt.errors import CheckpointError, ConfigError
 from step3rt.model.config import parse_json_object, read_json_object
+from step3rt.model.file_reader import FileReader, FileVersion
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,7 +57,8 @@ class TensorFiles:
     def __init__(self, directory: Path, entries: Mapping[str, TensorEntry]) -> None:
         self.directory = directory
         self.entries = entries
-        self._mappings: dict[Path, mmap.mmap] = {}
+        paths = {entry.path for entry in entries.values()}
+        self._reader = FileReader({path: FileVersion.of(path.stat()) for path in paths})
 
     @classmethod
     def open(cls, directory: Path) -> "TensorFiles":
@@ -83,33 +84,21 @@ class TensorFiles:
         )
 
     def read(self, entry: TensorEntry, rows: slice | None = None) -> torch.Tensor:
-        """Copies a tensor, or rows [start, stop) of its first dim, out of its mapped file.
-
-        Only the pages of those rows are touched.
+        """Reads a tensor, or rows [start, stop) of its first dim and nothing else.
 
         Returns:
             The rows in the entry's dtype, contiguous, on the CPU.
+
+        Raises:
+            CheckpointUnreadable: its file cannot be read, or is another one than it was.
         """
-        dtype = DTYPES[entry.dtype]
         shape, offset, num_bytes = entry.shape, entry.offset, entry.num_bytes
         if rows is not None:
             row_bytes = num_bytes // shape[0]
             shape = (rows.stop - rows.start, *shape[1:])
             offset, num_bytes = offset + rows.start * row_bytes, shape[0] * row_bytes
-        if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        # As bytes first: the format does not promise that a tensor is aligned to its dtype.
-        data = torch.frombuffer(
-            self._mapping(entry.path), dtype=torch.uint8, count=num_bytes, offset=offset
-        )
-        return data.clone().view(dtype).view(shape)
-
-    def _mapping(self, path: Path) -> mmap.mmap:
-        if path not in self._mappings:
-            with path.open("rb") as file:
-                # A private mapping: torch wants writable memory, the file stays as it is.
-                self._mappings[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._mappings[path]
+        data = self._reader.read(entry.path, offset, num_bytes)
+        return data.view(DTYPES[entry.dtype]).view(shape)
 
 
 def read_header(path: Path) -> list[TensorEntry]:

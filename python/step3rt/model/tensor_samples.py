@@ -1,7 +1,7 @@
 """Samples the values of a checkpoint's tensors, to tell revisions of a model apart at little cost.
 
 Reads a block at each end of a tensor and one every 256 MiB between, at places that depend on its
-size alone; never a whole tensor, and never by mapping: a fault would read far more than a block.
+size alone; never a whole tensor.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from step3rt.errors import CheckpointError
+from step3rt.model.file_reader import NUM_READERS
 from step3rt.model.tensor_files import TensorEntry
 
 BLOCK_BYTES = 4096
 STRIDE_BYTES = 256 << 20
-# A cold read is waiting: for a disk that takes several at a time, or for a network.
-NUM_READERS = 8
 
 
 def sample_digests(entries: Mapping[str, TensorEntry]) -> dict[str, bytes]:

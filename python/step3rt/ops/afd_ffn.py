@@ -86,7 +86,10 @@ class FfnSlots(AfdEndpoint):
         """
         super().__init__(shape, rank, device, stop, shape.num_sources)
         self._limits_ns = (wait_limit_ns, join_window_ns, idle_limit_ns)
-        self._control = HostWords(1 + MAX_PEERS, device)
+        control = HostWords(MAX_PEERS + shape.num_lanes, device)
+        self._control = control
+        # The epoch under which each source may send, or 0; then whether each lane is paused.
+        self._active, self._paused = control.values[:MAX_PEERS], control.values[MAX_PEERS:]
         sizes = (shape.num_lanes, shape.num_rows, shape.num_columns)
         self._ids = torch.full(sizes, -1, dtype=torch.int32, device=device)
         self._weights = torch.zeros(sizes, device=device)
@@ -109,7 +112,7 @@ class FfnSlots(AfdEndpoint):
             self.index,
             (self._region.view(sections.ids), self._region.view(sections.weights)),
             (self._ids[lane], self._weights[lane]),
-            self._control,
+            (self._active, self._paused[lane : lane + 1]),
             lambda: self._stop.is_set,
             self._report,
             lane * REPORT_WORDS,
@@ -121,7 +124,8 @@ class FfnSlots(AfdEndpoint):
         """Links to an attention instance and lets it take part; others' steps go on.
 
         On a GPU this waits until the lanes are between steps, at most for the limit of a wait, and
-        holds them there. The peer may send only after this has returned on every rank.
+        holds them there, all at once: see `holds_in_turn`. The peer may send only after this has
+        returned on every rank.
 
         Args:
             source: Of the peer, 0 <= source < A.
@@ -133,7 +137,7 @@ class FfnSlots(AfdEndpoint):
             Unavailable: the peer is gone, or out of reach.
         """
         with self._between_steps():
-            self._control.values[1 + source] = 0
+            self._active[source] = 0
             mapping = self._map(source, peer_handle, epoch)
             for lane in range(self.shape.num_lanes):
                 ours, theirs = self._sections[lane], self.shape.attention_sections(lane)
@@ -157,7 +161,7 @@ class FfnSlots(AfdEndpoint):
                 peer["flag"] = self._region.address(flag)
                 peer["epoch_bits"] = epoch << SEQUENCE_BITS
                 self._write_peer(lane, source, peer)
-            self._control.values[1 + source] = epoch
+            self._active[source] = epoch
 
     def set_active(self, source: int, is_active: bool) -> None:
         """Says whether a linked source may still send; `connect` says that it may.
@@ -173,38 +177,50 @@ class FfnSlots(AfdEndpoint):
             InvalidArgument: it is to become active without having been linked since it was not.
         """
         if not is_active:
-            self._control.values[1 + source] = 0
-        elif not self._control.values[1 + source]:
+            self._active[source] = 0
+        elif not self._active[source]:
             raise InvalidArgument(
                 f"Source {source} is not linked. Its sequence numbers are unknown once it has been "
                 "lost. Connect it under a new epoch"
             )
 
-    def pause(self) -> None:
-        """Lets no lane begin a step: a first layer's wait returns at once, with nothing to do.
+    @property
+    def holds_in_turn(self) -> bool:
+        """Whether lanes are to be paused one after the other, each once those before it are idle.
 
-        Steps in progress end. A step that rank 0 has admitted is begun after `resume`.
+        Ranks but the first begin steps in no order of their own. Two that paused all lanes at once
+        could each be in a step that the other one does not begin any more, and wait for its end.
         """
-        self._control.values[0] = 1
+        return self.index > 0 and self.shape.num_ranks > 2
+
+    def pause(self, lane: int | None = None) -> None:
+        """Lets a lane begin no step: a first layer's wait returns at once, with nothing to do.
+
+        A step in progress ends. One that rank 0 has admitted is begun after `resume`.
+
+        Args:
+            lane: Which one; None: all.
+        """
+        self._paused[slice(None) if lane is None else lane] = 1
 
     def resume(self) -> None:
-        """Lets lanes begin steps again."""
-        self._control.values[0] = 0
+        """Lets all lanes begin steps again."""
+        self._paused[:] = 0
 
     @contextlib.contextmanager
     def _between_steps(self) -> Iterator[None]:
-        was_paused = self._control.values[0]
+        were_paused = self._paused.copy()
         self.pause()
         try:
             self._wait_for_lanes()
             yield
         finally:
-            self._control.values[0] = was_paused
+            self._paused[:] = were_paused
 
     def reset(self) -> None:
         """Clears all errors and links, when no lane runs: every source has to be connected anew."""
         with self._between_steps():
-            self._control.values[1:] = 0
+            self._active[:] = 0
             for lane in range(self.shape.num_lanes):
                 if self._is_on_cpu:
                     self._lanes[lane].reset()
@@ -212,8 +228,8 @@ class FfnSlots(AfdEndpoint):
                     continue
                 header = self._lane_header(lane, self._limits_ns[0])
                 header["join_window_ns"], header["idle_limit_ns"] = self._limits_ns[1:]
-                header["pause"] = self._control.address
-                header["active"] = self._control.address + 4
+                header["active"] = self._control.address
+                header["pause"] = self._control.address + 4 * (MAX_PEERS + lane)
                 self._write_lane(lane, header)
                 self._clear_report(lane, 0, REPORT_WORDS)
 

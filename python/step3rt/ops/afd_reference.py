@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from step3rt.ops.afd_host_lane import HostFlag, HostLane, Pause, bits, frame_number
@@ -168,7 +170,7 @@ class FfnHostLane(HostLane):
         rank: int,
         ids: tuple[torch.Tensor, torch.Tensor],
         private: tuple[torch.Tensor, torch.Tensor],
-        control: HostWords,
+        control: tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]],
         stop: Callable[[], bool],
         report: HostWords,
         first_report: int,
@@ -180,7 +182,8 @@ class FfnHostLane(HostLane):
             rank: Of this instance.
             ids: ids i32[A, T, C] and weights f32[A, T, C] in the lane's region.
             private: the lane's own copies i32[A * T, C] and f32[A * T, C].
-            control: pause, then for each source the epoch under which it may send, or 0.
+            control: for each source the epoch under which it may send, or 0; and, of one word,
+                whether no step may begin.
             stop: Ends waits.
             report: Where errors go.
             first_report: The lane's first word there.
@@ -192,7 +195,7 @@ class FfnHostLane(HostLane):
         self._private_ids, self._private_weights = (
             tensor.view(shape.num_sources, shape.max_tokens, -1) for tensor in private
         )
-        self._control = control.values
+        self._active_epochs, self._pause = control
         self.join_window_ns = 0
         self.idle_limit_ns = 0
         self.sources: list[SourceSlot | None] = [None] * shape.num_sources
@@ -308,7 +311,7 @@ class FfnHostLane(HostLane):
             self.fail(LinkError.STOPPED)
         self.state.participants = 0
         is_over = 0 < self.idle_limit_ns < idle_ns
-        return not self.state.error and not self._control[0] and not is_over
+        return not self.state.error and not self._pause[0] and not is_over
 
     def _begin(self, admitted: int) -> None:
         state = self.state
@@ -320,7 +323,7 @@ class FfnHostLane(HostLane):
         return sum(
             1 << source
             for source, peer in enumerate(self.state.peers)
-            if peer.epoch and not peer.error and int(self._control[1 + source]) == peer.epoch
+            if peer.epoch and not peer.error and int(self._active_epochs[source]) == peer.epoch
         )
 
     def _mask(self, source: int) -> int:

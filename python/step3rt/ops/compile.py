@@ -10,15 +10,19 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import step3rt
+from step3rt.errors import ConfigError
 
 ARCHITECTURE = "sm_90a"
 """Hopper with its architecture-specific instructions (wgmma, setmaxnreg)."""
+
+COMPUTE_CAPABILITY = (9, 0)
+"""Of the GPUs that this code runs on; no others, newer ones neither."""
 
 FIXED_OPTIONS = (
     f"--gpu-architecture={ARCHITECTURE}",
@@ -30,8 +34,8 @@ FIXED_OPTIONS = (
 )
 
 
-class CompileError(RuntimeError):
-    """NVRTC is missing or rejected a source; `log` is its full output."""
+class CompileError(ConfigError):
+    """A kernel cannot be compiled or kept; `log` is the compiler's full output, if it ran."""
 
     def __init__(self, message: str, log: str = "") -> None:
         """Keeps the compiler's output beside the message."""
@@ -91,21 +95,17 @@ def compile_kernel(source: Path, options: Sequence[str] = ()) -> CompiledKernel:
         options: Further NVRTC options, for example `-DSTEP3RT_WAIT_LIMIT_NS=1000000000`.
 
     Raises:
-        CompileError: NVRTC is missing or rejects the source.
+        CompileError: NVRTC is missing or rejects the source, or the cache cannot be written.
     """
     nvrtc = _load_nvrtc()
     all_options = (*FIXED_OPTIONS, *options)
     key = _cache_key(source, all_options, nvrtc)
     cubin_path = _cache_dir() / f"{source.stem}-{key}.cubin"
-    report_path = cubin_path.with_suffix(".json")
-    # The report is written last: its presence means that the cubin is complete.
-    if report_path.is_file():
-        report = ResourceReport(**json.loads(report_path.read_text()))
-        return CompiledKernel(source.stem, cubin_path, report)
-    cubin, log = _run_nvrtc(nvrtc, source, all_options)
-    report = parse_report(source.stem, log)
-    _write_atomically(cubin_path, cubin)
-    _write_atomically(report_path, json.dumps(asdict(report)).encode())
+    report = _read_cached(cubin_path)
+    if report is None:
+        cubin, log = _run_nvrtc(nvrtc, source, all_options)
+        report = parse_report(source.stem, log)
+        _write_cached(cubin_path, cubin, report)
     return CompiledKernel(source.stem, cubin_path, report)
 
 
@@ -140,7 +140,13 @@ def _cache_dir() -> Path:
     if explicit:
         return Path(explicit) / "cubin"
     base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base else Path.home() / ".cache"
+    try:
+        root = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError as error:  # a container's user without a home
+        raise CompileError(
+            f"There is no folder to keep compiled kernels in: {error} Set STEP3RT_CACHE_DIR to "
+            "one that this user can write to."
+        ) from error
     return root / "step3rt" / "cubin"
 
 
@@ -156,15 +162,44 @@ def _cache_key(source: Path, options: Sequence[str], nvrtc: ctypes.CDLL) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _read_cached(cubin_path: Path) -> ResourceReport | None:
+    """The report of a cubin that is as it was written; else it is compiled again.
+
+    A file may be another user's who keeps it private, be lost to a cleaner of temporary files, or
+    be cut off by a host that went down before its disk had it.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        record = json.loads(cubin_path.with_suffix(".json").read_bytes())
+        is_whole = record["sha256"] == hashlib.sha256(cubin_path.read_bytes()).hexdigest()
+        return ResourceReport(**record["report"]) if is_whole else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write_cached(cubin_path: Path, cubin: bytes, report: ResourceReport) -> None:
+    """Writes a cubin, then what says that it is whole."""
+    record = {"sha256": hashlib.sha256(cubin).hexdigest(), "report": asdict(report)}
+    try:
+        cubin_path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(cubin_path, cubin)
+        _write_atomically(cubin_path.with_suffix(".json"), json.dumps(record).encode())
+    except OSError as error:
+        raise CompileError(
+            f"The compiled kernel {cubin_path} cannot be kept: {error}. The driver loads it from "
+            "there. Make room there, or set STEP3RT_CACHE_DIR to a folder that this user can "
+            "write to."
+        ) from error
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    # By name and not by tempfile, whose files no other user of the cache could read.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
             file.write(data)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -100,9 +100,10 @@ class Kernel:
         )
         if status != 0:
             raise RuntimeError(
-                f"cuLaunchKernelEx returned {status} for {self.source} with {num_ctas} CTAs of "
-                f"{self.num_threads} threads and {self.shared_bytes} bytes of shared memory. The "
-                "kernels are built for sm_90a. Run them on a Hopper GPU."
+                f"cuLaunchKernelEx returned {error_name(status)} for {self.source} with {num_ctas} "
+                f"CTAs of {self.num_threads} threads and {self.shared_bytes} bytes of shared "
+                "memory. What an earlier kernel of the process did wrong is said of later ones, "
+                "too. CUDA_LAUNCH_BLOCKING=1 finds out which, where there are no graphs."
             )
 
 
@@ -134,6 +135,13 @@ def driver() -> ctypes.CDLL:
             "The CUDA driver (libcuda.so.1) cannot be loaded. Launching kernels needs a GPU "
             "machine. Run the torch reference on this one."
         ) from error
+
+
+def error_name(status: int) -> str:
+    """What the driver calls a status of one of its functions, as in 700 (CUDA_ERROR_...)."""
+    name = ctypes.c_char_p()
+    driver().cuGetErrorName(ctypes.c_int(status), ctypes.byref(name))
+    return f"{status} ({(name.value or b'unknown').decode()})"
 
 
 def num_sms(device: torch.device) -> int:

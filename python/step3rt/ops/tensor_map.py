@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from step3rt.ops.launch import driver
+from step3rt.ops.launch import driver, error_name
 
 TENSOR_MAP_BYTES = 128
 _ALIGNMENT = 64
@@ -65,7 +65,7 @@ def encode_tensor_map(tensor: torch.Tensor, view: TileView) -> Any:
     )
     if status != 0:
         raise RuntimeError(
-            f"cuTensorMapEncodeTiled returned {status} for a {tensor.dtype} tensor at "
+            f"cuTensorMapEncodeTiled returned {error_name(status)} for a {tensor.dtype} tensor at "
             f"{tensor.data_ptr():#x} seen as {view}. Strides and the address must be multiples of "
             "16 bytes and the box at most 256 in each dimension."
         )

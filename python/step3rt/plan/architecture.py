@@ -7,12 +7,16 @@ Owns the arithmetic from layer shapes to bytes, FLOPs and parameters; never read
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from step3rt.errors import InvalidArgument
+
 AttentionKind = Literal["mfa", "mla", "gqa", "window", "linear"]
 
 # Lightning attention per element of the recurrent state: outer product, decay, accumulate, and
 # a multiply-add to read out, which the paper's table 2 counts twice (0.734 GFLOPs of MiniMax M1
 # over 70 layers of 64 x 128 x 128 elements is 10 a piece); it keeps the state in FP32.
 STATE_FLOPS_PER_ELEMENT = 10
+
+MAX_EXPERTS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,17 @@ class Model:
         """The same model with that many routed experts in its MoE layers.
 
         A slice of a deployment runs so: each FFN GPU carries what it would in the full one.
+
+        Raises:
+            InvalidArgument: fewer than a token takes, or more than the planner counts.
         """
+        top_k = max(group.ffn.top_k for group in self.groups)
+        if not max(top_k, 1) <= num_experts <= MAX_EXPERTS:
+            raise InvalidArgument(
+                f"The slice has {num_experts} routed experts. A token of {self.name!r} takes "
+                f"{top_k} different ones, and the planner counts up to {MAX_EXPERTS}. Correct the "
+                "number"
+            )
         groups = tuple(
             replace(group, ffn=replace(group.ffn, num_experts=num_experts))
             if group.ffn.num_experts

@@ -12,11 +12,11 @@ import numpy as np
 
 from step3rt.errors import InvalidArgument
 from step3rt.plan.architecture import Model
+from step3rt.plan.batches import jitter_us
 from step3rt.plan.cost import Precision
 from step3rt.plan.deployment import Deployment
 from step3rt.plan.measurement import STAGES, Measurement
 from step3rt.plan.profile import SHARES, Profile
-from step3rt.plan.search import jitter_us
 from step3rt.plan.stages import Floats, ffn_sides, has_store_kernels, stage_times, step_us
 
 WHOLE = ("tokens_per_s_per_gpu", "tpot_ms")
@@ -93,7 +93,7 @@ def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[st
     `model` is for files that do not have the sizes of their own.
 
     Raises:
-        InvalidArgument: the run had another number of layers than `model`.
+        InvalidArgument: the run had another number of layers than `model`, or too few experts.
     """
     model = measurement.model or model
     if measurement.num_layers not in (None, model.num_layers):
@@ -103,7 +103,12 @@ def predict(model: Model, measurement: Measurement, profile: Profile) -> dict[st
             "model that ran with --model"
         )
     if measurement.num_experts is not None:
-        model = model.with_num_experts(measurement.num_experts)
+        try:
+            model = model.with_num_experts(measurement.num_experts)
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                f"The run {measurement.name!r} cannot be predicted. {error}"
+            ) from error
     if measurement.expert_skew is not None:
         # What routing gave the experts is the run's, as its context is.
         profile = replace(profile, expert_skew=measurement.expert_skew)

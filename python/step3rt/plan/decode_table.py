@@ -10,7 +10,7 @@ from pathlib import Path
 
 from step3rt.errors import ConfigError
 from step3rt.plan.emit import write_text
-from step3rt.plan.measurement import ResultValues
+from step3rt.plan.measurement import ResultValues, is_finite
 
 BEGIN = "<!-- decode results, by: step3rt plan plot -->"
 END = "<!-- end of decode results -->"
@@ -78,9 +78,10 @@ def put_into(page: Path, text: str) -> None:
     """
     try:
         old = page.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"The page {str(page)!r} cannot be read: {error.strerror}. The table belongs into it. "
+            f"The page {str(page)!r} cannot be read: {reason}. The table belongs into it. "
             "Give another one"
         ) from error
     begin, end = old.find(BEGIN), old.find(END)
@@ -102,11 +103,11 @@ def _point(path: Path) -> DecodePoint:
         path=path,
         run=values.text("run"),
         machine=values.text("machine"),
-        gpus=int(values.number("gpus")),
-        context=int(values.number("context")),
-        spread=float(spread) if isinstance(spread, int | float) else 0.0,
-        batch=int(values.number("batch")),
-        lanes=int(values.number("lanes")),
+        gpus=values.count("gpus"),
+        context=values.count("context"),
+        spread=_number_or_none(spread) or 0.0,
+        batch=values.count("batch"),
+        lanes=values.count("lanes"),
         kv_dtype=values.text("kv_dtype"),
         tokens_per_s_per_gpu=values.number("tokens_per_s_per_gpu"),
         tpot_p50_ms=values.number("tpot_ms", "p50"),
@@ -116,7 +117,7 @@ def _point(path: Path) -> DecodePoint:
             (values.stage_us(name), values.stage(name, "roofline_share"))
             for name in ("attention", "ffn")
         ),
-        idle=float(idle) if isinstance(idle, int | float) else None,
+        idle=_number_or_none(idle),
     )
 
 
@@ -140,7 +141,7 @@ def _line(point: DecodePoint, directory: Path) -> str:
 
 
 def _number_or_none(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if is_finite(value) else None  # type: ignore[arg-type]
 
 
 def _jitter(of_steps: float | None, about_trend: float | None) -> str:

@@ -20,6 +20,8 @@ _USABLE_SHARE = 0.95
 _LM_HEAD_BYTES_PER_WEIGHT = 2  # the published FP8 checkpoint keeps embedding and LM head in BF16
 MAX_LANES = 8  # as `step3rt serve` has it
 MAX_GPUS = 65_536
+MAX_CONTEXT_TOKENS = 1_000_000_000
+MAX_BATCH = 10_000_000  # each sequence of a workload has a length in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,29 +120,40 @@ def _usable_bytes(card: Hardware) -> float:
     return _USABLE_SHARE * card.memory_bytes - _RESERVED_BYTES
 
 
+def expert_places(deployment: Deployment) -> tuple[int, float]:
+    """(places, GPUs of a place) of the experts; a place is what shares its rows evenly.
+
+    With EP a place is a GPU; with TP in a host it is the host.
+    """
+    if deployment.is_colocated:
+        return deployment.num_attention_gpus, 1.0
+    if deployment.ffn_parallelism == "ep":
+        return deployment.num_ffn_gpus, 1.0
+    places = deployment.num_ffn_hosts
+    return places, deployment.num_ffn_gpus / places
+
+
+def most_experts(num_experts: int, places: int) -> int:
+    """Experts of the fullest place: each is in one place, whole, so 48 in 5 are 10, not 9.6."""
+    return -(-num_experts // places)
+
+
 def ffn_weight_bytes_per_gpu(model: Model, deployment: Deployment) -> float:
     """FFN weights that the fullest FFN GPU holds, one byte each."""
+    places, gpus_of_place = expert_places(deployment)
+    gpus = deployment.num_ffn_gpus or deployment.num_attention_gpus
+    # Beside whole experts, instances have whole dense layers.
+    is_copied = deployment.ffn_parallelism == "ep" and (
+        deployment.is_colocated or model.sparsity is not None
+    )
     total = 0.0
     for group in model.groups:
         ffn = group.ffn
-        if deployment.is_colocated:
-            gpus = deployment.num_attention_gpus
-            routed = max(ffn.num_experts / gpus, 1.0 if ffn.num_experts else 0.0)
-            is_split = not ffn.num_experts and deployment.ffn_parallelism == "tp_ep"
-            dense = ffn.dense_params / (gpus if is_split else 1)
-            total += group.count * (routed * ffn.expert_params + dense)
-            continue
-        gpus = deployment.num_ffn_gpus
         if not ffn.num_experts:
-            total += group.count * ffn.dense_params / gpus
-        elif deployment.ffn_parallelism == "ep":
-            routed = max(ffn.num_experts / gpus, 1.0)
-            total += group.count * (routed * ffn.expert_params + ffn.dense_params)
-        else:
-            hosts = deployment.num_ffn_hosts
-            in_host = gpus / hosts
-            routed = max(ffn.num_experts / hosts, 1.0)
-            total += group.count * (routed * ffn.expert_params + ffn.dense_params) / in_host
+            total += group.count * ffn.dense_params / (1 if is_copied else gpus)
+            continue
+        routed = most_experts(ffn.num_experts, places) * ffn.expert_params
+        total += group.count * (routed + ffn.dense_params) / gpus_of_place
     return total
 
 
@@ -160,7 +173,10 @@ def kv_bytes_per_sequence(model: Model, context_tokens: float, precision: Precis
 def max_batch_by_memory(
     model: Model, deployment: Deployment, context_tokens: float, precision: Precision
 ) -> float:
-    """Sequences of `context_tokens` that fit into all GPUs together; 0 if weights do not fit."""
+    """Sequences of `context_tokens` that fit into all GPUs together; 0 if weights do not fit.
+
+    No more than a workload takes, however small the model.
+    """
     tables = 1 if model.is_tied else 2
     weights = (
         float(model.attention_params) + tables * model.embedding_params * _LM_HEAD_BYTES_PER_WEIGHT
@@ -172,4 +188,4 @@ def max_batch_by_memory(
         return 0.0
     free_bytes = _usable_bytes(deployment.attention_card) - weights
     per_gpu = free_bytes / kv_bytes_per_sequence(model, context_tokens, precision)
-    return max(0.0, per_gpu * deployment.num_attention_gpus)
+    return min(max(0.0, per_gpu * deployment.num_attention_gpus), float(MAX_BATCH))

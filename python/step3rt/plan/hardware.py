@@ -17,6 +17,7 @@ from step3rt.setting import load_toml
 
 PAPER_CARDS = ("h800", "h20", "a800", "910b")  # table 4; their prices are the paper's
 _SECONDS_PER_HOUR = 3600.0
+_LEAST, _MOST = 1e-9, 1e21  # of a field, so that what follows from several is finite, too
 _OPTIONAL = ("fp8_flops", "nvlink_bytes_per_s")
 _PCIE_BYTES_PER_S = 2.5e10  # PCIe 4.0 x16, what a copy reaches
 
@@ -85,14 +86,15 @@ def load_hardware(extra_file: Path | None = None) -> dict[str, Hardware]:
     source = "hardware.toml"
     if extra_file is not None:
         source = str(extra_file)
-        for key, values in load_toml(extra_file).items():
+        for written, values in load_toml(extra_file).items():
+            key = written.lower()
             if not isinstance(values, dict):
                 raise ConfigError(
-                    f"The entry {key!r} of {source} is not a table. Each card is one. "
+                    f"The entry {written!r} of {source} is not a table. Each card is one. "
                     f"Write [{key}] and its fields below"
                 )
             tables[key] = {"name": key, "source": source} | tables.get(key, {}) | values
-    return {key.lower(): _card(key.lower(), values, source) for key, values in tables.items()}
+    return {key: _card(key, values, source) for key, values in tables.items()}
 
 
 def pick_hardware(key: str, cards: dict[str, Hardware]) -> Hardware:
@@ -149,13 +151,20 @@ def _card(key: str, values: dict[str, Any], source: str) -> Hardware:
                 f"read it. Known are: {', '.join(wanted)}"
             )
         is_text = name in ("name", "source")
+        whole = "whole " if name == "gpus_per_host" else ""
         if is_text != isinstance(value, str) or (
             not is_text
-            and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0)
+            and (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not _LEAST <= value <= _MOST
+                or (name == "gpus_per_host" and value != int(value))
+            )
         ):
+            wanted_text = f"a {whole}number above 0, and finite: from {_LEAST:g} to {_MOST:g}"
             raise ConfigError(
                 f"The field '{name}' of card {key!r} is {value!r} ({source}). It must be "
-                f"{'text' if is_text else 'a number above 0'}. Correct it"
+                f"{'text' if is_text else wanted_text}. Correct it"
             )
     for name in wanted:
         if name not in values and name not in _OPTIONAL:

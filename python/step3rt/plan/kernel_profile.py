@@ -29,6 +29,7 @@ _PROJECTION_PARAMS = {
     "o_proj": 16384 * 7168,
 }
 _LEAST_SHARE, _MOST_SHARE = 1e-3, 1.0
+_COUNT = r"([1-9]\d{0,8})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,13 @@ def _shapes(
 
 def _attention(rows: Iterable[Mapping[str, Any]], kernel: str) -> list[tuple[int, float]]:
     """(cached tokens, microseconds); rows of varied lengths have the same mean."""
-    shapes = _shapes(rows, kernel, r"(\d+)x(\d+)(?: varlen)?")
+    shapes = _shapes(rows, kernel, rf"{_COUNT}x{_COUNT}(?: varlen)?")
     return [(int(shape[1]) * int(shape[2]), us) for shape, us in shapes]
 
 
 def _experts(rows: Sequence[Mapping[str, Any]], base: Profile) -> list[_Product]:
     # `ffn_fixed_us` has the rest of a layer, so the products alone where the file has them.
-    pattern = r"E(\d+)xT(\d+)"
+    pattern = rf"E{_COUNT}xT{_COUNT}"
     found = _shapes(rows, "moe_fp8_gemms", pattern) or _shapes(rows, "moe_fp8", pattern)
     products = []
     for shape, us in found:
@@ -118,7 +119,7 @@ def _experts(rows: Sequence[Mapping[str, Any]], base: Profile) -> list[_Product]
 
 def _projections(rows: Iterable[Mapping[str, Any]], base: Profile) -> list[_Product]:
     products = []
-    for shape, us in _shapes(rows, "proj_fp8", r"(\w+) M(\d+)"):
+    for shape, us in _shapes(rows, "proj_fp8", rf"(\w+) M{_COUNT}"):
         if shape[1] in _PROJECTION_PARAMS:
             params = _PROJECTION_PARAMS[shape[1]]
             computed = float(linear_rows(np.array(float(shape[2])), base.linear_tile_rows))
@@ -154,7 +155,7 @@ def _attention_fixed_us(
         ("attention_layer_fp8", profile.attention_bytes_fp8, 512),
         ("attention_layer_bf16", profile.attention_bytes_bf16, 1024),
     ):
-        for shape, us in _shapes(rows, kernel, r"(\d+)x(\d+)"):
+        for shape, us in _shapes(rows, kernel, rf"{_COUNT}x{_COUNT}"):
             sequences, tokens = int(shape[1]), int(shape[1]) * int(shape[2])
             padded = float(linear_rows(np.array(float(sequences)), profile.linear_tile_rows))
             core_us = 1e6 * tokens * per_token / (card.bytes_per_s * share)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step3rt.errors import ConfigError
+from step3rt.errors import ConfigError, InvalidArgument
 from step3rt.plan.architecture import Model
 from step3rt.plan.cost import DTYPE_BYTES, Precision
 from step3rt.plan.deployment import Deployment
@@ -21,6 +21,7 @@ from step3rt.plan.stages import expected_maximum
 
 STAGES = ("attention", "head", "a2f", "ffn", "f2a", "transfer")
 _MAX_FILE_BYTES = 64 << 20
+_MAX_COUNT = 1_000_000_000
 # A slice carries, on each FFN GPU, what one of the paper's 16 FFN GPUs does of 48 experts.
 _SLICE_EXPERTS_PER_GPU = 3
 _STEPS_AFTER = 48  # of `step3rt bench decode`, until the first stream ends
@@ -107,9 +108,11 @@ def load_measurement(
         card = card_of_machine(values.text("machine"), cards)
         if card is None:
             raise values.error("machine", "names no card that the planner knows. Give --hardware")
-    gpus = int(values.number("gpus"))
-    deployment = _placement(values, run, card, gpus, int(values.number("lanes")))
-    experts = values.values.get("experts")
+    try:
+        deployment = _placement(values, run, card, values.count("gpus"), values.count("lanes"))
+    except InvalidArgument as error:
+        raise ConfigError(f"The result file {str(path)!r} cannot be used. {error}") from error
+    experts = None if values.values.get("experts") is None else values.count("experts")
     if experts is None and "slice" in run:
         experts = _SLICE_EXPERTS_PER_GPU * deployment.num_ffn_gpus
     dtype = {"bf16": "bfloat16", "e4m3": "fp8"}.get(
@@ -124,11 +127,11 @@ def load_measurement(
     return Measurement(
         name=f"{run} ({path.name})",
         deployment=deployment,
-        batch=int(values.number("batch")),
-        context_tokens=int(values.number("context")),
+        batch=values.count("batch"),
+        context_tokens=values.count("context"),
         precision=Precision(kv_bytes=DTYPE_BYTES[dtype]),
-        num_experts=None if experts is None else int(experts),
-        num_layers=int(values.number("layers")) if "layers" in values.values else None,
+        num_experts=experts,
+        num_layers=values.count("layers") if "layers" in values.values else None,
         model=parse_config(run, sizes) if isinstance(sizes, Mapping) else None,
         tpot_p99_ms=float(tpot["p99"]) if is_positive(tpot.get("p99")) else None,
         tpot_ms=values.number("tpot_ms", "p50"),
@@ -148,7 +151,8 @@ def _stage_context(values: "ResultValues") -> float:
         return context
     # "context" is reached half way; the last of the steps that stages are of is the last of all,
     # some steps after those that were measured.
-    return context + (float(steps) - float(last)) / 2 + _STEPS_AFTER  # type: ignore[arg-type]
+    before = max(0.0, float(steps) - float(last))  # type: ignore[arg-type]
+    return context + before / 2 + _STEPS_AFTER
 
 
 def _expert_skew(values: "ResultValues", num_experts: object) -> float | None:
@@ -177,7 +181,7 @@ def _placement(
             lanes=lanes,
         )
     if "attention" in values.values and "ffn" in values.values:
-        attention, ffn = int(values.number("attention")), int(values.number("ffn"))
+        attention, ffn = values.count("attention"), values.count("ffn")
     else:
         match = re.search(r"(\d+)a(\d+)f", run)
         if match is None:
@@ -242,6 +246,13 @@ class ResultValues:
             raise self.error(key, f"has no number above 0{f' as {inner}' if inner else ''}")
         return float(value)  # type: ignore[arg-type]
 
+    def count(self, key: str) -> int:
+        """A key's number, at least 1, without what is behind its point."""
+        value = self.number(key)
+        if not 1 <= value <= _MAX_COUNT:
+            raise self.error(key, f"is not from 1 to {_MAX_COUNT}")
+        return int(value)
+
     def stage_us(self, name: str) -> float | None:
         """A stage's microseconds; None if the file does not have it."""
         return self.stage(name, "us")
@@ -280,5 +291,13 @@ def read_json_object(path: Path, wanted: str) -> dict[str, Any]:
 
 def is_positive(value: object) -> bool:
     """Whether a value is a finite number above 0."""
+    return is_finite(value) and value > 0  # type: ignore[operator]
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number; of JSON's whole numbers, not all are."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0  # type: ignore[operator,arg-type]
+    try:
+        return is_number and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False

@@ -12,7 +12,8 @@ from step3rt.plan.cost import afd_cost, token_cost
 from step3rt.plan.decode_table import DecodePoint
 from step3rt.plan.hardware import PAPER_CARDS, Hardware
 from step3rt.plan.hf_config import load_model
-from step3rt.plan.search import Candidate, Target
+from step3rt.plan.search import Candidate
+from step3rt.plan.search_space import Target
 from step3rt.plan.simulate import Span
 from step3rt.plan.verdict import Verdict
 

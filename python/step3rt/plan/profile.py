@@ -93,10 +93,17 @@ STATED = "paper-h800"
 """What is taken when nothing is named and nothing was fitted."""
 
 
-def fitted_profile_path() -> Path:
-    """Where `plan compare --save` keeps what it fitted if no file is named."""
+def fitted_profile_path() -> Path | None:
+    """Where `plan compare --save` keeps what it fitted if no file is named.
+
+    `None` for a user without a home directory, as in a container that runs under any number.
+    """
     base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "step3rt" / "fitted.toml"
+    try:
+        settings = Path(base) if base else Path.home() / ".config"
+    except RuntimeError:
+        return None
+    return settings / "step3rt" / "fitted.toml"
 
 
 def load_profile(name_or_path: str) -> Profile:

@@ -16,7 +16,8 @@ from step3rt.plan.deployment import Deployment
 from step3rt.plan.hardware import Hardware
 from step3rt.plan.measurement import STAGES
 from step3rt.plan.paper import DISAGREEMENTS
-from step3rt.plan.search import Candidate, Target
+from step3rt.plan.search import Candidate
+from step3rt.plan.search_space import Target
 from step3rt.plan.simulate import Result
 from step3rt.plan.verdict import Choice, Verdict
 

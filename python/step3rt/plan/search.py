@@ -1,7 +1,7 @@
 """Every sensible deployment of an inventory of cards, each at its best batch within the target.
 
-Owns the search space and its evaluation with mean stage times; never randomness (`verdict` runs
-the simulator on the winners) and never advice.
+Owns the comparison, with mean stage times; never randomness (`verdict` runs the simulator on the
+winners) and never advice.
 """
 
 from collections.abc import Iterator
@@ -12,80 +12,19 @@ from numpy.typing import NDArray
 
 from step3rt.errors import InvalidArgument
 from step3rt.plan.architecture import Model
+from step3rt.plan.batches import best_size, evaluate
 from step3rt.plan.cost import TOKENS_PER_PRICE, Precision
-from step3rt.plan.deployment import (
-    MAX_LANES,
-    Deployment,
-    FfnParallelism,
-    Placement,
-    max_batch_by_memory,
-)
-from step3rt.plan.hardware import Hardware
+from step3rt.plan.deployment import Deployment, Placement, max_batch_by_memory
 from step3rt.plan.profile import Profile
-from step3rt.plan.stages import Floats, stage_times, step_us
+from step3rt.plan.search_space import Inventory, Target, deployments
+from step3rt.plan.stages import Floats
 from step3rt.plan.tiles import whole_tiles
 
 _LANES = (1, 2, 3, 4)
-# Sizes of one side in hosts. Larger deployments are several units side by side.
-_HOSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 _SWEEP_POINTS = 40
 MAX_INVENTORY_GPUS = 65_536
-_EULER_GAMMA = 0.5772
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """The cards at hand: (card, how many) for each kind."""
-
-    cards: tuple[tuple[Hardware, int], ...]
-
-    @property
-    def num_gpus(self) -> int:
-        """Cards of all kinds."""
-        return sum(count for _, count in self.cards)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What must hold.
-
-    Attributes:
-        context_tokens: mean context of running sequences.
-        tpot_ms: longest time per output token.
-        percentile: which TPOT must hold it: "p50" or "p99".
-        placement: only this one; None looks at both.
-        lanes: only so many; None looks at 1 to 4.
-        ffn_parallelism: only this one; None looks at both.
-    """
-
-    context_tokens: int
-    tpot_ms: float = 50.0
-    percentile: str = "p99"
-    placement: Placement | None = None
-    lanes: int | None = None
-    ffn_parallelism: FfnParallelism | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the fields.
-
-        Raises:
-            InvalidArgument: a field is impossible.
-        """
-        if self.context_tokens < 1 or not self.tpot_ms > 0:
-            raise InvalidArgument(
-                f"The target has a context of {self.context_tokens} tokens and {self.tpot_ms} ms "
-                "TPOT. Both are above 0. Correct them"
-            )
-        if self.lanes is not None and not 1 <= self.lanes <= MAX_LANES:
-            raise InvalidArgument(
-                f"The target has {self.lanes} lanes. `step3rt serve` takes from 1 to {MAX_LANES}. "
-                "Correct the number"
-            )
-        if self.percentile not in ("p50", "p99"):
-            raise InvalidArgument(
-                f"The target has percentile {self.percentile!r}. The planner knows p50 and p99. "
-                "Take one of them"
-            )
+# A sweep's points are a few per cent apart: whoever is as close to the best may be the best.
+_CONTENDER_SHARE = 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,137 +81,40 @@ def search(
             f"The inventory has {inventory.num_gpus} cards. The planner takes from 1 to "
             f"{MAX_INVENTORY_GPUS}. Correct the counts"
         )
-    best: dict[tuple[Placement, str, str], Candidate] = {}
-    sweeps: list[_Sweep] = []
-    for deployment, num_units in deployments(inventory, target):
-        # A disaggregated dense FFN is split either way; colocated experts are spread either way.
-        is_dense = model.sparsity is None
-        if deployment.ffn_parallelism == "tp_ep" and is_dense != deployment.is_colocated:
+    sweeps = [
+        sweep
+        for deployment, num_units in deployments(inventory, target)
+        if (unit := _meant(model, deployment, target)) is not None
+        for sweep in _sweeps(model, unit, num_units, target, profile, precision)
+    ]
+    most: dict[_Key, float] = {}
+    for sweep in sweeps:
+        most[sweep.key] = max(most.get(sweep.key, 0.0), sweep.rates_within(target).max())
+    best: dict[_Key, Candidate] = {}
+    for index, sweep in enumerate(sweeps):
+        reached = sweep.rates_within(target).max()
+        if not reached or reached < _CONTENDER_SHARE * most[sweep.key]:
             continue
-        for sweep in _sweeps(model, deployment, num_units, target, profile, precision):
-            sweeps.append(sweep)
-            within = np.flatnonzero(sweep.tpot_ms <= target.tpot_ms)
-            if not within.size:
-                continue
-            top = int(within[np.argmax(sweep.tokens_per_s[within])])
-            key = (deployment.placement, deployment.attention_card.key, deployment.ffn_card.key)
-            if key not in best or sweep.tokens_per_s[top] > best[key].tokens_per_s:
-                best[key] = sweep.candidate(top, inventory)
+        sweeps[index] = exact = sweep.refined(model, target, profile, precision)
+        top = int(np.argmax(exact.rates_within(target)))
+        if sweep.key not in best or exact.tokens_per_s[top] > best[sweep.key].tokens_per_s:
+            best[sweep.key] = exact.candidate(top, inventory)
     ranked = sorted(best.values(), key=lambda candidate: -candidate.tokens_per_s)
     return SearchResult(tuple(ranked), _front(sweeps, inventory), len(sweeps))
 
 
-def deployments(inventory: Inventory, target: Target) -> Iterator[tuple[Deployment, int]]:
-    """Every deployment unit that the inventory holds, with the number of units, of one lane."""
-    parallelisms: tuple[FfnParallelism, ...] = ("ep", "tp_ep")
-    if target.ffn_parallelism is not None:
-        parallelisms = (target.ffn_parallelism,)
-    for attention_card, attention_count in inventory.cards:
-        if target.placement != "disaggregated":
-            for gpus in _sizes(attention_card, attention_count):
-                for parallelism in parallelisms:
-                    unit = Deployment(
-                        placement="colocated",
-                        attention_card=attention_card,
-                        ffn_card=attention_card,
-                        num_attention_gpus=gpus,
-                        num_ffn_gpus=0,
-                        lanes=1,
-                        ffn_parallelism=parallelism,
-                    )
-                    yield unit, attention_count // gpus
-        if target.placement == "colocated":
-            continue
-        for ffn_card, ffn_count in inventory.cards:
-            is_same = ffn_card.key == attention_card.key
-            for attention in _sizes(attention_card, attention_count):
-                for ffn in _sizes(ffn_card, ffn_count):
-                    units = (
-                        attention_count // (attention + ffn)
-                        if is_same
-                        else min(attention_count // attention, ffn_count // ffn)
-                    )
-                    if not units:
-                        continue
-                    for parallelism in parallelisms:
-                        if parallelism == "tp_ep" and ffn < ffn_card.gpus_per_host:
-                            continue  # within a part of a host, EP over NVLink is the choice
-                        unit = Deployment(
-                            placement="disaggregated",
-                            attention_card=attention_card,
-                            ffn_card=ffn_card,
-                            num_attention_gpus=attention,
-                            num_ffn_gpus=ffn,
-                            lanes=1,
-                            ffn_parallelism=parallelism,
-                        )
-                        yield unit, units
+def _meant(model: Model, deployment: Deployment, target: Target) -> Deployment | None:
+    """The deployment, in the one of two equal forms that is looked at; None is the other form.
 
-
-def _sizes(card: Hardware, count: int) -> list[int]:
-    """GPU counts of one side: all up to a host, then whole hosts."""
-    per_host = card.gpus_per_host
-    return [*range(1, min(per_host, count) + 1)] + [
-        hosts * per_host for hosts in _HOSTS if hosts > 1 and hosts * per_host <= count
-    ]
-
-
-def jitter_us(model: Model, deployment: Deployment, profile: Profile) -> float:
-    """Expected delay of a step by jitter: per layer, the slowest GPU of each side.
-
-    The maximum of n exponential delays is the n-th harmonic number of their mean.
+    A disaggregated dense FFN is split either way; colocated experts are spread either way.
     """
-    if deployment.is_colocated:
-        sides = [deployment.num_attention_gpus] * 2
-    else:
-        sides = [deployment.num_attention_gpus, deployment.num_ffn_gpus]
-    slowest = sum(np.log(side) + _EULER_GAMMA + 1 / (2 * side) for side in sides)
-    return float(profile.jitter_us * slowest * model.num_layers)
+    is_dense = model.sparsity is None
+    if deployment.ffn_parallelism == "ep" or is_dense == deployment.is_colocated:
+        return deployment
+    return None if target.ffn_parallelism is None else replace(deployment, ffn_parallelism="ep")
 
 
-def evaluate(
-    model: Model,
-    deployment: Deployment,
-    target: Target,
-    profile: Profile,
-    precision: Precision,
-    sizes: Floats,
-    lanes: Floats | None = None,
-) -> Floats:
-    """Expected TPOT in ms for so many sequences of each lane and attention GPU: f64[sizes].
-
-    Takes the deployment's lanes, or `lanes` [sizes] if given.
-    """
-    times = stage_times(model, deployment, profile, sizes, target.context_tokens, precision)
-    mean_us = step_us(times, deployment, lanes)
-    tpot_ms: Floats = (mean_us + jitter_us(model, deployment, profile)) / 1e3
-    return tpot_ms
-
-
-def most_sequences(
-    model: Model,
-    deployment: Deployment,
-    target: Target,
-    profile: Profile,
-    precision: Precision,
-) -> int:
-    """The most sequences of each lane and GPU within target and memory; 0 if none.
-
-    TPOT grows with the batch. So do tokens per second, but where the last tile is hardly filled:
-    then `whole_tiles` of the most may be better.
-    """
-    places = deployment.lanes * deployment.num_attention_gpus
-    limit = max_batch_by_memory(model, deployment, target.context_tokens, precision) / places
-    low, high = 0, int(limit)
-    while low < high:
-        # A few sizes at a time: evaluating an array costs little more than a number.
-        sizes = np.unique(np.linspace(low + 1, high, 16).astype(np.int64))
-        tpot_ms = evaluate(model, deployment, target, profile, precision, sizes.astype(float))
-        within = sizes[tpot_ms <= target.tpot_ms]
-        above = sizes[tpot_ms > target.tpot_ms]
-        low = int(within[-1]) if within.size else low
-        high = int(above[0]) - 1 if above.size else low
-    return low
+_Key = tuple[Placement, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +127,31 @@ class _Sweep:
     batch: Floats
     tpot_ms: Floats
     tokens_per_s: Floats
+
+    @property
+    def key(self) -> _Key:
+        """Of those with the same key, only the best is a candidate."""
+        unit = self.deployment
+        return unit.placement, unit.attention_card.key, unit.ffn_card.key
+
+    def rates_within(self, target: Target) -> Floats:
+        """Tokens per second of the points within the target; 0 of the others."""
+        return np.where(self.tpot_ms <= target.tpot_ms, self.tokens_per_s, 0.0)
+
+    def refined(
+        self, model: Model, target: Target, profile: Profile, precision: Precision
+    ) -> "_Sweep":
+        """With the best batch within the target as one more point; some point is within it."""
+        unit = self.deployment
+        size = np.array([float(best_size(model, unit, target, profile, precision))])
+        tpot_ms = evaluate(model, unit, target, profile, precision, size)
+        batch = size * unit.lanes * unit.num_attention_gpus
+        return replace(
+            self,
+            batch=np.append(self.batch, batch),
+            tpot_ms=np.append(self.tpot_ms, tpot_ms),
+            tokens_per_s=np.append(self.tokens_per_s, self.num_units * batch / tpot_ms * 1e3),
+        )
 
     @property
     def usd_per_1m_tokens(self) -> Floats:

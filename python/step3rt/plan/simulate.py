@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from step3rt.errors import InvalidArgument
 from step3rt.plan.architecture import LayerGroup, Model
 from step3rt.plan.cost import Precision
-from step3rt.plan.deployment import Deployment
+from step3rt.plan.deployment import Deployment, expert_places
 from step3rt.plan.profile import Profile
 from step3rt.plan.stages import (
     Floats,
     attention_core_us,
-    expert_places,
     ffn_sides,
     has_store_kernels,
     imbalance_deviation,
@@ -71,8 +70,8 @@ def simulate(
     """Runs the pipeline for `steps` steps; the same arguments give the same result.
 
     Raises:
-        InvalidArgument: `steps` is out of range, or the batch has less than one sequence for
-            each lane and attention GPU.
+        InvalidArgument: `steps` or `seed` is out of range, or the batch has less than one sequence
+            for each lane and attention GPU.
     """
     places = deployment.lanes * deployment.num_attention_gpus
     if not 1 <= steps <= MAX_STEPS:
@@ -85,7 +84,7 @@ def simulate(
             f"{deployment.num_attention_gpus} attention GPUs take at least one sequence each. "
             f"Give at least {places}, or fewer lanes or GPUs"
         )
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     load = draw_load(workload, deployment.lanes, deployment.num_attention_gpus, steps, rng)
     windows = max(1, min(_MAX_WINDOWS, steps // 8))
     length = -(-steps // windows)
@@ -103,6 +102,12 @@ def simulate(
     is_real = (np.arange(length)[:, None] + first) < steps
     tpot_us = np.diff(began, axis=0)[is_real]
     return _summary(deployment, load, tpot_us, pipeline, steps)
+
+
+def _generator(seed: int) -> np.random.Generator:
+    if seed < 0:
+        raise InvalidArgument(f"The seed is {seed}. Seeds count from 0. Correct it")
+    return np.random.default_rng(seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def timeline(
     seed: int = 0,
 ) -> tuple[Span, ...]:
     """All stages of one step in steady state: of the last GPU of each side to finish."""
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     steps = _WARM_UP_STEPS + 1
     load = draw_load(workload, deployment.lanes, deployment.num_attention_gpus, steps, rng)
     pipeline = _Pipeline(model, deployment, profile, workload, precision, 1, rng)
@@ -319,20 +324,21 @@ class _LayerTimes:
         self.linear_flops_us = 2e6 * params / (card.peak_flops * profile.linear_flops)
         # Dense layers run on the same places as the model's MoE layers.
         moe = next((g.ffn for g in model.groups if g.ffn.num_experts), None)
+        self.places, self.gpus_of_place = deployment.num_ffn_gpus or deployment.num_gpus, 1.0
         if moe is not None:
-            self.experts, self.places, self.gpus_of_place = expert_places(moe, deployment)
-        else:
-            self.places = deployment.num_ffn_gpus or deployment.num_attention_gpus
-            self.experts, self.gpus_of_place = 1.0, 1.0
+            self.places, self.gpus_of_place = expert_places(deployment)
+        num_experts = group.ffn.num_experts
+        # As instances have them: ranges whose sizes differ by one at most.
+        self.experts = np.diff(num_experts * np.arange(self.places + 1) // self.places)
         # Each layer has experts of its own popularity, which stays as it is; a gamma variate has
         # the mean and deviation that the profile states and is never negative.
-        variance = profile.expert_skew**2 / self.experts
-        shape = (group.count, self.places)
-        if group.ffn.num_experts and variance:
-            popularity = rng.gamma(1 / variance, variance, shape)
-            self.popularity = popularity / popularity.mean(axis=1, keepdims=True)
-        else:
-            self.popularity = np.ones(shape)
+        self.popularity = np.ones((group.count, self.places))
+        variance = profile.expert_skew**2 / max(num_experts / self.places, 1.0)
+        if num_experts and variance:
+            self.popularity = rng.gamma(1 / variance, variance, self.popularity.shape)
+        if num_experts:
+            self.popularity = self.popularity * self.experts
+            self.popularity /= self.popularity.mean(axis=1, keepdims=True)
 
     def attention_us(self, sequences: Floats, tokens: Floats) -> Floats:
         """Attention stage of each lane and GPU: [windows, lanes, gpus]."""
@@ -352,7 +358,9 @@ class _LayerTimes:
             chance = imbalance_deviation(np.inf, rows, self.profile)
             noise = rng.standard_normal((tokens.shape[0], self.places), np.float32)
             relative = np.maximum(relative + chance * np.sqrt(relative) * noise, 0.0)
-        bytes_us, flops_us = ffn_sides(ffn, self.deployment, self.profile, tokens, relative)
+        bytes_us, flops_us = ffn_sides(
+            ffn, self.deployment, self.profile, tokens, relative, self.experts
+        )
         time: Floats = np.hypot(bytes_us, flops_us) + self.profile.ffn_fixed_us
         return np.broadcast_to(time, (tokens.shape[0], self.places))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from step3rt.plan.architecture import FfnLayer, LayerGroup, Model
 from step3rt.plan.cost import Precision, layer_core_flops, layer_kv_bytes
-from step3rt.plan.deployment import Deployment
+from step3rt.plan.deployment import Deployment, expert_places, most_experts
 from step3rt.plan.profile import Profile
 from step3rt.plan.tiles import expert_rows, linear_rows
 
@@ -124,7 +124,8 @@ def stage_times(
             _US * 2 * padded * params / (card.peak_flops * profile.linear_flops),
         )
         busiest = expected_busiest(group.ffn, deployment, profile, tokens, cautious=cautious)
-        sides = ffn_sides(group.ffn, deployment, profile, tokens, busiest)
+        most = most_experts(group.ffn.num_experts, expert_places(deployment)[0])
+        sides = ffn_sides(group.ffn, deployment, profile, tokens, busiest, most)
         transfer = _transfers(model, group.ffn, deployment, profile, size)
         values = {
             "counts": float(group.count),
@@ -152,21 +153,6 @@ def _head_us(model: Model, deployment: Deployment, profile: Profile, size: Float
     return head
 
 
-def expert_places(ffn: FfnLayer, deployment: Deployment) -> tuple[float, int, float]:
-    """(experts in one place, places, GPUs of a place); a place is what shares its rows evenly.
-
-    With EP a place is a GPU; with TP in a host it is the host.
-    """
-    if deployment.is_colocated:
-        places, gpus = deployment.num_attention_gpus, 1.0
-    elif deployment.ffn_parallelism == "ep":
-        places, gpus = deployment.num_ffn_gpus, 1.0
-    else:
-        places = deployment.num_ffn_hosts
-        gpus = deployment.num_ffn_gpus / places
-    return max(ffn.num_experts / places, 1.0), places, gpus
-
-
 def imbalance_deviation(experts: float, rows: Floats, profile: Profile) -> Floats:
     """Standard deviation over mean of a place's rows: unequal experts, and chance."""
     return np.sqrt(profile.expert_skew**2 / experts + 1 / np.maximum(rows, 1e-9))
@@ -175,15 +161,20 @@ def imbalance_deviation(experts: float, rows: Floats, profile: Profile) -> Float
 def expected_busiest(
     ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats, *, cautious: bool
 ) -> Floats:
-    """Routed rows of the busiest place over the mean place's; `cautious` as in `stage_times`."""
+    """Routed rows of the busiest place over the mean place's; `cautious` as in `stage_times`.
+
+    That is one of those with the most experts, as where 48 are in 32 places, of 1 or 2.
+    """
     if not ffn.num_experts:
         return np.ones_like(tokens)
-    experts, places, _ = expert_places(ffn, deployment)
+    places, _ = expert_places(deployment)
+    experts = most_experts(ffn.num_experts, places)
+    share = experts / ffn.num_experts
     # The expected maximum of n normal deviates stays below sqrt(2 ln n) of them; no place has more
     # than all rows.
     deviations = math.sqrt(2 * math.log(places)) if cautious else expected_maximum(places)
-    deviation = imbalance_deviation(experts, tokens * ffn.top_k / places, profile)
-    busiest: Floats = np.minimum(1 + deviations * deviation, float(places))
+    deviation = imbalance_deviation(experts, tokens * ffn.top_k * share, profile)
+    busiest: Floats = places * np.minimum(share * (1 + deviations * deviation), 1.0)
     return busiest
 
 
@@ -195,7 +186,12 @@ def expected_maximum(count: int) -> float:
 
 
 def ffn_sides(
-    ffn: FfnLayer, deployment: Deployment, profile: Profile, tokens: Floats, relative: Floats
+    ffn: FfnLayer,
+    deployment: Deployment,
+    profile: Profile,
+    tokens: Floats,
+    relative: Floats,
+    experts: Floats | float | None = None,
 ) -> tuple[Floats, Floats]:
     """Memory and compute time of one FFN GPU for `tokens` of a micro-batch.
 
@@ -205,6 +201,7 @@ def ffn_sides(
         profile: how well.
         tokens: of the whole micro-batch.
         relative: routed rows of this GPU's place over the mean place's.
+        experts: of this GPU's place; None is the mean place's.
     """
     card = deployment.ffn_card
     byte_us = _US / (card.bytes_per_s * profile.moe_bytes)
@@ -216,29 +213,35 @@ def ffn_sides(
         weight_bytes = np.full_like(tokens, ffn.dense_params / parts)
         own = expert_rows(tokens / gpus, 0 * tokens, profile.moe_tile_rows)
         return weight_bytes * byte_us, 2 * own * ffn.dense_params * flop_us
-    experts, places, gpus_of_place = expert_places(ffn, deployment)
-    copies = max(places / ffn.num_experts, 1.0)
-    idle_share = (1 - ffn.top_k / ffn.num_experts) ** (tokens / copies)
-    weights = experts * (1 - idle_share) * ffn.expert_params + ffn.dense_params
-    rows = tokens * ffn.top_k / places * relative / experts
+    places, gpus_of_place = expert_places(deployment)
+    own_experts = np.asarray(ffn.num_experts / places if experts is None else experts)
+    idle_share = (1 - ffn.top_k / ffn.num_experts) ** tokens
+    weights = own_experts * (1 - idle_share) * ffn.expert_params + ffn.dense_params
+    # A place without experts has no rows of them either.
+    rows = tokens * ffn.top_k / places * relative / np.where(own_experts, own_experts, 1.0)
     # Where a token takes all experts, no expert has more rows than another.
     is_even = ffn.top_k == ffn.num_experts
     deviation = 0 * rows if is_even else rows * imbalance_deviation(1.0, rows, profile)
     tile = profile.moe_tile_rows
     own = expert_rows(tokens / places, 0 * tokens, tile)
     flops = 2 * (
-        experts * expert_rows(rows, deviation, tile) * ffn.expert_params + own * ffn.dense_params
+        own_experts * expert_rows(rows, deviation, tile) * ffn.expert_params
+        + own * ffn.dense_params
     )
     return weights / gpus_of_place * byte_us, flops / gpus_of_place * flop_us
 
 
 def _copies_to_owners(ffn: FfnLayer, places: int) -> float:
     """Expected copies of a token: to its home, and to every other place with one of its experts."""
-    elsewhere = ffn.num_experts - ffn.num_experts // places
-    missed = 1.0
-    for drawn in range(ffn.top_k):
-        missed *= max(elsewhere - drawn, 0) / (ffn.num_experts - drawn)
-    return 1 + (places - 1) * (1 - missed)
+    least, fuller = divmod(ffn.num_experts, places)
+    owners = 0.0
+    for experts, count in ((least, places - fuller), (least + 1, fuller)):
+        elsewhere = ffn.num_experts - experts
+        missed = 1.0
+        for drawn in range(ffn.top_k):
+            missed *= max(elsewhere - drawn, 0) / (ffn.num_experts - drawn)
+        owners += count * (1 - missed)
+    return 1 + (places - 1) / places * owners
 
 
 def _distinct(places: float, top_k: int) -> float:

@@ -9,20 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from step3rt.plan.architecture import Model
+from step3rt.plan.batches import evaluate, most_sequences
 from step3rt.plan.cost import Precision, min_moe_sparsity
 from step3rt.plan.deployment import Deployment, max_batch_by_memory
 from step3rt.plan.hardware import Hardware
 from step3rt.plan.profile import Profile
-from step3rt.plan.search import (
-    Candidate,
-    Inventory,
-    SearchResult,
-    Target,
-    evaluate,
-    most_sequences,
-    search,
-    with_batch,
-)
+from step3rt.plan.search import Candidate, SearchResult, search, with_batch
+from step3rt.plan.search_space import Inventory, Target
 from step3rt.plan.simulate import Result, simulate
 from step3rt.plan.stages import Floats
 from step3rt.plan.tiles import whole_tiles
@@ -34,8 +27,12 @@ MODEL_ERROR = 0.12
 
 _IMPROVEMENT = 1.25
 _MAX_LOWERINGS = 12
+_STRIDE = 0.8
+_FINE_SHARE = 0.02  # a batch is found as closely as this
 _MAX_CONFIRMED = 12  # one for each placement and pair of cards: enough for three kinds of cards
-_SIMULATED_STEPS = 64
+# As many as `plan simulate` takes, so that it confirms what the search found; fewer of many GPUs.
+_SIMULATED_STEPS = 1000
+_SIMULATED_GPU_STEPS = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +125,33 @@ def _confirm(
     """The candidate with its batch lowered until the simulated percentile meets the target."""
     deployment = candidate.deployment
     places = deployment.lanes * deployment.num_attention_gpus
+    steps = min(_SIMULATED_STEPS, max(8, _SIMULATED_GPU_STEPS // deployment.num_gpus))
     size = candidate.batch // places
-    for _ in range(_MAX_LOWERINGS):
+    meets, misses = 0, size + 1
+    found: Result | None = None
+    for attempt in range(_MAX_LOWERINGS):
         workload = Workload(
             batch=size * places, context_tokens=target.context_tokens, lengths="spread"
         )
-        steps = min(_SIMULATED_STEPS, max(8, 2**14 // deployment.num_gpus))
         result = simulate(model, deployment, profile, workload, precision, steps=steps, seed=seed)
         tpot_ms = result.tpot_ms[target.percentile]
         if tpot_ms <= target.tpot_ms:
-            confirmed = with_batch(candidate, size * places, result.tpot_ms["mean"])
-            return Choice(confirmed, result, _limits(model, confirmed, target, profile, precision))
-        # TPOT falls no faster than in proportion to the batch, so this never overshoots by much.
-        size = min(size - 1, int(size * target.tpot_ms / tpot_ms))
-        if size < 1:
-            return None
-    return None
+            meets, found = size, result
+        else:
+            misses = size
+        if misses - meets <= max(1, int(_FINE_SHARE * misses)):
+            break
+        if found is None:
+            # TPOT falls no faster than in proportion to the batch, and where jitter is most of it,
+            # hardly at all: go on in longer strides, and back from where it is met.
+            stride = _STRIDE ** max(attempt - 1, 0)
+            size = max(1, min(misses - 1, int(misses * stride * target.tpot_ms / tpot_ms)))
+        else:
+            size = (meets + misses) // 2
+    if found is None:
+        return None
+    confirmed = with_batch(candidate, meets * places, found.tpot_ms["mean"])
+    return Choice(confirmed, found, _limits(model, confirmed, target, profile, precision))
 
 
 def _limits(
@@ -250,7 +258,8 @@ def _advise(choices: list[Choice], target: Target) -> tuple[str, str]:
     if not choices:
         return "none", (
             f"No deployment of these cards reaches {target.tpot_ms:g} ms TPOT ({target.percentile})"
-            f" at {target.context_tokens} tokens of context, or none has room for the weights. "
+            f" at {target.context_tokens} tokens of context, or none has room for the weights and "
+            "a sequence. "
             "Allow a longer TPOT, add cards, or take cards with more memory."
         )
     afd = _combined_rate(choices, "disaggregated")

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step3rt.errors import InvalidArgument
+from step3rt.plan.deployment import MAX_BATCH, MAX_CONTEXT_TOKENS
 
 Lengths = Literal["fixed", "spread", "stationary"]
 _SPREAD = 0.5  # "spread ±50 %" of the decode benchmark
-MAX_BATCH = 10_000_000  # each sequence of a workload has a length in memory
 MAX_CELLS = 200_000_000  # steps x lanes x GPUs that are kept, in memory of 8 bytes each
 
 
@@ -44,19 +44,22 @@ class Workload:
         Raises:
             InvalidArgument: a field is impossible or two contradict each other.
         """
-        if not 1 <= self.batch <= MAX_BATCH or self.context_tokens < 1 or self.output_tokens < 1:
+        lengths = (self.context_tokens, self.output_tokens)
+        if not 1 <= self.batch <= MAX_BATCH or not all(
+            1 <= length <= MAX_CONTEXT_TOKENS for length in lengths
+        ):
             raise InvalidArgument(
                 f"The workload has batch {self.batch}, context {self.context_tokens} and output "
-                f"{self.output_tokens}. All are at least 1, and a batch at most {MAX_BATCH}. "
-                "Correct them"
+                f"{self.output_tokens}. All are at least 1, a batch at most {MAX_BATCH} and the "
+                f"others at most {MAX_CONTEXT_TOKENS}. Correct them"
             )
         if self.arrivals_per_step is None:
             return
-        if self.lengths != "stationary" or not self.arrivals_per_step > 0:
+        if self.lengths != "stationary" or not 0 < self.arrivals_per_step <= MAX_BATCH:
             raise InvalidArgument(
                 f"The workload has {self.arrivals_per_step} arrivals a step and {self.lengths} "
                 "lengths. Sequences that never finish leave no room for arrivals. Use stationary "
-                "lengths and a number above 0"
+                f"lengths and a number above 0, at most {MAX_BATCH}"
             )
 
 

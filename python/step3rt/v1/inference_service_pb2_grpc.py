@@ -65,14 +65,16 @@ class InferenceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One server stream serves both streaming and collected use.
+        """One server stream serves both streaming and collected use. Errors carry
+        google.rpc.ErrorInfo; docs/protocol.md lists the reasons.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Idempotent; an unknown id is NOT an error. Cancelling the RPC does the same.
+        """Idempotent; an unknown id is NOT an error. The streams end in good order, with
+        FINISH_REASON_CANCELLED. Cancelling the RPC of Generate ends the request, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

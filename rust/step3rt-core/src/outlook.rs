@@ -144,9 +144,22 @@ impl Scheduler {
         let others = self.sequences.iter().map(|(_, other)| other);
         let others = others
             .filter(|other| other.tenant == sequence.tenant && other.request != sequence.request);
-        let shared = others.map(|other| num_common_tokens(sequence, other) / block_size_tokens);
-        let num_blocks = shared.max().unwrap_or(0).min(len(num_reusable));
-        num_blocks * block_size_tokens
+        let mut num_shared = 0;
+        for other in others {
+            let num_full = (other.num_known_tokens() / block_size_tokens) as usize;
+            let is_shared = |index: usize| {
+                let [one, other] =
+                    [sequence, other].map(|s| s.full_block(index, block_size_tokens));
+                one == other
+            };
+            let most = num_reusable.min(num_full);
+            // Thousands may begin alike: whether one has more in common shows at the next block.
+            if num_shared < most && is_shared(num_shared) && (0..num_shared).all(is_shared) {
+                let more = (num_shared..most).take_while(|&index| is_shared(index));
+                num_shared += more.count();
+            }
+        }
+        len(num_shared) * block_size_tokens
     }
 }
 
@@ -155,12 +168,6 @@ fn least_new_tokens(sequence: &Sequence) -> u32 {
     let most = sequence.max_known_tokens - sequence.num_prompt_tokens();
     let least = sequence.details.sampling.min_tokens.clamp(1, most);
     least.saturating_sub(sequence.num_generated_tokens()).max(1)
-}
-
-fn num_common_tokens(one: &Sequence, other: &Sequence) -> u32 {
-    let pairs = one.tokens().zip(other.tokens());
-    let common = pairs.take_while(|(a, b)| a == b);
-    len(common.count())
 }
 
 fn len(count: usize) -> u32 {

@@ -166,13 +166,6 @@ impl Sequence {
         (self.num_known_tokens() + pending).min(self.max_known_tokens - 1)
     }
 
-    /// Prompt and generated tokens, in their order.
-    pub(crate) fn tokens(&self) -> impl Iterator<Item = TokenId> + '_ {
-        let parts = self.generated.parts(0..self.generated.len());
-        let generated = parts.into_iter().flatten();
-        self.prompt.iter().chain(generated).copied()
-    }
-
     /// The tokens of its block `index`, which is full.
     pub(crate) fn full_block(&self, index: usize, block_size_tokens: u32) -> Cow<'_, [TokenId]> {
         let start = index * block_size_tokens as usize;

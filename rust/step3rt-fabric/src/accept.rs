@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use thiserror::Error;
 
+use crate::accept_error::AcceptError;
 use crate::choice::Choice;
 use crate::contract::{Link, LinkIdentity};
 use crate::device_offer::DeviceOffer;
@@ -19,9 +19,8 @@ use crate::handshake::{By, Kind, MESSAGE_BYTES, Message, RefusalCode};
 use crate::hub::{Hub, Watch};
 use crate::lane::LinkTerms;
 use crate::link_epoch::LinkEpoch;
-use crate::memory::MapError;
 use crate::new_link::NewLink;
-use crate::opening::{Opening, Unopened};
+use crate::opening::Opening;
 use crate::rdma;
 use crate::rdma_status::RdmaError;
 use crate::refusal::HandshakeError;
@@ -30,7 +29,6 @@ use crate::shm::{self, NUM_PASSED_FDS, PeerMemory, ShmLink};
 use crate::stream::Stream;
 use crate::tcp::{TcpLink, TcpSlots};
 use crate::tcp_socket::{self, FrameSocket};
-use crate::tls::{self, Fault};
 use crate::watcher::timespec;
 
 /// A connection whose hello has not come yet.
@@ -54,69 +52,6 @@ pub(crate) enum Progress {
     Waiting,
     /// A link or nothing came of it; either way the connection is in other hands or closed.
     Over,
-}
-
-/// Why nothing came of a connection.
-#[derive(Debug, Error)]
-enum AcceptError {
-    #[error("its hello is wrong: {0}")]
-    Hello(#[from] HandshakeError),
-    #[error("it hung up before it was answered")]
-    GaveUp,
-    #[error("its memory is wrong: {0}")]
-    Memory(#[from] MapError),
-    #[error("it was refused: {0:?}")]
-    Refused(RefusalCode),
-    #[error("it cannot be linked by RDMA: {0}")]
-    Rdma(#[from] RdmaError),
-    #[error("its TLS handshake failed: {0}")]
-    Tls(Fault),
-    #[error(
-        "it speaks plain tcp, and this end has certificates. Give it `tls_cert`, `tls_key` and \
-         `tls_ca`, too, or give them to neither"
-    )]
-    NotTls,
-    #[error(
-        "it speaks TLS, and this end has no certificate. Give this instance `tls_cert`, `tls_key` \
-         and `tls_ca`, too, or give them to neither"
-    )]
-    UnexpectedTls,
-    #[error("{0}")]
-    System(io::Error),
-}
-
-impl From<io::Error> for AcceptError {
-    fn from(error: io::Error) -> Self {
-        match tls::fault_of(&error) {
-            Some(fault) => Self::Tls(fault),
-            None => Self::System(error),
-        }
-    }
-}
-
-impl From<Unopened> for AcceptError {
-    fn from(unopened: Unopened) -> Self {
-        match unopened {
-            Unopened::Closed => HandshakeError::Size(0).into(),
-            Unopened::UnexpectedTls => Self::UnexpectedTls,
-            Unopened::System(error) => error.into(),
-        }
-    }
-}
-
-impl AcceptError {
-    /// What the connecting end is told, if there is something to tell.
-    fn refusal(&self) -> Option<RefusalCode> {
-        match self {
-            Self::Hello(HandshakeError::Version(_)) => Some(RefusalCode::Version),
-            Self::Refused(code) => Some(*code),
-            Self::Rdma(_) => Some(RefusalCode::NoRdma),
-            Self::System(_) => Some(RefusalCode::Resources),
-            Self::NotTls => Some(RefusalCode::NeedsTls),
-            Self::UnexpectedTls => Some(RefusalCode::NoTls),
-            Self::Hello(_) | Self::GaveUp | Self::Memory(_) | Self::Tls(_) => None,
-        }
-    }
 }
 
 impl Pending {
@@ -227,10 +162,10 @@ fn admit(hub: &Hub, hello: &Message, following: &[u8]) -> Result<Admitted, Accep
     let peer = hello.from.identity;
     hub.admit(peer).map_err(AcceptError::Refused)?;
     // Only for peers that are let in: numbers come to an end, and a high proposal uses up those below.
-    let Some(epoch) = hub.used_epochs.agree(epoch) else {
+    let epoch = hub.used_epochs.agree(epoch).map_err(|code| {
         hub.dismiss(peer.instance);
-        return Err(AcceptError::Refused(RefusalCode::NoEpoch));
-    };
+        AcceptError::Refused(code)
+    })?;
     let reset = (!reason.is_empty()).then(|| reason.to_owned());
     if let Some(reason) = &reset {
         hub.begin_reset(peer.instance, reason.clone());

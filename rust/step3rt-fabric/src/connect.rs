@@ -282,11 +282,10 @@ impl Attempt<'_> {
         if offer_bytes.is_some() != (self.candidate.fabric == FabricKind::CudaIpc) {
             return Err(self.wrong(HandshakeError::Unexpected("welcome by another fabric")));
         }
-        if epoch < proposed {
+        if epoch < proposed || !self.hub.used_epochs.note(epoch) {
             let (field, value) = ("link_epoch", epoch.0.into());
             return Err(self.wrong(HandshakeError::Field { field, value }));
         }
-        self.hub.used_epochs.note(epoch);
         Ok(Welcome { epoch, offer_bytes })
     }
 

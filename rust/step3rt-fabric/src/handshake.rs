@@ -131,6 +131,7 @@ pub(crate) enum RefusalCode {
     NoTls,
     NoDeviceOffer,
     NoEpoch,
+    FarEpoch,
 }
 
 /// One message of the handshake.
@@ -183,6 +184,7 @@ impl Message {
             Kind::Refusal(RefusalCode::NoTls) => (2, 9, nobody),
             Kind::Refusal(RefusalCode::NoDeviceOffer) => (2, 10, nobody),
             Kind::Refusal(RefusalCode::NoEpoch) => (2, 11, nobody),
+            Kind::Refusal(RefusalCode::FarEpoch) => (2, 12, nobody),
         };
         let side: u8 = match self.from.side {
             Side::Initiator => 0,
@@ -307,6 +309,7 @@ fn kind(bytes: &[u8; MESSAGE_BYTES], other: LinkIdentity) -> Result<Kind, Handsh
         (2, 9) => Ok(Kind::Refusal(RefusalCode::NoTls)),
         (2, 10) => Ok(Kind::Refusal(RefusalCode::NoDeviceOffer)),
         (2, 11) => Ok(Kind::Refusal(RefusalCode::NoEpoch)),
+        (2, 12) => Ok(Kind::Refusal(RefusalCode::FarEpoch)),
         (1 | 2, _) => Err(field("code", code)),
         _ => Err(field("kind", kind)),
     }

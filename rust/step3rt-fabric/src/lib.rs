@@ -94,6 +94,7 @@ pub mod measure;
 pub mod sim;
 
 mod accept;
+mod accept_error;
 mod bell;
 mod choice;
 mod config;

@@ -78,6 +78,12 @@ pub enum Refusal {
          up. Start all instances anew"
     )]
     NoEpoch,
+    /// This process proposed a number far above those that the peer has used.
+    #[error(
+        "it has made far fewer links than this end, which numbers them too high: taking that number \
+         would leave it few others. Start this instance anew"
+    )]
+    FarEpoch,
 }
 
 /// Why bytes are not a handshake message.
@@ -139,6 +145,7 @@ impl Introduction {
             RefusalCode::NoTls => Refusal::NoTls,
             RefusalCode::NoDeviceOffer => Refusal::NoDeviceOffer,
             RefusalCode::NoEpoch => Refusal::NoEpoch,
+            RefusalCode::FarEpoch => Refusal::FarEpoch,
         }
     }
 }

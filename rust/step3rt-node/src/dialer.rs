@@ -119,6 +119,7 @@ impl Dialer {
     pub(crate) async fn dial(&self) -> Result<Connection, NodeError> {
         let started = Instant::now();
         let mut pause = FIRST_RETRY;
+        let mut told = String::new();
         loop {
             let last = match timeout(ATTEMPT_TIMEOUT, self.attempt()).await {
                 Ok(Ok(connection)) => return Ok(connection),
@@ -134,11 +135,15 @@ impl Dialer {
                     last,
                 });
             }
-            tracing::debug!(
-                coordinator = self.coordinator,
-                error = last,
-                "not connected yet"
-            );
+            // Each reason once: nobody may be there, or one who has no place for this instance.
+            if last != told {
+                tracing::info!(
+                    coordinator = self.coordinator,
+                    error = last,
+                    "not connected yet"
+                );
+                told = last;
+            }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_RETRY);
         }
@@ -260,11 +265,16 @@ pub(crate) fn check_welcome(welcome: v1::Welcome) -> Result<Welcome, String> {
     })
 }
 
+const NO_NODE_SERVICE: &str = "that port takes no instances. It may be the one for clients, or of \
+                               another version. Give the address of its --control-listen";
+
 /// A status in its sender's words.
 pub(crate) fn describe(status: &Status) -> String {
-    match status.message() {
-        "" => format!("the session failed with {:?}", status.code()),
-        message => message.to_owned(),
+    match (status.message(), status.code()) {
+        // What tonic says of a service that it does not have.
+        ("", Code::Unimplemented) => NO_NODE_SERVICE.to_owned(),
+        ("", code) => format!("the session failed with {code:?}"),
+        (message, _) => message.to_owned(),
     }
 }
 

@@ -50,6 +50,17 @@ pub enum NodeError {
         /// What is wrong with it.
         why: String,
     },
+    /// No listener can be had on the address for peers, which may not be this host's yet.
+    #[error(
+        "data_host = {data_host} cannot be bound: {why}. Peers connect to exactly this address. Wait \
+         until its interface is up, or set `data_host` to another address of this host"
+    )]
+    DataHostUnbound {
+        /// As configured.
+        data_host: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A duration in the options is negative, not finite or too long to mean anything.
     #[error(
         "{field} is not usable: {value} s. It must be a number between 0 and {max_s}. Set `{field}` \
@@ -189,7 +200,8 @@ impl NodeError {
                 NodeErrorKind::Unavailable
             }
             Self::Interrupted(_) => NodeErrorKind::Cancelled,
-            Self::System { .. } => NodeErrorKind::Internal,
+            // Not of the configuration alone, so whoever starts instances tries again.
+            Self::DataHostUnbound { .. } | Self::System { .. } => NodeErrorKind::Internal,
         }
     }
 }
@@ -214,6 +226,10 @@ mod tests {
             NodeError::DataHost {
                 data_host: "localhost".to_owned(),
                 why: "invalid IP address syntax".to_owned(),
+            },
+            NodeError::DataHostUnbound {
+                data_host: "10.0.0.7".to_owned(),
+                why: "Cannot assign requested address".to_owned(),
             },
             NodeError::DurationOutOfRange {
                 field: "connect_timeout_s",

@@ -3,6 +3,10 @@
 //! It is in the crate's tests, which replay the committed corpus, and in builds with
 //! `--cfg fuzzing`; never in a release. A target panics when a promise is broken.
 
+#[cfg(test)]
+#[path = "../../../fuzz/src/replay.rs"]
+mod replay;
+
 use std::collections::BTreeSet;
 
 use step3rt_core::step::{SamplingState, StepPlan};
@@ -286,28 +290,4 @@ fn plans() -> [v1::StepPlan; 3] {
         ..decodes.clone()
     };
     [prompts, decodes, stale]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_input_of_the_corpus_and_every_seed_passes() {
-        for (name, target) in TARGETS {
-            let path = format!("{}/../../fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
-            let packed = std::fs::read(path).unwrap();
-            let (mut rest, mut inputs) = (&packed[..], Vec::new());
-            while let Some((len, more)) = rest.split_first_chunk() {
-                let (input, more) = more.split_at(u16::from_be_bytes(*len).into());
-                inputs.push(input.to_vec());
-                rest = more;
-            }
-            assert!(!inputs.is_empty());
-            let seeds = seeds().into_iter().filter(|seed| seed.0 == name);
-            for input in inputs.into_iter().chain(seeds.map(|(_, seed)| seed)) {
-                target(&input);
-            }
-        }
-    }
 }

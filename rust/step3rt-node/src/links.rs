@@ -13,6 +13,8 @@
 //! A reset, which either end's loop may ask for, replaces a link whose both ends live. The old link
 //! stays in the endpoint until the new one takes its place, and nothing of it reaches the loop any more.
 
+mod dialling;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,10 +28,6 @@ use step3rt_proto::v1::session_request::Event;
 use crate::event::NodeEvent;
 use crate::options::Role;
 use crate::topology::Topology;
-
-/// First and longest pause between attempts to link to a peer that the topology names.
-const FIRST_RETRY: Duration = Duration::from_millis(50);
-const LONGEST_RETRY: Duration = Duration::from_secs(2);
 
 /// Why a link that the topology no longer wants ends.
 const DROPPED: &str = "the coordinator took the peer out of the topology";
@@ -143,13 +141,7 @@ impl Links {
             self.peers.entry(identity.instance).or_insert(PeerState {
                 identity,
                 role_rank: peer.role_rank,
-                link: match self.role {
-                    Role::Attention => LinkState::Wanted {
-                        at: now,
-                        pause: FIRST_RETRY,
-                    },
-                    Role::Ffn => LinkState::Awaited,
-                },
+                link: LinkState::begin(self.role, now),
                 reset: None,
             });
         }
@@ -200,26 +192,9 @@ impl Links {
             return;
         };
         state.reset = Some(reason.to_owned());
-        state.link = match self.role {
-            Role::Attention => LinkState::Wanted {
-                at: Instant::now(),
-                pause: FIRST_RETRY,
-            },
-            Role::Ffn => LinkState::Awaited,
-        };
+        state.link = LinkState::begin(self.role, Instant::now());
         let reason = DownReason::Reset(reason.to_owned()).to_string();
         out.events.push(NodeEvent::LinkDown { peer, reason });
-    }
-
-    /// When the next attempt to connect is due.
-    pub fn next_attempt(&self) -> Option<Instant> {
-        self.peers
-            .values()
-            .filter_map(|state| match state.link {
-                LinkState::Wanted { at, .. } => Some(at),
-                _ => None,
-            })
-            .min()
     }
 
     fn describe(&self) -> String {
@@ -349,52 +324,6 @@ impl Links {
         }
         state.link = LinkState::Lost;
         state.reset = None;
-    }
-
-    /// Threads of the fabric dial, so that a peer that is out of reach holds up nobody else.
-    fn dial_due(&mut self, now: Instant, out: &mut LinkNews) {
-        let mut failed = Vec::new();
-        for state in self.peers.values_mut() {
-            let LinkState::Wanted { at, pause } = state.link else {
-                continue;
-            };
-            let Some(peer) = self.topology.find(state.identity) else {
-                continue;
-            };
-            if at > now {
-                continue;
-            }
-            state.link = LinkState::Dialling { pause };
-            let address = peer.address.clone();
-            let dialled = match &state.reset {
-                Some(reason) => self.endpoint.dial_again(address, reason),
-                None => self.endpoint.dial(address),
-            };
-            if let Err(error) = dialled {
-                failed.push((state.identity, error.to_string()));
-            }
-        }
-        for (peer, reason) in failed {
-            self.retry(peer, &reason, out);
-        }
-    }
-
-    /// Notes that a peer could not be linked, and wants it again after a pause.
-    fn retry(&mut self, peer: LinkIdentity, reason: &str, out: &mut LinkNews) {
-        let instance = peer.instance;
-        let Some(state) = self.peers.get_mut(&instance) else {
-            return;
-        };
-        if let LinkState::Dialling { pause } = state.link
-            && state.identity == peer
-        {
-            tracing::warn!(peer = instance.0, reason, "cannot link; trying again");
-            out.status = Some(format!("cannot link to FFN instance {instance}: {reason}"));
-            state.link = LinkState::Wanted {
-                at: Instant::now() + pause,
-                pause: (pause * 2).min(LONGEST_RETRY),
-            };
-        }
     }
 
     /// Reports each version of the topology once, as soon as all its peers are linked.

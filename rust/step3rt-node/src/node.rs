@@ -81,13 +81,22 @@ impl Node {
             action: "read the boot id of this host",
             source,
         })?;
+        let mut supervisor = Supervisor::from_environment();
+        let waiting = format!(
+            "looking for the coordinator at {}",
+            options.coordinator.as_str()
+        );
+        supervisor.wait(Instant::now(), &waiting);
         let session = Session::connect(&options, boot_id, &mut || {
+            supervisor.wait(Instant::now(), &waiting);
             signals::asked_to_stop() || is_interrupted()
         })?;
+        // The next sign of life is that weights load, or that they did.
+        supervisor.status("connected");
         Ok(Self {
             options,
             session,
-            supervisor: Supervisor::from_environment(),
+            supervisor,
             phase: Phase::Joined,
             is_draining: false,
             lost: None,
@@ -101,10 +110,12 @@ impl Node {
     }
 
     /// Shows `text` to people; while weights load, also a sign of life.
-    pub fn set_status(&self, text: &str) {
-        self.session.pulse().mark_progress(Instant::now());
+    pub fn set_status(&mut self, text: &str) {
+        let now = Instant::now();
+        self.session.pulse().mark_progress(now);
         self.session.pulse().set_status(text);
         self.supervisor.status(text);
+        self.supervisor.feed(now);
     }
 
     /// Binds the data listeners for slots of these sizes. Once, after connecting.
@@ -149,7 +160,7 @@ impl Node {
         let tls = self.options.tls.clone();
         let endpoint =
             Endpoint::bind_with(config, device_offer, tls).map_err(|error| match error {
-                BindError::Tcp { error, .. } => NodeError::DataHost {
+                BindError::Tcp { error, .. } => NodeError::DataHostUnbound {
                     data_host: data_host.to_string(),
                     why: error.to_string(),
                 },

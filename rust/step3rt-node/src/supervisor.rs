@@ -1,8 +1,9 @@
 //! Speaks to the service manager (`sd_notify`). Silent where there is none.
 //!
-//! It never feeds the watchdog by itself: only the instance's loop does, so that a stuck loop is
-//! seen.
+//! It never feeds the watchdog by itself: only the thread of the instance's loop does, so that a stuck
+//! loop is seen.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
@@ -11,11 +12,19 @@ use sd_notify::NotifyState;
 /// one shard takes on a slow disk.
 const LOADING_EXTENSION: Duration = Duration::from_mins(2);
 
+/// How often a start that waits for the coordinator asks for more time.
+const WAITING_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Whether the service manager knows this process as started: its watchdog counts from then on,
+/// through all later sessions.
+static HAS_STARTED: AtomicBool = AtomicBool::new(false);
+
 /// What the service manager was told, and how often it wants to hear.
 #[derive(Debug)]
 pub struct Supervisor {
     feed_interval: Option<Duration>,
     last_fed: Option<Instant>,
+    last_extended: Option<Instant>,
     is_loading: bool,
 }
 
@@ -26,6 +35,7 @@ impl Supervisor {
             // Half of the limit is what sd_watchdog_enabled(3) recommends.
             feed_interval: sd_notify::watchdog_enabled().map(|limit| limit / 2),
             last_fed: None,
+            last_extended: None,
             is_loading: true,
         }
     }
@@ -45,17 +55,34 @@ impl Supervisor {
         }
     }
 
+    /// At `now` the instance still looks for its coordinator, shown as `text`. That may take longer
+    /// than a start has, and than the watchdog allows an instance that keeps its weights meanwhile.
+    pub fn wait(&mut self, now: Instant, text: &str) {
+        if self
+            .last_extended
+            .is_none_or(|last| now - last >= WAITING_INTERVAL)
+        {
+            self.last_extended = Some(now);
+            self.status(text);
+        }
+        self.feed(now);
+    }
+
     /// Start-up is over.
     pub fn ready(&mut self) {
         self.is_loading = false;
+        HAS_STARTED.store(true, Ordering::Relaxed);
         tell(&[NotifyState::Ready, NotifyState::Status("ready")]);
     }
 
-    /// The instance's loop came round at `now`.
+    /// The instance's loop came round at `now`, or what it waits for between two sessions did.
     pub fn feed(&mut self, now: Instant) {
         let Some(interval) = self.feed_interval else {
             return;
         };
+        if !HAS_STARTED.load(Ordering::Relaxed) {
+            return;
+        }
         if self.last_fed.is_none_or(|last| now - last >= interval) {
             self.last_fed = Some(now);
             tell(&[NotifyState::Watchdog]);

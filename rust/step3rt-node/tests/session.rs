@@ -154,6 +154,21 @@ fn a_refusal_is_final_and_carries_the_coordinators_words() {
 }
 
 #[test]
+fn the_port_for_clients_is_told_from_the_one_for_instances() {
+    let mut coordinator = Coordinator::start();
+    let (session, ()) = open(&mut coordinator, |scripted| {
+        scripted.refuse(Status::unimplemented(""));
+    });
+    let error = session.err().unwrap();
+    assert_eq!(error.kind(), NodeErrorKind::Config);
+    let text = error.to_string();
+    assert!(
+        text.ends_with("Give the address of its --control-listen"),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_coordinator_without_room_is_asked_again() {
     let mut coordinator = Coordinator::start();
     let options = options(&coordinator.address.to_string(), "ffn", 20.0);

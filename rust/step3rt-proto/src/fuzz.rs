@@ -4,6 +4,10 @@
 //! It is in the crate's tests, which replay the committed corpus, and in builds with
 //! `--cfg fuzzing`; never in a release. A target panics when a promise is broken.
 
+#[cfg(test)]
+#[path = "../../../fuzz/src/replay.rs"]
+mod replay;
+
 use tonic::Code;
 
 use crate::codec::{Bounded, decode};
@@ -198,29 +202,5 @@ fn plan() -> v1::SessionResponse {
     };
     v1::SessionResponse {
         command: Some(v1::session_response::Command::StepPlan(plan)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_input_of_the_corpus_and_every_seed_passes() {
-        for (name, target) in TARGETS {
-            let path = format!("{}/../../fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
-            let packed = std::fs::read(path).unwrap();
-            let (mut rest, mut inputs) = (&packed[..], Vec::new());
-            while let Some((len, more)) = rest.split_first_chunk() {
-                let (input, more) = more.split_at(u16::from_be_bytes(*len).into());
-                inputs.push(input.to_vec());
-                rest = more;
-            }
-            assert!(!inputs.is_empty());
-            let seeds = seeds().into_iter().filter(|seed| seed.0 == name);
-            for input in inputs.into_iter().chain(seeds.map(|(_, seed)| seed)) {
-                target(&input);
-            }
-        }
     }
 }

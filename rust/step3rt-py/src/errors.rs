@@ -10,6 +10,7 @@ use step3rt_fabric::measure::MeasureError;
 use step3rt_node::error::{NodeError, NodeErrorKind};
 use step3rt_server::ListError;
 use step3rt_server::coordinator::StartError;
+use step3rt_server::listeners::ListenError;
 use step3rt_tls::SetupError;
 
 /// A class of `step3rt.errors`, looked up at its first use so that importing this module stays
@@ -57,6 +58,8 @@ pub(crate) fn node_error(py: Python<'_>, error: &NodeError) -> PyErr {
 pub(crate) fn start_error(py: Python<'_>, error: &StartError) -> PyErr {
     let class = match error {
         StartError::System(_) => &INTERNAL,
+        // Another program may leave the port, and the address may come: not for ever, as a setting.
+        StartError::Listen(ListenError::Bind { .. }) => &UNAVAILABLE,
         StartError::Config(_)
         | StartError::Scheduler(_)
         | StartError::Checkpoint(_)

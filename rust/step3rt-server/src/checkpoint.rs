@@ -32,6 +32,8 @@ pub struct Checkpoint {
     pub bos_token: Option<String>,
     /// Text of the token that ends one.
     pub eos_token: Option<String>,
+    /// Whether a plain text gets `bos_token`, too: tokenizer.json may leave that to its users.
+    pub adds_bos: bool,
 }
 
 /// A checkpoint that cannot be served.
@@ -195,7 +197,15 @@ impl Checkpoint {
             chat_template: find_chat_template(path, &tokenizer_config)?,
             bos_token: token_text(&tokenizer_config, "bos_token"),
             eos_token: token_text(&tokenizer_config, "eos_token"),
+            adds_bos: tokenizer_config
+                .get("add_bos_token")
+                .is_some_and(|value| *value == Value::Bool(true)),
         })
+    }
+
+    /// Text of the token that every plain text begins with.
+    pub fn opening_token(&self) -> Option<&str> {
+        self.bos_token.as_deref().filter(|_| self.adds_bos)
     }
 }
 
@@ -377,6 +387,30 @@ mod tests {
         assert_eq!(read(&files).chat_template.as_deref(), Some("newer"));
         files.push(("chat_template.jinja", "newest"));
         assert_eq!(read(&files).chat_template.as_deref(), Some("newest"));
+    }
+
+    #[test]
+    fn a_text_is_opened_where_the_tokenizers_config_says_so() {
+        let opening = |tokenizer_config: &str| {
+            let files = [
+                ("config.json", STEP3_LIKE),
+                ("tokenizer_config.json", tokenizer_config),
+            ];
+            let checkpoint = Checkpoint::read(directory(&files).path(), None, None);
+            checkpoint
+                .expect("valid")
+                .opening_token()
+                .map(str::to_owned)
+        };
+        let object = r#"{"add_bos_token": true, "bos_token": {"content": "<s>"}}"#;
+        assert_eq!(opening(object).as_deref(), Some("<s>"));
+        for without in [
+            r#"{"add_bos_token": false, "bos_token": "<s>"}"#,
+            r#"{"bos_token": "<s>"}"#,
+            r#"{"add_bos_token": true, "bos_token": null}"#,
+        ] {
+            assert_eq!(opening(without), None);
+        }
     }
 
     #[test]

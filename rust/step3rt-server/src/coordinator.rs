@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tonic::transport::Server;
+use tower::util::MapRequestLayer;
 use tracing::{error, info, warn};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -40,6 +41,7 @@ use crate::inference_service::{InferenceServer, Model};
 use crate::listeners::{ListenError, Listeners, ReadyFile};
 use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
+use crate::receiving;
 use crate::registry::{Registry, RegistryConfig};
 use crate::request_echo::Echoing;
 use crate::shutdown::StopSignal;
@@ -122,7 +124,8 @@ impl Coordinator {
         )?;
         let limits = &checkpoint.limits;
         config.scheduler_config(limits.max_model_len).validate()?;
-        let tokenizer = Tokenizer::read(&checkpoint.path)?.map(Arc::new);
+        let tokenizer =
+            Tokenizer::read(&checkpoint.path, checkpoint.opening_token())?.map(Arc::new);
         if let Some(tokenizer) = &tokenizer
             && tokenizer.bytes().num_ids() > limits.vocab_size as usize
         {
@@ -225,7 +228,9 @@ impl Coordinator {
             }),
             settings: config.cluster_settings(limits.max_model_len),
             // A standing FFN instance must be found before the steps that wait for it.
-            step_timeout_ms: config.step_timeout_ms + u64::from(config.lease_ms),
+            step_timeout_ms: config
+                .step_timeout_ms
+                .saturating_add(config.lease_ms.into()),
             status: status_sender,
             notifier: Notifier::from_env(),
         });
@@ -245,6 +250,7 @@ impl Coordinator {
 
         let (close_sender, close) = watch::channel(false);
         let public = server_builder()
+            .layer(MapRequestLayer::new(receiving::counting()))
             .add_service(health_service)
             .add_service(inference_service)
             .add_optional_service(reflection_v1)
@@ -303,7 +309,7 @@ impl Running {
         stops: &mut mpsc::Receiver<StopSignal>,
         drain_timeout: Duration,
     ) -> u8 {
-        notify::stopping();
+        notify::stopping(drain_timeout);
         tokio::select! {
             () = self.drain(drain_timeout) => {
                 info!("stopped");

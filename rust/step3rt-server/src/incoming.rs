@@ -15,18 +15,24 @@ use step3rt_tls::{FIRST_BYTE, Fault, Identity};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 use tonic::codegen::http::{HeaderValue, Response};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
-/// How long a handshake may take. It takes milliseconds, and two journeys to the client and back.
+use crate::receiving::ConnectionBudget;
+
+/// How long a handshake may take, and what a connection begins with after it. It takes milliseconds, and
+/// two journeys to the client and back.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What every client of HTTP/2 begins with (RFC 9113, 3.4). From then on it is probed.
+const PREFACE_BYTES: usize = 24;
 
 /// Handshakes at one time; more connections wait in the listener's backlog.
 const MAX_HANDSHAKES: usize = 1024;
@@ -52,9 +58,36 @@ pub(crate) struct Security {
 }
 
 /// An accepted connection.
-pub(crate) enum Connection {
+pub(crate) struct Connection {
+    stream: Stream,
+    preface: Option<Preface>,
+    /// Bytes of its requests that may be held.
+    budget: ConnectionBudget,
+}
+
+enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// What the server waits for before it can find out by itself that nobody is there.
+struct Preface {
+    num_bytes_to_come: usize,
+    too_late: Pin<Box<Sleep>>,
+}
+
+impl Connection {
+    fn new(stream: Stream) -> Self {
+        let preface = Preface {
+            num_bytes_to_come: PREFACE_BYTES,
+            too_late: Box::pin(sleep(HANDSHAKE_TIMEOUT)),
+        };
+        Self {
+            stream,
+            preface: Some(preface),
+            budget: ConnectionBudget::default(),
+        }
+    }
 }
 
 /// The connections of `listener`, until the result is dropped.
@@ -101,7 +134,7 @@ async fn accept(
         }
         let Some(security) = security.clone() else {
             // Refused when the server is gone.
-            let _ = ready.send(Ok(Connection::Plain(socket))).await;
+            let _ = ready.send(Ok(Connection::new(Stream::Plain(socket)))).await;
             continue;
         };
         tokio::spawn(shake_hands(socket, peer, (security, permit), ready.clone()));
@@ -116,7 +149,8 @@ async fn shake_hands(
 ) {
     match timeout(HANDSHAKE_TIMEOUT, secure(socket, &security)).await {
         Ok(Ok(Some(stream))) => {
-            let _ = ready.send(Ok(Connection::Tls(Box::new(stream)))).await;
+            let connection = Connection::new(Stream::Tls(Box::new(stream)));
+            let _ = ready.send(Ok(connection)).await;
         }
         Ok(Ok(None)) => info!(%peer, "a client was refused: it does not speak TLS"),
         Ok(Err(error)) => {
@@ -170,13 +204,21 @@ async fn refuse(socket: TcpStream, advice: &'static str) -> Result<(), h2::Error
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = ConnectionBudget;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        match self {
-            Self::Plain(socket) => socket.connect_info(),
-            Self::Tls(stream) => stream.get_ref().0.connect_info(),
+    fn connect_info(&self) -> ConnectionBudget {
+        self.budget.clone()
+    }
+}
+
+impl Preface {
+    /// Whether it has come; an error when it comes too late.
+    fn poll(&mut self, num_bytes: usize, context: &mut Context<'_>) -> io::Result<bool> {
+        self.num_bytes_to_come = self.num_bytes_to_come.saturating_sub(num_bytes);
+        if self.num_bytes_to_come > 0 && self.too_late.as_mut().poll(context).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
         }
+        Ok(self.num_bytes_to_come == 0)
     }
 }
 
@@ -186,10 +228,18 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        let this = self.get_mut();
+        let num_before = buffer.filled().len();
+        let polled = match &mut this.stream {
+            Stream::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        };
+        if let Some(preface) = &mut this.preface
+            && preface.poll(buffer.filled().len() - num_before, context)?
+        {
+            this.preface = None;
         }
+        polled
     }
 }
 
@@ -199,23 +249,23 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_write(context, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        match &mut self.get_mut().stream {
+            Stream::Plain(socket) => Pin::new(socket).poll_write(context, bytes),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_flush(context),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+        match &mut self.get_mut().stream {
+            Stream::Plain(socket) => Pin::new(socket).poll_flush(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_shutdown(context),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        match &mut self.get_mut().stream {
+            Stream::Plain(socket) => Pin::new(socket).poll_shutdown(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 
@@ -224,16 +274,62 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(socket) => Pin::new(socket).poll_write_vectored(context, buffers),
-            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, buffers),
+        match &mut self.get_mut().stream {
+            Stream::Plain(socket) => Pin::new(socket).poll_write_vectored(context, buffers),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(context, buffers),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Plain(socket) => socket.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
+        match &self.stream {
+            Stream::Plain(socket) => socket.is_write_vectored(),
+            Stream::Tls(stream) => stream.is_write_vectored(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    async fn connected() -> (TcpStream, Connection) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (socket, _) = accepted.expect("accepted");
+        (
+            client.expect("connects"),
+            Connection::new(Stream::Plain(socket)),
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_connects_and_does_not_begin_is_hung_up_on() {
+        for num_sent in [0, PREFACE_BYTES - 1] {
+            let (mut client, mut connection) = connected().await;
+            client.write_all(&vec![1; num_sent]).await.expect("sent");
+            let begun = Instant::now();
+            let mut received = vec![0; PREFACE_BYTES];
+            let error = connection
+                .read_exact(&mut received)
+                .await
+                .expect_err("late");
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            assert_eq!(begun.elapsed().as_secs(), HANDSHAKE_TIMEOUT.as_secs());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_begun_may_be_silent() {
+        let (mut client, mut connection) = connected().await;
+        client.write_all(&[1; PREFACE_BYTES]).await.expect("sent");
+        let mut received = vec![0; PREFACE_BYTES];
+        let read = connection.read_exact(&mut received).await;
+        assert_eq!(read.expect("in time"), PREFACE_BYTES);
+        let more = timeout(10 * HANDSHAKE_TIMEOUT, connection.read_u8()).await;
+        assert!(more.is_err(), "nothing comes, and nobody minds");
     }
 }

@@ -21,7 +21,8 @@ use crate::clock::Clock;
 use crate::deadline::grpc_timeout;
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
 use crate::internal_error::without_diagnostics;
-use crate::live_requests::EVENT_BOUND;
+use crate::outbox::max_unsent_tokens;
+use crate::receiving::Received;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
 use crate::text::chat_template::{Chat, ChatTemplate, RenderError};
 use crate::text::continuation::TextRules;
@@ -57,7 +58,7 @@ pub struct InferenceServer {
     drive: DriveHandle,
     clock: Clock,
     status: watch::Receiver<ClusterStatus>,
-    long_texts: Semaphore,
+    long_texts: Arc<Semaphore>,
 }
 
 impl InferenceServer {
@@ -73,7 +74,7 @@ impl InferenceServer {
             drive,
             clock,
             status,
-            long_texts: Semaphore::new(MAX_LONG_TEXTS),
+            long_texts: Arc::new(Semaphore::new(MAX_LONG_TEXTS)),
         }
     }
 
@@ -167,7 +168,11 @@ impl InferenceServer {
         if num_bytes <= MAX_INLINE_TEXT_BYTES {
             return Ok(work());
         }
-        let _place = self.long_texts.acquire().await;
+        let place = Arc::clone(&self.long_texts).acquire_owned().await;
+        let work = move || {
+            let _place = place; // until it is done: its client may have left long before
+            work()
+        };
         tokio::task::spawn_blocking(work).await.map_err(|panic| {
             let refusal = Refusal::new(ErrorKind::Internal, panic.to_string());
             Refusal {
@@ -210,6 +215,8 @@ impl InferenceService for InferenceServer {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let timeout = grpc_timeout(request.metadata())?;
+        // While its text waits for its turn and is worked on.
+        let _received = Received::of(request.extensions());
         let arrived = self.clock.now();
         let limits = &self.model.checkpoint.limits;
         let mut params = check(request.into_inner(), limits, crate::random::u64())?;
@@ -253,7 +260,7 @@ impl InferenceService for InferenceServer {
             wants_token_ids: output.token_ids,
             drive: self.drive.clone(),
         });
-        let (event_sender, events) = mpsc::channel(EVENT_BOUND);
+        let (event_sender, events) = mpsc::channel(max_unsent_tokens(request.n));
         let (response_sender, responses) = mpsc::channel(RESPONSE_BOUND);
         self.drive
             .send(Message::Submit(Submission {
@@ -297,6 +304,7 @@ impl InferenceService for InferenceServer {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let _received = Received::of(request.extensions());
         let v1::TokenizeRequest {
             text,
             add_special_tokens,
@@ -376,3 +384,6 @@ fn too_large(field: &str, num_bytes: usize, max: usize) -> Refusal {
         format!("{num_bytes} bytes of text exceed the limit of {max}. Send it in parts"),
     )
 }
+
+#[cfg(test)]
+mod tests;

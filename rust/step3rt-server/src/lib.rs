@@ -27,6 +27,7 @@ pub mod node_service;
 pub mod notify;
 pub mod outbox;
 pub mod random;
+mod receiving;
 pub mod registry;
 pub mod request_echo;
 pub mod response_stream;

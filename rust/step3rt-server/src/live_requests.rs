@@ -12,10 +12,6 @@ use tokio::sync::mpsc;
 use crate::drive_handle::Submission;
 use crate::tenants::Tenants;
 
-/// Events that may wait for a request's own task, which does nothing but move them on: several
-/// steps of the most continuations there can be.
-pub const EVENT_BOUND: usize = 1_024;
-
 #[derive(Debug)]
 struct LiveRequest {
     client_id: String,

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 use tracing::debug;
 
+/// What the end takes once no request runs: instances are told, listeners close.
+const AFTER_DRAINING: Duration = Duration::from_secs(15);
+
 /// Speaks to the service manager; silent without one.
 #[derive(Debug)]
 pub struct Notifier {
@@ -51,9 +54,15 @@ pub fn ready() {
     send(&[NotifyState::Ready]);
 }
 
-/// Draining has begun.
-pub fn stopping() {
-    send(&[NotifyState::Stopping]);
+/// Draining has begun and takes at most `drain_timeout`, which may be longer than the unit allows
+/// for stopping.
+pub fn stopping(drain_timeout: Duration) {
+    let most = drain_timeout.saturating_add(AFTER_DRAINING);
+    let extension_us = u32::try_from(most.as_micros()).unwrap_or(u32::MAX);
+    send(&[
+        NotifyState::Stopping,
+        NotifyState::ExtendTimeoutUsec(extension_us),
+    ]);
 }
 
 fn send(state: &[NotifyState<'_>]) {

@@ -11,6 +11,9 @@ use step3rt_proto::v1::generate_response::Event;
 
 /// Most tokens that wait for a client. With 20 rivals each they are 256 KiB.
 const MAX_UNSENT_TOKENS: usize = 1_024;
+/// But so many of each continuation: seconds of generation, within which a network that has lost a
+/// packet has sent it again. Of the most continuations they are 2 MiB.
+const MAX_UNSENT_TOKENS_OF_EACH: usize = 64;
 /// Prompt logprobs come thousands at a time and must not look like a client that does not read:
 /// this many weigh as much as one token, so at most 16384 wait, which are 4 MiB.
 const PROMPT_LOGPROBS_PER_TOKEN: usize = 16;
@@ -36,13 +39,28 @@ pub struct Piece {
 }
 
 /// What waits for a client, in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outbox {
     responses: VecDeque<GenerateResponse>,
     num_unsent_tokens: usize,
+    max_unsent_tokens: usize,
+}
+
+/// Most tokens of a request with `n` continuations that wait, here or on their way here.
+pub fn max_unsent_tokens(n: u32) -> usize {
+    (n as usize * MAX_UNSENT_TOKENS_OF_EACH).max(MAX_UNSENT_TOKENS)
 }
 
 impl Outbox {
+    /// Empty, for a client that asked for `n` continuations.
+    pub fn new(n: u32) -> Self {
+        Self {
+            responses: VecDeque::new(),
+            num_unsent_tokens: 0,
+            max_unsent_tokens: max_unsent_tokens(n),
+        }
+    }
+
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.responses.is_empty()
@@ -51,7 +69,7 @@ impl Outbox {
     /// Whether more waits than a client may leave lying. What one event adds is never too much by
     /// itself, so this is asked before the next one is taken.
     pub fn is_overfull(&self) -> bool {
-        self.num_unsent_tokens > MAX_UNSENT_TOKENS
+        self.num_unsent_tokens > self.max_unsent_tokens
     }
 
     /// Takes the next response.
@@ -177,7 +195,7 @@ mod tests {
 
     #[test]
     fn tokens_that_wait_are_merged_per_continuation() {
-        let mut outbox = Outbox::default();
+        let mut outbox = Outbox::new(1);
         for position in 0..3 {
             outbox.push_piece(piece(0, position, "a"));
             outbox.push_piece(piece(1, position, "b"));
@@ -192,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_delta_that_was_taken_is_followed_by_one_that_goes_on_without_a_gap() {
-        let mut outbox = Outbox::default();
+        let mut outbox = Outbox::new(1);
         outbox.push_piece(piece(0, 0, "a"));
         assert!(outbox.pop().is_some());
         outbox.push_piece(piece(0, 1, "b"));
@@ -201,7 +219,7 @@ mod tests {
 
     #[test]
     fn too_many_waiting_tokens_overfill_it_and_taking_them_empties_it() {
-        let mut outbox = Outbox::default();
+        let mut outbox = Outbox::new(1);
         for position in 0..=u32::try_from(MAX_UNSENT_TOKENS).expect("small") {
             assert!(!outbox.is_overfull());
             outbox.push_piece(piece(0, position, ""));
@@ -213,8 +231,20 @@ mod tests {
     }
 
     #[test]
+    fn many_continuations_may_wait_as_long_as_a_few() {
+        let n = 128;
+        let mut outbox = Outbox::new(n);
+        for position in 0..32 {
+            for index in 0..n {
+                outbox.push_piece(piece(index, position, "a"));
+            }
+        }
+        assert!(!outbox.is_overfull(), "32 tokens of each wait");
+    }
+
+    #[test]
     fn prompt_logprobs_are_sent_in_chunks_with_their_offsets() {
-        let mut outbox = Outbox::default();
+        let mut outbox = Outbox::new(1);
         let logprob = TokenLogprob {
             token: TokenId(1),
             logprob: f32::NEG_INFINITY,

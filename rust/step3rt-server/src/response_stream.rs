@@ -64,6 +64,8 @@ pub struct ResponseStream {
     continuations: Vec<Progress>,
     outbox: Outbox,
     num_unfinished: u32,
+    /// Of the prompt; every continuation's usage says it, as `Started` did. `None` until then.
+    num_cached_tokens: Option<u32>,
     /// Why the stream ends early, to be told after what waits.
     failure: Option<Status>,
 }
@@ -102,9 +104,10 @@ impl ResponseStream {
         }
         Self {
             num_unfinished: parts.n,
+            outbox: Outbox::new(parts.n),
             parts,
             continuations,
-            outbox: Outbox::default(),
+            num_cached_tokens: None,
             failure: None,
         }
     }
@@ -166,13 +169,7 @@ impl ResponseStream {
 
     async fn take(&mut self, event: Option<RequestEvent>) {
         match event {
-            Some(RequestEvent::Started { num_cached_tokens }) => {
-                self.outbox.push(Event::Started(v1::Started {
-                    request_id: self.parts.client_id.clone(),
-                    prompt_tokens: self.parts.num_prompt_tokens,
-                    cached_tokens: num_cached_tokens,
-                }));
-            }
+            Some(RequestEvent::Started { num_cached_tokens }) => self.started(num_cached_tokens),
             Some(RequestEvent::PromptLogprobs { offset, logprobs }) => {
                 self.outbox.push_prompt_logprobs(offset, logprobs);
             }
@@ -194,6 +191,15 @@ impl ResponseStream {
             // Without an end, the drive loop has cut this request: its channel was full.
             None => self.fail(slow_consumer()),
         }
+    }
+
+    fn started(&mut self, num_cached_tokens: u32) {
+        self.num_cached_tokens = Some(num_cached_tokens);
+        self.outbox.push(Event::Started(v1::Started {
+            request_id: self.parts.client_id.clone(),
+            prompt_tokens: self.parts.num_prompt_tokens,
+            cached_tokens: num_cached_tokens,
+        }));
     }
 
     async fn token(
@@ -239,6 +245,9 @@ impl ResponseStream {
 
     /// `reason` is `None` when the request was aborted.
     fn finished(&mut self, index: u32, reason: Option<FinishReason>, usage: Usage) {
+        if self.num_cached_tokens.is_none() {
+            self.started(0); // it ends before it had a place
+        }
         let Some(progress) = self.continuations.get_mut(index as usize) else {
             return;
         };
@@ -286,6 +295,7 @@ impl ResponseStream {
             usage: Some(v1::Usage {
                 prompt_tokens: self.parts.num_prompt_tokens,
                 completion_tokens: progress.num_tokens,
+                cached_tokens: self.num_cached_tokens.unwrap_or(0),
                 ..Default::default()
             }),
             timing: Some(timing(usage.times)),

@@ -1,10 +1,14 @@
 //! Who is told at once, or as soon as it is certain, that a deadline cannot be met.
 
-use step3rt_core::error::{ErrorKind, RequestError};
-use step3rt_core::ids::{TenantId, TimeNs};
-use step3rt_core::request::Request;
+use std::time::{Duration, Instant};
 
-use crate::step_times::{fitted, step, timed};
+use step3rt_core::config::SchedulerConfig;
+use step3rt_core::error::{ErrorKind, RequestError};
+use step3rt_core::ids::{TenantId, TimeNs, TokenId};
+use step3rt_core::request::{Request, RequestEvent};
+use step3rt_core::scheduler::Event;
+
+use crate::step_times::{fitted, fitted_with, step, timed};
 use crate::world::{World, request};
 
 fn with_deadline(world: &World, mut request: Request, after_ms: u64) -> Request {
@@ -159,4 +163,46 @@ fn those_ahead_count_when_they_are_more_than_there_are_places() {
         world.submit(urgent);
         assert!(error(&world, 91).is_none(), "nobody comes before it");
     }
+}
+
+/// The least time that it takes to tell somebody that a deadline is out of reach, while a thousand
+/// wait whose prompts have `num_common` tokens in common with that one's.
+fn time_to_refuse(num_common: usize) -> Duration {
+    let config = SchedulerConfig {
+        block_size_tokens: 64,
+        max_waiting_requests: 2_000,
+        ..timed()
+    };
+    let mut world = fitted_with(config);
+    let new = |id: u64| {
+        let mut new = request(id, 1_000, 2);
+        let own = u32::try_from(id).expect("small");
+        new.prompt[num_common..].fill(TokenId(own));
+        new.prompt[..num_common].fill(TokenId(1));
+        new
+    };
+    for id in 1_000..2_000 {
+        let event = Event::Submit(new(id));
+        world.scheduler.handle(world.now, event);
+    }
+    let refused = (2_000..2_020).map(|id| {
+        let event = Event::Submit(with_deadline(&world, new(id), 3));
+        let started = Instant::now();
+        world.scheduler.handle(world.now, event);
+        let took = started.elapsed();
+        let events = world.scheduler.take_events();
+        let told = events.iter().find(|(told, _)| told.0 == id);
+        assert!(matches!(told, Some((_, RequestEvent::Failed(_)))));
+        took
+    });
+    refused.min().expect("several")
+}
+
+#[test]
+fn telling_so_takes_no_longer_where_a_thousand_prompts_begin_alike() {
+    let (apart, alike) = (time_to_refuse(0), time_to_refuse(960));
+    assert!(
+        alike < 10 * apart,
+        "{alike:?} where they begin alike, {apart:?} where not"
+    );
 }

@@ -38,7 +38,12 @@ pub(crate) fn step(world: &mut World) -> Vec<StepPlan> {
 
 /// A world that has computed prompts of many lengths, alone and beside decodes.
 pub(crate) fn fitted() -> World {
-    let mut world = World::new(timed(), &[2_000]);
+    fitted_with(timed())
+}
+
+/// The same with other settings.
+pub(crate) fn fitted_with(config: SchedulerConfig) -> World {
+    let mut world = World::new(config, &[2_000]);
     for id in 0..40_u32 {
         world.submit(request(id.into(), 2 + id * 13 % 50, 6));
         for _ in 0..3 {

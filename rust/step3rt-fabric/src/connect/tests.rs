@@ -159,6 +159,41 @@ fn an_end_without_a_number_left_links_nobody_and_both_ends_hear_why() {
 }
 
 #[test]
+fn a_number_far_above_the_others_is_taken_from_nobody() {
+    for fabric in FABRICS {
+        for (near_last, far_last) in [(MAX_LINK_EPOCH - 9, 0), (0, MAX_LINK_EPOCH - 9)] {
+            let used =
+                [near_last, far_last].map(|last| &*Box::leak(UsedEpochs::up_to(last).into()));
+            let (near, far) = (hub(Side::Initiator, used[0]), hub(Side::Responder, used[1]));
+            let (listener, address) = Listener::bind(fabric);
+            let error = thread::scope(|scope| {
+                scope.spawn(|| listener.answer(&far));
+                link(&near, fabric, &address).err()
+            });
+            if near_last > far_last {
+                let refusal = Refusal::FarEpoch;
+                assert!(
+                    matches!(&error, Some(ConnectError::Refused { refusal: found, .. }) if *found == refusal),
+                    "{error:?}"
+                );
+            } else {
+                let field = "link_epoch";
+                assert!(
+                    matches!(
+                        &error,
+                        Some(ConnectError::Handshake { error: HandshakeError::Field { field: found, .. }, .. })
+                            if *found == field
+                    ),
+                    "{error:?}"
+                );
+            }
+            let youngest = used[usize::from(near_last > far_last)].propose();
+            assert!(youngest <= Some(LinkEpoch(2)), "{youngest:?}");
+        }
+    }
+}
+
+#[test]
 fn a_peer_that_is_not_there_uses_no_number_up() {
     static USED: UsedEpochs = UsedEpochs::up_to(0);
     let near = hub(Side::Initiator, &USED);

@@ -86,7 +86,7 @@ fn is_possible(bytes: &[u8]) -> bool {
     let (is_by_good, is_code_good) = match kind {
         0 => (by <= 2, code & 0xff < 10 && code >> 8 < 4),
         1 => (by == 0 || by == 2, code == 0),
-        2 => (by == 0, code <= 11),
+        2 => (by == 0, code <= 12),
         _ => return false,
     };
     let most = if by == 2 { 4096 } else { 0 };
@@ -168,6 +168,7 @@ pub(super) fn each() -> Vec<Message> {
         RefusalCode::NoTls,
         RefusalCode::NoDeviceOffer,
         RefusalCode::NoEpoch,
+        RefusalCode::FarEpoch,
     ];
     let refusals = codes.map(|code| Message {
         kind: Kind::Refusal(code),

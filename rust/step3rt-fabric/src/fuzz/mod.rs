@@ -11,6 +11,9 @@ mod messages;
 #[cfg(feature = "rdma")]
 mod offers;
 mod passed;
+#[cfg(test)]
+#[path = "../../../../fuzz/src/replay.rs"]
+mod replay;
 mod slots;
 mod streams;
 
@@ -133,28 +136,4 @@ fn mend(message: &mut [u8]) {
     let at = message.len() - 4;
     let crc = crc32fast::hash(&message[..at]);
     message[at..].copy_from_slice(&crc.to_le_bytes());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_input_of_the_corpus_and_every_seed_passes() {
-        for (name, target) in TARGETS {
-            let path = format!("{}/../../fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
-            let packed = std::fs::read(path).unwrap();
-            let (mut rest, mut inputs) = (&packed[..], Vec::new());
-            while let Some((len, more)) = rest.split_first_chunk() {
-                let (input, more) = more.split_at(u16::from_be_bytes(*len).into());
-                inputs.push(input.to_vec());
-                rest = more;
-            }
-            assert!(!inputs.is_empty());
-            let seeds = seeds().into_iter().filter(|seed| seed.0 == name);
-            for input in inputs.into_iter().chain(seeds.map(|(_, seed)| seed)) {
-                target(&input);
-            }
-        }
-    }
 }

@@ -51,6 +51,7 @@ fn kinds() -> Vec<Kind> {
         RefusalCode::NoRdma,
         RefusalCode::NoDeviceOffer,
         RefusalCode::NoEpoch,
+        RefusalCode::FarEpoch,
     ];
     kinds.extend(refusals.map(Kind::Refusal));
     kinds

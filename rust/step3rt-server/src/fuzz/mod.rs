@@ -6,6 +6,9 @@
 
 mod chat;
 mod generate;
+#[cfg(test)]
+#[path = "../../../../fuzz/src/replay.rs"]
+mod replay;
 mod requests;
 mod session;
 mod text;
@@ -57,27 +60,4 @@ fn part<'a>(data: &mut &'a [u8]) -> &'a [u8] {
 /// A folder of the repository.
 fn folder(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../..", name].iter().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_input_of_the_corpus_and_every_seed_passes() {
-        for (name, target) in TARGETS {
-            let packed = std::fs::read(folder("fuzz/corpus").join(name)).expect("readable");
-            let (mut rest, mut inputs) = (&packed[..], Vec::new());
-            while let Some((len, more)) = rest.split_first_chunk() {
-                let (input, more) = more.split_at(u16::from_be_bytes(*len).into());
-                inputs.push(input.to_vec());
-                rest = more;
-            }
-            assert!(!inputs.is_empty());
-            let seeds = seeds().into_iter().filter(|seed| seed.0 == name);
-            for input in inputs.into_iter().chain(seeds.map(|(_, seed)| seed)) {
-                target(&input);
-            }
-        }
-    }
 }

@@ -21,8 +21,8 @@ use super::{byte, part};
 use crate::clock::Clock;
 use crate::drive::{Drive, DriveParts};
 use crate::drive_handle::{ClusterStatus, Message, Submission};
-use crate::live_requests::EVENT_BOUND;
 use crate::notify::Notifier;
+use crate::outbox::max_unsent_tokens;
 use crate::registry::{Registry, RegistryConfig};
 use crate::sessions::COMMAND_BOUND;
 use messages::{failed, hello, output, ready, spoil};
@@ -215,7 +215,7 @@ impl Cluster {
 
     fn submit(&mut self, size: u8, options: u8) {
         let id = self.streams.len() as u64;
-        let (events, receiver) = mpsc::channel(EVENT_BOUND);
+        let (events, receiver) = mpsc::channel(max_unsent_tokens(1));
         let request = Request {
             id: RequestId(id),
             prompt: vec![TokenId(3); 1 + usize::from(size % 32)],

@@ -156,7 +156,9 @@ pub(super) fn tokenizer() -> Arc<Tokenizer> {
     static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
     let read = || {
         let model = folder("rust/step3rt-server/tests/fixtures/byte_model");
-        let tokenizer = Tokenizer::read(&model).expect("usable").expect("present");
+        let tokenizer = Tokenizer::read(&model, None)
+            .expect("usable")
+            .expect("present");
         Arc::new(tokenizer)
     };
     Arc::clone(TOKENIZER.get_or_init(read))

@@ -69,7 +69,7 @@ pub enum HelloError {
     /// Every expert has its place.
     #[error(
         "all {ep_size} FFN ranks are taken. Stop one of the FFN instances, or start the \
-         coordinator with a larger `ep_size`"
+         coordinator with a larger `--ffn`"
     )]
     NoFreeRank {
         /// How many there are.

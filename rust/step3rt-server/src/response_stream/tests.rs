@@ -5,7 +5,7 @@ use tokio::task::JoinHandle;
 use tonic_types::StatusExt;
 
 use super::*;
-use crate::live_requests::EVENT_BOUND;
+use crate::outbox::max_unsent_tokens;
 use crate::text::tokenizer::tests::byte_tokenizer;
 
 const ID: RequestId = RequestId(9);
@@ -45,7 +45,7 @@ fn resume(n: u32, stop_strings: &[&str], resumed: &[u8]) -> Harness {
         wants_token_ids: true,
         drive: handle,
     });
-    let (events, receiver) = mpsc::channel(EVENT_BOUND);
+    let (events, receiver) = mpsc::channel(max_unsent_tokens(n));
     let (sender, responses) = mpsc::channel(RESPONSE_BOUND);
     Harness {
         events,
@@ -293,6 +293,44 @@ async fn an_abort_finishes_only_what_has_not() {
         .collect();
     assert_eq!(ends, [(1, WireReason::Length), (0, WireReason::Cancelled)]);
     assert!(status.is_none());
+}
+
+#[tokio::test]
+async fn a_stream_that_ends_while_it_waits_for_a_place_is_started_first() {
+    let mut harness = start(2, &[]);
+    let cancelled = RequestError {
+        kind: ErrorKind::Cancelled,
+        message: String::new(),
+        retry_after_ms: None,
+    };
+    harness.tell(RequestEvent::Failed(cancelled)).await;
+    let mut kinds = vec![];
+    while let Some(response) = harness.responses.recv().await {
+        kinds.push(match response.expect("no error").event {
+            Some(Event::Started(started)) => (started.request_id, started.prompt_tokens),
+            other => (format!("{other:?}")[.."Some(Finished".len()].to_owned(), 0),
+        });
+    }
+    let finished = ("Some(Finished".to_owned(), 0);
+    assert_eq!(kinds, [("mine".to_owned(), 3), finished.clone(), finished]);
+}
+
+#[tokio::test]
+async fn every_end_repeats_how_much_of_the_prompt_was_cached() {
+    let mut harness = start(2, &[]);
+    harness
+        .tell(RequestEvent::Started {
+            num_cached_tokens: 2,
+        })
+        .await;
+    harness.finished(0).await;
+    harness.finished(1).await;
+    let (_, _, finished, _) = harness.read_all().await;
+    let cached: Vec<_> = finished
+        .iter()
+        .map(|end| end.usage.expect("a usage").cached_tokens)
+        .collect();
+    assert_eq!(cached, [2, 2]);
 }
 
 #[tokio::test]

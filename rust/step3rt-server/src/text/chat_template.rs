@@ -231,6 +231,7 @@ mod tests {
             chat_template: Some(source.to_owned()),
             bos_token: Some("<s>".to_owned()),
             eos_token: None,
+            adds_bos: false,
         };
         ChatTemplate::new(&checkpoint, vec![])
             .expect("compiles")
@@ -253,6 +254,27 @@ mod tests {
             {% if add_generation_prompt %}<|BOT|>assistant{% endif %}";
         let text = render(source, r#"[{"role": "user", "content": " hi "}]"#).expect("renders");
         assert_eq!(text, "<s>\n<|BOT|>user: hi\n<|BOT|>assistant");
+    }
+
+    /// Step-3's is one line, whose blanks beside blocks count. What Python's jinja2 3.1.6 makes of it.
+    #[test]
+    fn blanks_between_blocks_of_one_line_stay_as_in_step3s_template() {
+        let source = "{% macro say(it) %} {% if it is string %}{{- it }}{% elif it is iterable %}\
+            {% for part in it %}{{- part.text }}{% endfor %}{% endif %} {% endmacro %}\
+            {% if not silent is defined %}{% set silent = false %}{% endif %}{{ bos_token }}\
+            {% for m in messages %}{{ say(m['content']) }}{% endfor %}\
+            {% if tools is defined and tools %}{% set ns = namespace(text='') %}\
+            {% for tool in tools %}{% set ns.text = ns.text + (tool | tojson(ensure_ascii=False)) + '\\n' %}\
+            {% endfor %}# {{ ns.text }}\\n{% endif %} {% if not silent %}end{% endif %}";
+        let messages = r#"[{"content": "ä"}, {"content": [{"text": "b"}, {"text": "c"}]}]"#;
+        assert_eq!(render(source, messages).expect("renders"), "<s> ä  bc  end");
+        let chat = Chat {
+            messages_json: messages,
+            tools_json: r#"[{"n": 1, "é": []}, 2]"#,
+            add_generation_prompt: true,
+        };
+        let text = template(source).render(chat).expect("renders");
+        assert_eq!(text, "<s> ä  bc # {\"n\": 1, \"é\": []}\n2\n\\n end");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::text::defuse::SEPARATOR;
 pub struct Tokenizer {
     encoder: tokenizers::Tokenizer,
     bytes: TokenBytes,
+    opening: Option<TokenId>,
 }
 
 /// A tokenizer that cannot be used.
@@ -38,14 +39,26 @@ pub enum TokenizerError {
         /// The decoder's type.
         found: String,
     },
+    /// Every text is to begin with a token that there is not.
+    #[error(
+        "{path} has no token {opening:?}, which tokenizer_config.json wants before every text \
+         (add_bos_token). Download the checkpoint again"
+    )]
+    NoOpening {
+        /// The file.
+        path: String,
+        /// The token's text.
+        opening: String,
+    },
     /// The library refused a text.
     #[error("the text cannot be tokenised: {0}")]
     Encode(String),
 }
 
 impl Tokenizer {
-    /// Reads tokenizer.json in `directory`; `None` if there is none.
-    pub fn read(directory: &Path) -> Result<Option<Self>, TokenizerError> {
+    /// Reads tokenizer.json in `directory`; `None` if there is none. `opening` is the text of the
+    /// token that plain texts begin with, whether the file says so or not.
+    pub fn read(directory: &Path, opening: Option<&str>) -> Result<Option<Self>, TokenizerError> {
         let path = directory.join("tokenizer.json");
         if !path.exists() {
             return Ok(None);
@@ -70,12 +83,25 @@ impl Tokenizer {
         encoder
             .with_truncation(None)
             .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let id_of = |text: &str| {
+            let id = encoder.token_to_id(text);
+            id.map(TokenId).ok_or_else(|| TokenizerError::NoOpening {
+                path: path.display().to_string(),
+                opening: text.to_owned(),
+            })
+        };
+        let opening = opening.map(id_of).transpose()?;
         let bytes = TokenBytes::new(&encoder);
-        Ok(Some(Self { encoder, bytes }))
+        Ok(Some(Self {
+            encoder,
+            bytes,
+            opening,
+        }))
     }
 
     /// The ids of `text`. Special tokens written out in it count as such, as with the model's
-    /// own tools; `add_special_tokens` adds what the tokenizer puts around every text.
+    /// own tools; `add_special_tokens` adds what the tokenizer puts around every text, an opening
+    /// token once: not before one that the text begins with.
     pub fn encode(
         &self,
         text: &str,
@@ -85,7 +111,11 @@ impl Tokenizer {
             .encoder
             .encode_fast(text, add_special_tokens)
             .map_err(|error| TokenizerError::Encode(error.to_string()))?;
-        Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
+        let ids = encoding.get_ids().iter().copied().map(TokenId);
+        let opening = self
+            .opening
+            .filter(|opening| add_special_tokens && encoding.get_ids().first() != Some(&opening.0));
+        Ok(opening.into_iter().chain(ids).collect())
     }
 
     /// The ids of a rendered chat: each piece between separators by itself, so that what was cut
@@ -225,7 +255,7 @@ pub(crate) mod tests {
     const BYTE_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/byte_model");
 
     pub(crate) fn byte_tokenizer() -> Tokenizer {
-        Tokenizer::read(Path::new(BYTE_MODEL))
+        Tokenizer::read(Path::new(BYTE_MODEL), None)
             .expect("usable")
             .expect("present")
     }
@@ -274,7 +304,7 @@ pub(crate) mod tests {
     fn another_decoder_is_refused_by_name_and_a_missing_file_is_not_an_error() {
         let directory = tempfile::tempdir().expect("temporary directory");
         assert!(
-            Tokenizer::read(directory.path())
+            Tokenizer::read(directory.path(), None)
                 .expect("no file")
                 .is_none()
         );
@@ -283,11 +313,25 @@ pub(crate) mod tests {
             serde_json::from_str(&text.expect("readable")).expect("JSON");
         json["decoder"] = serde_json::json!({"type": "Fuse"});
         std::fs::write(directory.path().join("tokenizer.json"), json.to_string()).expect("write");
-        let error = Tokenizer::read(directory.path())
+        let error = Tokenizer::read(directory.path(), None)
             .err()
             .expect("refused")
             .to_string();
         assert!(error.contains("decodes with Fuse"), "{error}");
+    }
+
+    #[test]
+    fn an_opening_token_comes_once_and_before_plain_texts_alone() {
+        let read = |opening| Tokenizer::read(Path::new(BYTE_MODEL), opening);
+        let tokenizer = read(Some("<|EOT|>")).expect("usable").expect("present");
+        let opened = [TokenId(257), TokenId(u32::from(b'a'))];
+        assert_eq!(tokenizer.encode("a", true).expect("encodes"), opened);
+        assert_eq!(tokenizer.encode("<|EOT|>a", true).expect("encodes"), opened);
+        assert_eq!(tokenizer.encode("", true).expect("encodes"), opened[..1]);
+        assert_eq!(tokenizer.encode("a", false).expect("encodes"), opened[1..]);
+        assert_eq!(tokenizer.encode_chat("a").expect("encodes"), opened[1..]);
+        let error = read(Some("<s>")).err().expect("refused").to_string();
+        assert!(error.contains(r#"no token "<s>""#), "{error}");
     }
 
     #[test]
@@ -317,7 +361,7 @@ pub(crate) mod tests {
             env!("CARGO_MANIFEST_DIR"),
             "/../../python/step3rt/data/nano"
         );
-        let tokenizer = Tokenizer::read(Path::new(model))
+        let tokenizer = Tokenizer::read(Path::new(model), None)
             .expect("usable")
             .expect("present");
         let text = "The old man said, “Où est-il?” — and 3.14 🦀\n\n\tthen left.<|EOT|>";

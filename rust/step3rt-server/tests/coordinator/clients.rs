@@ -52,7 +52,7 @@ async fn a_deadline_ends_a_running_stream_with_the_count_of_its_tokens() {
     // As a header, so that the client's own timer does not end the call first.
     asked
         .metadata_mut()
-        .insert("grpc-timeout", "300m".parse().expect("valid"));
+        .insert("grpc-timeout", "2000m".parse().expect("valid"));
     let started = Instant::now();
     let stream = cluster
         .client()
@@ -63,7 +63,7 @@ async fn a_deadline_ends_a_running_stream_with_the_count_of_its_tokens() {
     let status = collect(stream.into_inner(), 1).await.expect_err("too late");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     let waited = started.elapsed();
-    assert!((300..3_000).contains(&waited.as_millis()), "{waited:?}");
+    assert!((2_000..7_500).contains(&waited.as_millis()), "{waited:?}");
     let num_tokens = status
         .metadata()
         .get("step3rt-completion-tokens")

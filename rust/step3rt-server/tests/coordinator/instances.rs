@@ -89,7 +89,7 @@ async fn a_stream_survives_the_death_and_return_of_an_ffn_instance() {
 
 #[tokio::test]
 async fn streams_leave_an_instance_that_cannot_link_to_a_replaced_ffn_instance() {
-    let settings = json!({"lease_ms": 300, "recovery_timeout_ms": 500});
+    let settings = json!({"lease_ms": 2_000, "recovery_timeout_ms": 2_000});
     let cluster = Cluster::start(&settings);
     let ffn = cluster.node(NodeOptions::ffn()).await;
     let links_once = NodeOptions {
@@ -110,7 +110,7 @@ async fn streams_leave_an_instance_that_cannot_link_to_a_replaced_ffn_instance()
     assert!(
         status
             .message()
-            .contains("not linked to every FFN instance for 500 ms"),
+            .contains("not linked to every FFN instance for 2000 ms"),
         "{status}"
     );
     let collected = collect(moved.into_inner(), 1).await.expect("moved");
@@ -120,7 +120,7 @@ async fn streams_leave_an_instance_that_cannot_link_to_a_replaced_ffn_instance()
 
 #[tokio::test]
 async fn when_no_instance_can_link_to_a_replaced_ffn_instance_streams_end_as_node_lost() {
-    let settings = json!({"lease_ms": 300, "recovery_timeout_ms": 500});
+    let settings = json!({"lease_ms": 2_000, "recovery_timeout_ms": 2_000});
     let cluster = Cluster::start(&settings);
     let ffn = cluster.node(NodeOptions::ffn()).await;
     let links_once = NodeOptions {
@@ -137,7 +137,7 @@ async fn when_no_instance_can_link_to_a_replaced_ffn_instance_streams_end_as_nod
     let _back = cluster.node(NodeOptions::ffn()).await;
     let status = collect(stream.into_inner(), 1).await.expect_err("lost");
     assert_eq!(status.code(), Code::Unavailable);
-    assert!(status.message().contains("500 ms"), "{}", status.message());
+    assert!(status.message().contains("2000 ms"), "{}", status.message());
 }
 
 #[tokio::test]
@@ -161,17 +161,16 @@ async fn when_nobody_comes_back_streams_end_as_node_lost() {
 
 #[tokio::test]
 async fn an_instance_without_heartbeats_is_lost_after_its_lease() {
-    let cluster = Cluster::start(&json!({"lease_ms": 300}));
+    let cluster = Cluster::start(&json!({"lease_ms": 1_500}));
     let _ffn = cluster.node(NodeOptions::ffn()).await;
-    let silent = NodeOptions {
-        is_silent: true,
-        ..NodeOptions::attention()
-    };
-    let silent = cluster.node(silent).await;
+    let silent = cluster.node(NodeOptions::attention()).await;
     cluster.wait_serving(true).await;
+    silent.fall_silent();
     let status = silent.exited().await.expect_err("closed");
     assert!(
-        status.message().contains("no heartbeat for lease_ms = 300"),
+        status
+            .message()
+            .contains("no heartbeat for lease_ms = 1500"),
         "{status}"
     );
     cluster.wait_serving(false).await;
@@ -202,7 +201,7 @@ async fn so_many_steps_of_a_lane_are_sent_before_any_is_answered() {
 
 #[tokio::test]
 async fn an_instance_that_does_not_answer_a_step_is_replaced() {
-    let settings = json!({"lease_ms": 200, "step_timeout_ms": 300});
+    let settings = json!({"lease_ms": 2_000, "step_timeout_ms": 2_000});
     let cluster = Cluster::start(&settings);
     let _ffn = cluster.node(NodeOptions::ffn()).await;
     let stuck = NodeOptions {
@@ -363,7 +362,7 @@ async fn list_instances_tells_states_links_and_free_blocks() {
         .expect("listed");
     assert_eq!((info.state.as_str(), info.num_kv_blocks), ("ready", 64));
     assert!(
-        (58..62).contains(&info.num_free_kv_blocks),
+        (55..62).contains(&info.num_free_kv_blocks),
         "{}",
         info.num_free_kv_blocks
     );

@@ -4,6 +4,7 @@
 mod certs;
 mod clients;
 mod cluster;
+mod floods;
 mod generate;
 mod instances;
 mod metadata;

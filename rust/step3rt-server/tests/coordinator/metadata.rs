@@ -85,7 +85,7 @@ async fn a_request_id_comes_back_with_the_error_of_a_running_stream() {
     let mut asked = named(request(&[1], 400), "e");
     asked
         .metadata_mut()
-        .insert("grpc-timeout", "300m".parse().expect("ASCII"));
+        .insert("grpc-timeout", "2000m".parse().expect("ASCII"));
     let stream = cluster.client().await.generate(asked).await;
     let status = collect(stream.expect("accepted").into_inner(), 1)
         .await

@@ -1,6 +1,7 @@
 //! An instance that speaks the control plane over a real socket and "computes" with a formula.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use step3rt_proto::v1;
 use step3rt_proto::v1::node_service_client::NodeServiceClient;
 use step3rt_proto::v1::session_request::Event;
 use step3rt_proto::v1::session_response::Command;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{interval, sleep};
 use tokio_stream::wrappers::ReceiverStream;
@@ -46,8 +47,6 @@ pub(crate) struct NodeOptions {
     pub(crate) step_delay: Duration,
     /// Never answers a step.
     pub(crate) is_stuck: bool,
-    /// Sends no heartbeats.
-    pub(crate) is_silent: bool,
     /// Links to the first FFN instances it hears of, and to none that replaces one.
     pub(crate) links_once: bool,
     /// Logits are not finite for sequences with this token.
@@ -61,7 +60,6 @@ impl NodeOptions {
             num_kv_blocks: 64,
             step_delay: Duration::ZERO,
             is_stuck: false,
-            is_silent: false,
             links_once: false,
             corrupts: None,
         }
@@ -98,11 +96,13 @@ pub(crate) fn hello(role: v1::Role) -> v1::Hello {
     }
 }
 
-/// What a session begins with, and both directions of what follows.
+/// What a session begins with, both directions of what follows, and what ends it when it is dropped,
+/// whoever else may still send.
 pub(crate) type Session = (
     v1::Welcome,
     mpsc::Sender<v1::SessionRequest>,
     Streaming<v1::SessionResponse>,
+    oneshot::Sender<Infallible>,
 );
 
 /// Opens a session and waits for the first command.
@@ -122,14 +122,27 @@ pub(crate) async fn connect(
 pub(crate) async fn connect_by(channel: Channel, hello: v1::Hello) -> Result<Session, Status> {
     let mut client = NodeServiceClient::new(channel)
         .max_decoding_message_size(step3rt_proto::MAX_CONTROL_MESSAGE_BYTES);
-    let (requests, outgoing) = mpsc::channel(64);
+    let (requests, mut sent) = mpsc::channel(64);
+    let (alive, dead) = oneshot::channel();
+    let (wire, outgoing) = mpsc::channel(64);
+    tokio::spawn(async move {
+        let pass_on = async {
+            while let Some(request) = sent.recv().await {
+                let _ = wire.send(request).await; // a session that is over does not mind
+            }
+        };
+        tokio::select! {
+            () = pass_on => {}
+            _ = dead => {}
+        }
+    });
     send(&requests, Event::Hello(hello)).await;
     let mut responses = client
         .session(ReceiverStream::new(outgoing))
         .await?
         .into_inner();
     match responses.message().await?.and_then(|r| r.command) {
-        Some(Command::Welcome(welcome)) => Ok((welcome, requests, responses)),
+        Some(Command::Welcome(welcome)) => Ok((welcome, requests, responses, alive)),
         other => panic!("the first command must be Welcome, got {other:?}"),
     }
 }
@@ -149,6 +162,7 @@ pub(crate) struct TestNode {
     pub(crate) requests: mpsc::Sender<v1::SessionRequest>,
     task: JoinHandle<Result<(), Status>>,
     seen: watch::Receiver<Seen>,
+    is_silent: watch::Sender<bool>,
 }
 
 /// What an instance has been sent.
@@ -172,7 +186,7 @@ impl TestNode {
 
     /// Goes on with a session that has begun.
     pub(crate) async fn begin(session: Session, options: NodeOptions) -> Self {
-        let (welcome, requests, responses) = session;
+        let (welcome, requests, responses, alive) = session;
         let settings = welcome.settings.expect("settings");
         let ready = v1::Ready {
             addresses: vec![v1::DataAddress {
@@ -183,6 +197,7 @@ impl TestNode {
         };
         send(&requests, Event::Ready(ready)).await;
         let (seen_sender, seen) = watch::channel(Seen::default());
+        let (is_silent, silence) = watch::channel(false);
         let worker = Worker {
             options,
             requests: requests.clone(),
@@ -190,6 +205,8 @@ impl TestNode {
             seen: seen_sender,
             ep_size: settings.ep_size,
             has_linked: false,
+            is_silent: silence,
+            _alive: alive,
         };
         let lease = Duration::from_millis(settings.lease_ms.into());
         Self {
@@ -199,7 +216,13 @@ impl TestNode {
             requests,
             task: tokio::spawn(worker.run(responses, lease / 3)),
             seen,
+            is_silent,
         }
+    }
+
+    /// Sends no heartbeats from now on.
+    pub(crate) fn fall_silent(&self) {
+        self.is_silent.send_replace(true);
     }
 
     /// Ends the connection without a word.
@@ -233,6 +256,8 @@ struct Worker {
     seen: watch::Sender<Seen>,
     ep_size: u32,
     has_linked: bool,
+    is_silent: watch::Receiver<bool>,
+    _alive: oneshot::Sender<Infallible>,
 }
 
 struct SequenceState {
@@ -251,8 +276,10 @@ impl Worker {
         loop {
             let response = tokio::select! {
                 response = responses.message() => response?,
-                _ = heartbeats.tick(), if !self.options.is_silent => {
-                    send(&self.requests, Event::Heartbeat(v1::Heartbeat::default())).await;
+                _ = heartbeats.tick() => {
+                    if !*self.is_silent.borrow() {
+                        send(&self.requests, Event::Heartbeat(v1::Heartbeat::default())).await;
+                    }
                     continue;
                 }
             };

@@ -37,7 +37,7 @@ fn config(ready_file: &Path, log_format: &str) -> serde_json::Value {
 }
 
 /// What `exec` of this test binary with the body above looks like to a shell.
-fn child_command(ready_file: &Path, log_format: &str) -> Command {
+pub(crate) fn child_command(ready_file: &Path, log_format: &str) -> Command {
     let mut command = Command::new("sh");
     command
         .args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@" 3<&0"#])
@@ -51,7 +51,7 @@ fn child_command(ready_file: &Path, log_format: &str) -> Command {
 }
 
 /// Kills the child if the test fails before it has ended.
-struct Guard(Child);
+pub(crate) struct Guard(pub(crate) Child);
 
 impl Drop for Guard {
     fn drop(&mut self) {
@@ -84,7 +84,7 @@ impl Guard {
     }
 }
 
-fn read_ready_file(path: &Path) -> serde_json::Value {
+pub(crate) fn read_ready_file(path: &Path) -> serde_json::Value {
     let started = Instant::now();
     loop {
         if let Ok(text) = std::fs::read_to_string(path) {

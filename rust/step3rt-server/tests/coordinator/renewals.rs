@@ -86,8 +86,7 @@ impl Member {
     }
 
     fn cluster(&self) -> Cluster {
-        // These tests take seconds, and instances are not to be lost on a busy machine meanwhile.
-        let mut settings = json!({"lease_ms": 5_000});
+        let mut settings = json!({});
         self.configure(&mut settings);
         Cluster::start(&settings)
     }
