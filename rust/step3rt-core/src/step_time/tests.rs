@@ -244,7 +244,8 @@ fn errors_of_long_ago_do_not_count_for_ever() {
 #[test]
 fn what_was_learned_of_prompts_outlasts_any_time_without_one() {
     let (mut model, mut chance) = fitted(600, 1.0);
-    for _ in 0..20_000 {
+    for _ in 0..200_000 {
+        // until no trace of one is left in the sums
         let load = StepLoad {
             num_prefill_tokens: 0,
             ..chance.load()

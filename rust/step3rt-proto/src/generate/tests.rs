@@ -61,6 +61,11 @@ fn a_silent_request_gets_the_models_defaults() {
     assert!(params.output.text && params.output.token_ids);
     assert!(params.output.skip_special_tokens && !params.include_stop);
     assert_eq!((params.n, params.sampling.min_tokens), (1, 0));
+    let mut plain = limits();
+    plain.defaults = SamplingDefaults::default(); // of a model that recommends nothing
+    let sampling = check(request(&[1]), &plain, 7).expect("valid").sampling;
+    assert_eq!((sampling.top_k, sampling.adjustments), (0, None));
+    assert!(sampling.top_p >= 1.0 && sampling.min_p <= 0.0);
 }
 
 #[test]

@@ -356,6 +356,8 @@ fn peers_and_operators_see_what_instances_have_told() {
         ..Default::default()
     }];
     registry.ready(attention.instance, ready(8));
+    let status = "waiting for instances: 0 of 1 attention linked, 0 of 1 FFN ready, 1 loading";
+    assert_eq!(registry.status(), status);
     registry.ready(
         ffn.instance,
         v1::Ready {

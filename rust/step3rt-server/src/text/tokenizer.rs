@@ -321,6 +321,27 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_training_runs_settings_neither_cut_nor_pad_a_prompt() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let text = std::fs::read_to_string(Path::new(BYTE_MODEL).join("tokenizer.json"));
+        let mut json: serde_json::Value =
+            serde_json::from_str(&text.expect("readable")).expect("JSON");
+        json["truncation"] = serde_json::json!({
+            "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+        });
+        json["padding"] = serde_json::json!({
+            "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 257, "pad_type_id": 0, "pad_token": "<|EOT|>"
+        });
+        std::fs::write(directory.path().join("tokenizer.json"), json.to_string()).expect("write");
+        let tokenizer = Tokenizer::read(directory.path(), None);
+        let tokenizer = tokenizer.expect("usable").expect("present");
+        let plain = b"abcde".map(|byte| TokenId(byte.into()));
+        assert_eq!(tokenizer.encode("abcde", true).expect("encodes"), plain);
+        assert_eq!(tokenizer.encode_chat("abcde").expect("encodes"), plain);
+    }
+
+    #[test]
     fn an_opening_token_comes_once_and_before_plain_texts_alone() {
         let read = |opening| Tokenizer::read(Path::new(BYTE_MODEL), opening);
         let tokenizer = read(Some("<|EOT|>")).expect("usable").expect("present");
