@@ -110,6 +110,9 @@ class ServeConfig:
         "time for running streams to finish after SIGTERM", 30.0, minimum=0, maximum=86_400
     )
     reflection: bool = setting("serve gRPC reflection", False)
+    metrics_listen: str | None = setting(
+        "HOST:PORT of metrics for Prometheus, GET /metrics by plain HTTP; default: none", None
+    )
     tls_cert: Path | None = setting(
         "the coordinator's certificate (PEM); with it, clients and instances are spoken to by TLS "
         "alone",
@@ -157,7 +160,7 @@ class ServeConfig:
         paths = ("ready_file", *_TLS_SETTINGS)
         values |= {name: _text(getattr(self, name)) for name in paths}
         same = (
-            "listen control_listen fabric max_model_len max_tokens_per_micro_batch "
+            "listen control_listen metrics_listen fabric max_model_len max_tokens_per_micro_batch "
             "max_steps_in_flight target_tpot_ms max_sequences_per_lane max_waiting_requests "
             "lease_ms step_timeout_ms recovery_timeout_ms drain_timeout_s reflection insecure_bind "
             "log_format assume_computed_prompts"

@@ -44,12 +44,13 @@ def free_address() -> str:
 
 @dataclass(slots=True)
 class Running:
-    """A command that runs. `address` and `control_address` are a coordinator's."""
+    """A command that runs. The addresses are a coordinator's."""
 
     process: subprocess.Popen[bytes]
     log: Path
     address: str = ""
     control_address: str = ""
+    metrics_address: str | None = None
 
     def output(self) -> str:
         """Everything that it said so far."""
@@ -112,6 +113,7 @@ class Commands:
         addresses: dict[str, Any] = json.loads(ready_file.read_text(encoding="utf-8"))
         command.address = addresses["address"]
         command.control_address = addresses["control_address"]
+        command.metrics_address = addresses["metrics_address"]
         return command
 
     def node(

@@ -129,7 +129,10 @@ def test_the_service_manager_hears_of_loading_readiness_life_and_the_end(
         def next_message() -> list[str]:
             return manager.recv(4096).decode().splitlines()
 
-        assert next_message() == ["STATUS=loading 1 of 2", "EXTEND_TIMEOUT_USEC=120000000"]
+        extension = "EXTEND_TIMEOUT_USEC=120000000"
+        looking = f"STATUS=looking for the coordinator at {coordinator.control_address}"
+        for status in (looking, "STATUS=connected", "STATUS=loading 1 of 2"):
+            assert next_message() == [status, extension]
         assert next_message() == ["READY=1", "STATUS=ready"]
         # Only a loop that comes round feeds the watchdog.
         manager.settimeout(0.5)

@@ -44,7 +44,14 @@ examples:
 _MODEL = Path("nano")
 # Flags besides the settings that shape a cluster of its own.
 _CLUSTER_FLAGS = ("config", "log_dir", *(item.name for item in fields(HostConfig)))
-_SKIPPED_SETTINGS = ("model", "listen", "control_listen", "ready_file", "insecure_bind")
+_SKIPPED_SETTINGS = (
+    "model",
+    "listen",
+    "control_listen",
+    "metrics_listen",
+    "ready_file",
+    "insecure_bind",
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -9,8 +9,8 @@ use step3rt_fabric::endpoint::BindError;
 use step3rt_fabric::measure::MeasureError;
 use step3rt_node::error::{NodeError, NodeErrorKind};
 use step3rt_server::ListError;
-use step3rt_server::coordinator::StartError;
 use step3rt_server::listeners::ListenError;
+use step3rt_server::start_error::StartError;
 use step3rt_tls::SetupError;
 
 /// A class of `step3rt.errors`, looked up at its first use so that importing this module stays

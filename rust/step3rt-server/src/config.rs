@@ -9,7 +9,10 @@ use serde::Deserialize;
 use step3rt_core::config::SchedulerConfig;
 use step3rt_proto::v1::ClusterSettings;
 use step3rt_tls::{SetupError, TlsFiles};
-use thiserror::Error;
+
+pub use error::ConfigError;
+
+mod error;
 
 /// The longest drain; a service manager kills long before.
 const MAX_DRAIN_TIMEOUT_S: f64 = 86_400.0;
@@ -30,7 +33,9 @@ pub struct CoordinatorConfig {
     /// `host:port` of `NodeService`, apart from the public port so that no client reaches it.
     #[serde(default = "default_control_listen")]
     pub control_listen: String,
-    /// The coordinator's certificate; with it both listeners speak TLS.
+    /// `host:port` of metrics by plain HTTP; none when absent.
+    pub metrics_listen: Option<String>,
+    /// The coordinator's certificate; with it both listeners of gRPC speak TLS.
     pub tls_cert: Option<PathBuf>,
     /// Its key.
     pub tls_key: Option<PathBuf>,
@@ -39,7 +44,7 @@ pub struct CoordinatorConfig {
     /// Allows addresses beyond this host without TLS.
     #[serde(default)]
     pub insecure_bind: bool,
-    /// Receives `{"address","control_address","pid"}` once both listeners are bound.
+    /// Receives `{"address","control_address","metrics_address","pid"}` once the listeners are bound.
     pub ready_file: Option<PathBuf>,
     /// Serves gRPC reflection on the public port.
     #[serde(default)]
@@ -170,48 +175,6 @@ fn default_max_steps_in_flight() -> u8 {
     2
 }
 
-/// A configuration that cannot be used.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// Not JSON, an unknown key, or a value of the wrong type.
-    #[error("the configuration cannot be read: {0}. Correct the key or value named")]
-    Unreadable(#[from] serde_json::Error),
-    /// A number out of its range.
-    #[error("{key} = {found} is not usable: {allowed}. Change `{key}`")]
-    OutOfRange {
-        /// The key.
-        key: &'static str,
-        /// Its value.
-        found: String,
-        /// What is allowed, and why.
-        allowed: &'static str,
-    },
-    /// An address that does not resolve.
-    #[error(
-        "{key} = {found:?} is not an address: {reason}. Write `host:port`, e.g. 127.0.0.1:50051"
-    )]
-    Address {
-        /// The key.
-        key: &'static str,
-        /// Its value.
-        found: String,
-        /// The resolver's words.
-        reason: String,
-    },
-    /// A listener that others could reach in clear text.
-    #[error(
-        "{key} = {address} is reachable from other hosts, and TLS is not set up: prompts and control \
-         messages would travel in clear text. Set `tls_cert`, `tls_key` and `tls_ca`, listen on \
-         127.0.0.1, or set `insecure_bind` if the network is trusted"
-    )]
-    InsecureBind {
-        /// The key.
-        key: &'static str,
-        /// Where it would listen.
-        address: SocketAddr,
-    },
-}
-
 impl CoordinatorConfig {
     /// Parses and validates `json`.
     pub fn from_json(json: &str) -> Result<Self, ConfigError> {
@@ -306,6 +269,19 @@ impl CoordinatorConfig {
         self.resolve("control_listen", &self.control_listen)
     }
 
+    /// Where metrics are served, if they are. TLS does not make them less public.
+    pub fn metrics_listen_address(&self) -> Result<Option<SocketAddr>, ConfigError> {
+        let Some(text) = &self.metrics_listen else {
+            return Ok(None);
+        };
+        let address = parse_address("metrics_listen", text)?;
+        if address.ip().is_loopback() || self.insecure_bind {
+            Ok(Some(address))
+        } else {
+            Err(ConfigError::PublicMetrics { address })
+        }
+    }
+
     /// The files of the coordinator's identity, if it has one.
     pub fn tls_files(&self) -> Result<Option<TlsFiles>, SetupError> {
         let [cert, key, ca] = [&self.tls_cert, &self.tls_key, &self.tls_ca].map(Clone::clone);
@@ -322,16 +298,7 @@ impl CoordinatorConfig {
     }
 
     fn resolve(&self, key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
-        let unusable = |reason: String| ConfigError::Address {
-            key,
-            found: text.to_owned(),
-            reason,
-        };
-        let address = text
-            .to_socket_addrs()
-            .map_err(|error| unusable(error.to_string()))?
-            .next()
-            .ok_or_else(|| unusable("the name has no address".to_owned()))?;
+        let address = parse_address(key, text)?;
         self.check_bind(key, address)?;
         Ok(address)
     }
@@ -372,6 +339,18 @@ impl CoordinatorConfig {
             assumes_computed_prompts: self.assume_computed_prompts,
         }
     }
+}
+
+fn parse_address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
+    let unusable = |reason: String| ConfigError::Address {
+        key,
+        found: text.to_owned(),
+        reason,
+    };
+    text.to_socket_addrs()
+        .map_err(|error| unusable(error.to_string()))?
+        .next()
+        .ok_or_else(|| unusable("the name has no address".to_owned()))
 }
 
 #[cfg(test)]

@@ -19,8 +19,7 @@ use step3rt_proto::{
     FILE_DESCRIPTOR_SET, INFERENCE_SERVICE_NAME, MAX_CONTROL_MESSAGE_BYTES,
     MAX_RECEIVED_MESSAGE_BYTES, MAX_SENT_MESSAGE_BYTES,
 };
-use step3rt_tls::{Identity, SetupError};
-use thiserror::Error;
+use step3rt_tls::Identity;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinHandle};
@@ -29,24 +28,27 @@ use tonic::transport::Server;
 use tower::util::MapRequestLayer;
 use tracing::{error, info, warn};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::Checkpoint;
 use crate::clock::Clock;
-use crate::config::{ConfigError, CoordinatorConfig};
+use crate::config::CoordinatorConfig;
 use crate::control_runtime::ControlRuntime;
 use crate::drive::{Drive, DriveParts};
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message};
 use crate::health;
 use crate::incoming::{Security, incoming};
 use crate::inference_service::{InferenceServer, Model};
-use crate::listeners::{ListenError, Listeners, ReadyFile};
+use crate::listeners::{Listeners, ReadyFile};
+use crate::metrics::Metrics;
+use crate::metrics_server;
 use crate::node_service::NodeServer;
 use crate::notify::{self, Notifier};
 use crate::receiving;
 use crate::registry::{Registry, RegistryConfig};
 use crate::request_echo::Echoing;
 use crate::shutdown::StopSignal;
+use crate::start_error::StartError;
 use crate::text::chat_template::ChatTemplate;
-use crate::text::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::tokenizer::Tokenizer;
 
 /// Streams of one connection: what one busy client may have open.
 const MAX_CONCURRENT_STREAMS: u32 = 1_024;
@@ -65,46 +67,6 @@ const PUBLIC_ADVICE: &str = "This server speaks TLS only, and this client has no
      the server's certificate: Client(ca=...), --ca, or STEP3RT_CA in the environment";
 const CONTROL_ADVICE: &str = "it speaks TLS only, and the caller has no certificate. Give the caller \
      tls_cert, tls_key and tls_ca of the cluster, too, or give them to neither";
-
-/// Why the coordinator does not start.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// A setting is not usable.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A setting of the scheduler is not usable.
-    #[error(transparent)]
-    Scheduler(#[from] step3rt_core::config::ConfigError),
-    /// The checkpoint is not usable.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// Its tokenizer is not usable.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// Its tokenizer belongs to another model.
-    #[error(
-        "tokenizer.json has ids up to {largest} and the model's vocabulary {vocab_size}. Use the \
-         checkpoint's own tokenizer.json"
-    )]
-    ForeignTokenizer {
-        /// The largest id.
-        largest: usize,
-        /// The model's.
-        vocab_size: u32,
-    },
-    /// Its chat template is not usable.
-    #[error("the checkpoint's chat template does not compile: {0}. Correct or remove it")]
-    ChatTemplate(String),
-    /// A listener cannot be had.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// Certificate, key or CA cannot be used.
-    #[error(transparent)]
-    Tls(#[from] SetupError),
-    /// The operating system refuses something basic.
-    #[error("the coordinator cannot start: {0}. Check the process's limits")]
-    System(#[from] io::Error),
-}
 
 /// A coordinator whose listeners are bound.
 pub struct Coordinator {
@@ -163,19 +125,29 @@ impl Coordinator {
         self.listeners.control_address()
     }
 
+    /// Where metrics are, if they are asked for.
+    pub fn metrics_address(&self) -> io::Result<Option<SocketAddr>> {
+        self.listeners.metrics_address()
+    }
+
     /// Serves until a stop signal or a defect, and returns the process's exit code.
     pub async fn serve(self, mut stops: mpsc::Receiver<StopSignal>) -> Result<u8, StartError> {
         let (address, control_address) = (self.address()?, self.control_address()?);
+        let metrics_address = self.metrics_address()?;
         let drain_timeout = Duration::from_secs_f64(self.config.drain_timeout_s);
         let is_tls = self.tls.is_some();
         let ready_file = self.config.ready_file.clone();
         // Before anything runs that would have to be ended if it cannot be written: who reads it may
         // connect, since the sockets are bound.
-        let ready_file = ready_file.map(|path| ReadyFile::write(path, address, control_address));
+        let ready_file = ready_file
+            .map(|path| ReadyFile::write(path, address, control_address, metrics_address));
         let _ready_file = ready_file.transpose()?;
         let mut running = self.start()?;
         notify::ready();
         info!(%address, %control_address, is_tls, "the coordinator listens");
+        if let Some(address) = metrics_address {
+            info!(url = format!("http://{address}/metrics"), "metrics");
+        }
 
         let code = tokio::select! {
             stop = stops.recv() => match stop {
@@ -211,31 +183,15 @@ impl Coordinator {
         let clock = Clock::start();
         let (drive_handle, messages) = DriveHandle::new();
         let (status_sender, status) = watch::channel(ClusterStatus::default());
-        let limits = &model.checkpoint.limits;
-        let drive = Drive::new(DriveParts {
-            clock,
-            scheduler: Scheduler::new(config.scheduler_config(limits.max_model_len)),
-            registry: Registry::new(RegistryConfig {
-                ep_size: config.ep_size,
-                num_attention: config.num_attention,
-                lease_ms: config.lease_ms.into(),
-                max_standstill_ms: config.step_timeout_ms,
-                // A handshake takes time, however little is left for a recovery.
-                max_unlinked_ms: config.recovery_timeout_ms.max(config.lease_ms.into()),
-                vocab_size: limits.vocab_size,
-                max_model_len: limits.max_model_len,
-                first_epoch: unix_time_ms(),
-            }),
-            settings: config.cluster_settings(limits.max_model_len),
-            // A standing FFN instance must be found before the steps that wait for it.
-            step_timeout_ms: config
-                .step_timeout_ms
-                .saturating_add(config.lease_ms.into()),
-            status: status_sender,
-            notifier: Notifier::from_env(),
-        });
+        let drive = Drive::new(drive_parts(&config, &model, clock, status_sender));
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let inference = InferenceServer::new(model, drive_handle.clone(), clock, status.clone());
+        let inference = InferenceServer::new(
+            Arc::clone(&model),
+            drive_handle.clone(),
+            clock,
+            status.clone(),
+        );
+        let metrics = Metrics::new(&model.checkpoint.name, inference.metrics());
         let inference_service = InferenceServiceServer::new(Echoing(inference))
             .max_decoding_message_size(MAX_RECEIVED_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_SENT_MESSAGE_BYTES);
@@ -249,6 +205,7 @@ impl Coordinator {
         let reflection_v1alpha = reflection_v1alpha.transpose().map_err(bad_descriptors)?;
 
         let (close_sender, close) = watch::channel(false);
+        let closing = close.clone();
         let public = server_builder()
             .layer(MapRequestLayer::new(receiving::counting()))
             .add_service(health_service)
@@ -266,6 +223,9 @@ impl Coordinator {
             Ok::<_, io::Error>(server.serve_with_incoming_shutdown(connections, closed(close)))
         })?;
         tokio::spawn(health::report(reporter, status));
+        if let Some(listener) = listeners.metrics {
+            metrics_server::serve(listener, metrics, drive_handle.clone(), closed(closing))?;
+        }
         let (alive, is_over) = oneshot::channel();
         Ok(Running {
             drive: drive_handle,
@@ -276,6 +236,38 @@ impl Coordinator {
             _control_runtime: control_runtime,
             close: close_sender,
         })
+    }
+}
+
+/// The drive loop's, with nothing in it yet.
+fn drive_parts(
+    config: &CoordinatorConfig,
+    model: &Model,
+    clock: Clock,
+    status: watch::Sender<ClusterStatus>,
+) -> DriveParts {
+    let limits = &model.checkpoint.limits;
+    DriveParts {
+        clock,
+        scheduler: Scheduler::new(config.scheduler_config(limits.max_model_len)),
+        registry: Registry::new(RegistryConfig {
+            ep_size: config.ep_size,
+            num_attention: config.num_attention,
+            lease_ms: config.lease_ms.into(),
+            max_standstill_ms: config.step_timeout_ms,
+            // A handshake takes time, however little is left for a recovery.
+            max_unlinked_ms: config.recovery_timeout_ms.max(config.lease_ms.into()),
+            vocab_size: limits.vocab_size,
+            max_model_len: limits.max_model_len,
+            first_epoch: unix_time_ms(),
+        }),
+        settings: config.cluster_settings(limits.max_model_len),
+        // A standing FFN instance must be found before the steps that wait for it.
+        step_timeout_ms: config
+            .step_timeout_ms
+            .saturating_add(config.lease_ms.into()),
+        status,
+        notifier: Notifier::from_env(),
     }
 }
 

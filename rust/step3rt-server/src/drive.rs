@@ -19,7 +19,7 @@ use tokio::time::sleep_until;
 use tracing::{debug, info, warn};
 
 use crate::clock::Clock;
-use crate::drive_handle::{Admitted, ClusterStatus, Message, Submission};
+use crate::drive_handle::{Admitted, ClusterStatus, Message, Observation, Submission};
 use crate::live_requests::{LiveRequests, Undeliverable};
 use crate::notify::Notifier;
 use crate::registry::Registry;
@@ -169,6 +169,13 @@ impl Drive {
             }
             Message::ListInstances(reply) => {
                 let _ = reply.send(self.list_instances()); // the caller may have left
+            }
+            Message::Observe(reply) => {
+                let observation = Observation {
+                    stats: self.scheduler.stats(),
+                    instances: self.list_instances(),
+                };
+                let _ = reply.send(observation); // the caller may have left
             }
             Message::Drain(drained) => {
                 info!("draining: no new requests; running ones go on");

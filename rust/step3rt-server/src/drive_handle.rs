@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use step3rt_core::ids::{InstanceId, RequestId};
-use step3rt_core::scheduler::{Request, RequestEvent};
+use step3rt_core::scheduler::{Request, RequestEvent, SchedulerStats};
 use step3rt_proto::v1;
 use step3rt_proto::v1::session_request::Event as SessionEvent;
 use tokio::sync::{mpsc, oneshot};
@@ -64,6 +64,8 @@ pub enum Message {
     },
     /// Asks for a snapshot.
     ListInstances(oneshot::Sender<v1::ListInstancesResponse>),
+    /// The same, with the scheduler's state.
+    Observe(oneshot::Sender<Observation>),
     /// Accept nothing new; resolves when no request is live.
     Drain(oneshot::Sender<()>),
     /// End every request and session; resolves when no session is open.
@@ -81,6 +83,15 @@ pub struct Submission {
     pub request: Request,
     /// Where its events go.
     pub events: mpsc::Sender<RequestEvent>,
+}
+
+/// What the cluster does at a time.
+#[derive(Debug)]
+pub struct Observation {
+    /// Of the scheduler.
+    pub stats: SchedulerStats,
+    /// Of the registry.
+    pub instances: v1::ListInstancesResponse,
 }
 
 /// An admitted session.

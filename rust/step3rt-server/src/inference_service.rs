@@ -15,19 +15,22 @@ use step3rt_proto::v1::inference_service_server::InferenceService;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+use tonic_types::StatusExt;
 
 use crate::checkpoint::Checkpoint;
 use crate::clock::Clock;
 use crate::deadline::grpc_timeout;
 use crate::drive_handle::{ClusterStatus, DriveHandle, Message, Submission};
 use crate::internal_error::without_diagnostics;
+use crate::metrics::RequestMetrics;
 use crate::outbox::max_unsent_tokens;
 use crate::receiving::Received;
 use crate::response_stream::{RESPONSE_BOUND, ResponseStream, StreamParts};
 use crate::text::chat_template::{Chat, ChatTemplate, RenderError};
 use crate::text::continuation::TextRules;
 use crate::text::detokenizer::Detokenizer;
-use crate::text::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::input::Text;
+use crate::text::tokenizer::Tokenizer;
 
 /// Texts above this are rendered and tokenised on a thread of their own: it takes about a
 /// millisecond.
@@ -52,6 +55,8 @@ pub struct Model {
     pub chat_template: Option<ChatTemplate>,
 }
 
+type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
+
 /// Serves `InferenceService` for a drive loop.
 pub struct InferenceServer {
     model: Arc<Model>,
@@ -59,6 +64,7 @@ pub struct InferenceServer {
     clock: Clock,
     status: watch::Receiver<ClusterStatus>,
     long_texts: Arc<Semaphore>,
+    metrics: RequestMetrics,
 }
 
 impl InferenceServer {
@@ -75,7 +81,13 @@ impl InferenceServer {
             clock,
             status,
             long_texts: Arc::new(Semaphore::new(MAX_LONG_TEXTS)),
+            metrics: RequestMetrics::default(),
         }
+    }
+
+    /// What its requests count.
+    pub fn metrics(&self) -> &RequestMetrics {
+        &self.metrics
     }
 
     fn tokenizer(&self, field: &str) -> Result<&Arc<Tokenizer>, Refusal> {
@@ -181,39 +193,12 @@ impl InferenceServer {
             }
         })
     }
-}
 
-/// A text and how it is tokenised.
-enum Text {
-    /// As it is; with what the tokenizer puts around every text, or without.
-    Plain(String, bool),
-    /// A rendered chat.
-    Chat(String),
-}
-
-impl Text {
-    fn num_bytes(&self) -> usize {
-        match self {
-            Self::Plain(text, _) | Self::Chat(text) => text.len(),
-        }
-    }
-
-    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<TokenId>, TokenizerError> {
-        match self {
-            Self::Plain(text, add_special_tokens) => tokenizer.encode(text, *add_special_tokens),
-            Self::Chat(text) => tokenizer.encode_chat(text),
-        }
-    }
-}
-
-#[tonic::async_trait]
-impl InferenceService for InferenceServer {
-    type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
-
-    async fn generate(
+    /// Checks a request, submits it, and starts its stream.
+    async fn start(
         &self,
         request: Request<v1::GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    ) -> Result<Response<GenerateStream>, Status> {
         let timeout = grpc_timeout(request.metadata())?;
         // While its text waits for its turn and is worked on.
         let _received = Received::of(request.extensions());
@@ -259,6 +244,7 @@ impl InferenceService for InferenceServer {
             wants_text: output.text,
             wants_token_ids: output.token_ids,
             drive: self.drive.clone(),
+            metrics: self.metrics.clone(),
         });
         let (event_sender, events) = mpsc::channel(max_unsent_tokens(request.n));
         let (response_sender, responses) = mpsc::channel(RESPONSE_BOUND);
@@ -272,6 +258,24 @@ impl InferenceService for InferenceServer {
             .await?;
         tokio::spawn(stream.run(events, response_sender));
         Ok(Response::new(ReceiverStream::new(responses)))
+    }
+}
+
+#[tonic::async_trait]
+impl InferenceService for InferenceServer {
+    type GenerateStream = GenerateStream;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let started = self.start(request).await;
+        if let Err(refusal) = &started {
+            let info = refusal.get_details_error_info();
+            let reason = info.map_or_else(|| format!("{:?}", refusal.code()), |info| info.reason);
+            self.metrics.ended(&reason);
+        }
+        started
     }
 
     async fn abort(

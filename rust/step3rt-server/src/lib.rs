@@ -23,6 +23,8 @@ pub mod instance_list;
 pub mod internal_error;
 pub mod listeners;
 pub mod live_requests;
+pub mod metrics;
+pub mod metrics_server;
 pub mod node_service;
 pub mod notify;
 pub mod outbox;
@@ -33,6 +35,7 @@ pub mod request_echo;
 pub mod response_stream;
 pub mod sessions;
 pub mod shutdown;
+pub mod start_error;
 pub mod telemetry;
 mod tenants;
 pub mod text;
@@ -40,7 +43,8 @@ pub mod text;
 use std::time::Duration;
 
 use crate::config::CoordinatorConfig;
-use crate::coordinator::{Coordinator, StartError};
+use crate::coordinator::Coordinator;
+use crate::start_error::StartError;
 
 pub use crate::instance_list::{ListError, list_instances};
 

@@ -1,5 +1,5 @@
-//! The two listening sockets: the public one, which the service manager may hand over, and the
-//! control one. And the file that tells where they are.
+//! The listening sockets: the public one, which the service manager may hand over, the control one, and
+//! one for metrics if it is asked for. And the file that tells where they are.
 //!
 //! It never accepts a connection.
 
@@ -19,6 +19,8 @@ pub struct Listeners {
     pub public: TcpListener,
     /// For instances.
     pub control: TcpListener,
+    /// For collectors of metrics.
+    pub metrics: Option<TcpListener>,
 }
 
 /// A socket or the ready file cannot be had.
@@ -55,7 +57,7 @@ pub enum ListenError {
 }
 
 impl Listeners {
-    /// Binds both, and takes the public one from the service manager if it passed one.
+    /// Binds them, and takes the public one from the service manager if it passed one.
     pub fn bind(config: &CoordinatorConfig) -> Result<Self, ListenError> {
         let activated = ListenFd::from_env()
             .take_tcp_listener(0)
@@ -68,12 +70,19 @@ impl Listeners {
             bind("listen", config.listen_address()?)?
         };
         let control = bind("control_listen", config.control_listen_address()?)?;
-        for listener in [&public, &control] {
+        let metrics = config.metrics_listen_address()?;
+        let metrics = metrics.map(|address| bind("metrics_listen", address));
+        let metrics = metrics.transpose()?;
+        for listener in [&public, &control].into_iter().chain(&metrics) {
             listener
                 .set_nonblocking(true)
                 .map_err(ListenError::Activation)?;
         }
-        Ok(Self { public, control })
+        Ok(Self {
+            public,
+            control,
+            metrics,
+        })
     }
 
     /// Where clients connect.
@@ -84,6 +93,14 @@ impl Listeners {
     /// Where instances connect.
     pub fn control_address(&self) -> io::Result<SocketAddr> {
         self.control.local_addr()
+    }
+
+    /// Where metrics are, if anywhere.
+    pub fn metrics_address(&self) -> io::Result<Option<SocketAddr>> {
+        self.metrics
+            .as_ref()
+            .map(TcpListener::local_addr)
+            .transpose()
     }
 }
 
@@ -100,15 +117,18 @@ fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, ListenErr
 pub struct ReadyFile(PathBuf);
 
 impl ReadyFile {
-    /// Writes `{"address","control_address","pid"}` so that a reader sees all of it or nothing.
+    /// Writes `{"address","control_address","metrics_address","pid"}` so that a reader sees all of it or
+    /// nothing.
     pub fn write(
         path: PathBuf,
         address: SocketAddr,
         control_address: SocketAddr,
+        metrics_address: Option<SocketAddr>,
     ) -> Result<Self, ListenError> {
         let text = serde_json::json!({
             "address": address.to_string(),
             "control_address": control_address.to_string(),
+            "metrics_address": metrics_address.map(|address| address.to_string()),
             "pid": process::id(),
         })
         .to_string();

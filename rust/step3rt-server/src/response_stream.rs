@@ -10,7 +10,7 @@ use step3rt_core::error::{ErrorKind, RequestError};
 use step3rt_core::ids::{RequestId, TimeNs, TokenId};
 use step3rt_core::scheduler::{FinishReason, RequestEvent, Usage};
 use step3rt_core::step::TokenLogprob;
-use step3rt_proto::status::to_status;
+use step3rt_proto::status::{policy, to_status};
 use step3rt_proto::v1;
 use step3rt_proto::v1::generate_response::Event;
 use step3rt_proto::v1::{FinishReason as WireReason, GenerateResponse, finished};
@@ -22,6 +22,7 @@ use tracing::debug;
 
 use crate::drive_handle::{DriveHandle, Message};
 use crate::internal_error::without_diagnostics;
+use crate::metrics::{self, RequestMetrics};
 use crate::outbox::{Outbox, Piece};
 use crate::text::continuation::{Continuation, TextRules};
 
@@ -56,6 +57,8 @@ pub struct StreamParts {
     pub wants_token_ids: bool,
     /// Where stops and cancels go.
     pub drive: DriveHandle,
+    /// Where it is counted.
+    pub metrics: RequestMetrics,
 }
 
 /// See the module's documentation.
@@ -64,6 +67,7 @@ pub struct ResponseStream {
     continuations: Vec<Progress>,
     outbox: Outbox,
     num_unfinished: u32,
+    num_resumed_tokens: u32,
     /// Of the prompt; every continuation's usage says it, as `Started` did. `None` until then.
     num_cached_tokens: Option<u32>,
     /// Why the stream ends early, to be told after what waits.
@@ -104,6 +108,7 @@ impl ResponseStream {
         }
         Self {
             num_unfinished: parts.n,
+            num_resumed_tokens: continuations.first().map_or(0, |only| only.num_tokens),
             outbox: Outbox::new(parts.n),
             parts,
             continuations,
@@ -137,6 +142,7 @@ impl ResponseStream {
                 () = responses.closed() => {
                     // The client left; at shutdown the drive loop may have, too.
                     let _ = self.parts.drive.send(Message::Cancel(self.parts.id)).await;
+                    self.parts.metrics.ended(metrics::CLIENT_LEFT);
                     return;
                 }
                 event = events.recv(), if !is_over => {
@@ -164,6 +170,8 @@ impl ResponseStream {
         if let Some(status) = self.failure.take() {
             // A client that is gone does not need to know.
             let _ = responses.send(Err(status)).await;
+        } else {
+            self.parts.metrics.ended(metrics::FINISHED);
         }
     }
 
@@ -195,6 +203,10 @@ impl ResponseStream {
 
     fn started(&mut self, num_cached_tokens: u32) {
         self.num_cached_tokens = Some(num_cached_tokens);
+        let num_prompt_tokens = self.parts.num_prompt_tokens;
+        self.parts
+            .metrics
+            .started(num_prompt_tokens, num_cached_tokens);
         self.outbox.push(Event::Started(v1::Started {
             request_id: self.parts.client_id.clone(),
             prompt_tokens: self.parts.num_prompt_tokens,
@@ -214,6 +226,7 @@ impl ResponseStream {
         if progress.text.has_matched() {
             return; // generated before the scheduler heard of the stop
         }
+        self.parts.metrics.generated();
         let mut text = String::new();
         let found = progress.text.push(position, token, &mut text);
         progress.num_tokens = position + 1;
@@ -276,6 +289,10 @@ impl ResponseStream {
             (None, Some(FinishReason::Length)) => (WireReason::Length, None),
             (None, None) => (WireReason::Cancelled, None),
         };
+        let num_new_tokens = progress.num_tokens.saturating_sub(self.num_resumed_tokens);
+        self.parts
+            .metrics
+            .output_ended(reason, num_new_tokens, usage.times);
         let [submitted, planned, first_token, ended] = usage.times;
         debug!(
             request_id = self.parts.client_id,
@@ -312,6 +329,7 @@ impl ResponseStream {
     fn fail(&mut self, error: RequestError) {
         let num_tokens: u32 = self.continuations.iter().map(|c| c.num_tokens).sum();
         debug!(request_id = self.parts.client_id, kind = ?error.kind, num_tokens, "request failed");
+        self.parts.metrics.ended(policy(error.kind).reason);
         let mut status = to_status(&without_diagnostics(error));
         status
             .metadata_mut()

@@ -8,6 +8,7 @@ pub mod chat_template;
 pub mod continuation;
 pub mod defuse;
 pub mod detokenizer;
+pub(crate) mod input;
 pub mod media_parts;
 pub mod python_json;
 pub mod stop_strings;

@@ -66,6 +66,21 @@ fn an_address_beyond_this_host_needs_insecure_bind() {
 }
 
 #[test]
+fn metrics_beyond_this_host_need_insecure_bind_though_there_is_tls() {
+    let identity = r#", "tls_cert": "/c", "tls_key": "/k", "tls_ca": "/a""#;
+    let public = format!(r#"{identity}, "metrics_listen": "0.0.0.0:0""#);
+    let config = parse(&public).expect("parses");
+    assert!(matches!(
+        config.metrics_listen_address(),
+        Err(ConfigError::PublicMetrics { .. })
+    ));
+    let config = parse(&format!(r#"{public}, "insecure_bind": true"#)).expect("parses");
+    assert!(matches!(config.metrics_listen_address(), Ok(Some(_))));
+    let config = parse("").expect("parses");
+    assert!(matches!(config.metrics_listen_address(), Ok(None)));
+}
+
+#[test]
 fn an_address_without_a_port_is_refused_with_an_example() {
     let config = parse(r#", "listen": "localhost""#).expect("parses");
     let error = config.listen_address().expect_err("no port").to_string();

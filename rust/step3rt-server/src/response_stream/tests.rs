@@ -44,6 +44,7 @@ fn resume(n: u32, stop_strings: &[&str], resumed: &[u8]) -> Harness {
         wants_text: true,
         wants_token_ids: true,
         drive: handle,
+        metrics: RequestMetrics::default(),
     });
     let (events, receiver) = mpsc::channel(max_unsent_tokens(n));
     let (sender, responses) = mpsc::channel(RESPONSE_BOUND);

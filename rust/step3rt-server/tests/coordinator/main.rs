@@ -8,6 +8,7 @@ mod floods;
 mod generate;
 mod instances;
 mod metadata;
+mod metrics;
 mod node;
 mod process;
 mod refusals;

@@ -5,9 +5,9 @@ use std::io;
 use step3rt_server::ListError;
 use step3rt_server::checkpoint::CheckpointError;
 use step3rt_server::config::{ConfigError, CoordinatorConfig};
-use step3rt_server::coordinator::StartError;
 use step3rt_server::listeners::ListenError;
 use step3rt_server::registry::HelloError;
+use step3rt_server::start_error::StartError;
 use step3rt_server::text::tokenizer::TokenizerError;
 
 fn in_use() -> io::Error {
@@ -24,6 +24,11 @@ fn config_errors() -> Vec<String> {
         let config = parse(extra).expect("parses");
         config.listen_address().expect_err(extra).to_string()
     };
+    let metrics_address = |extra: &str| {
+        let config = parse(extra).expect("parses");
+        let refused = config.metrics_listen_address();
+        refused.expect_err(extra).to_string()
+    };
     vec![
         refused(r#", "num_lane": 3"#),
         refused(r#", "num_lanes": "three""#),
@@ -34,6 +39,7 @@ fn config_errors() -> Vec<String> {
         refused(r#", "fabric": "pigeon""#),
         address(r#", "listen": "0.0.0.0:1""#),
         address(r#", "listen": "127.0.0.1""#),
+        metrics_address(r#", "metrics_listen": "0.0.0.0:1""#),
     ]
 }
 
