@@ -2,8 +2,8 @@
 //!
 //! Prompts and outputs are never logged.
 
-use std::fmt;
-use std::io;
+use std::os::linux::fs::MetadataExt;
+use std::{fmt, fs, io};
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::Targets;
@@ -19,6 +19,14 @@ use crate::config::LogFormat;
 /// What is logged, as `target=level,…`; the default is `info`.
 pub const LOG_ENV: &str = "STEP3RT_LOG";
 
+/// Whether standard error is the stream that the journal reads. The variable alone does not say so: programs
+/// inherit it whose output goes elsewhere.
+fn is_journal() -> bool {
+    let stream =
+        fs::metadata("/proc/self/fd/2").map(|it| format!("{}:{}", it.st_dev(), it.st_ino()));
+    stream.is_ok_and(|stream| std::env::var("JOURNAL_STREAM") == Ok(stream))
+}
+
 /// Starts logging for this process. A process that logs already goes on as it does.
 pub fn start(format: LogFormat) {
     let wanted = std::env::var(LOG_ENV).unwrap_or_default();
@@ -28,10 +36,9 @@ pub fn start(format: LogFormat) {
         Err(error) => (Targets::new().with_default(Level::INFO), Some(error)),
     };
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-    let is_under_journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let layer: Box<dyn Layer<Registry> + Send + Sync> = match format {
         LogFormat::Json => layer.json().boxed(),
-        LogFormat::Text if is_under_journal => layer.event_format(JournalFormat).boxed(),
+        LogFormat::Text if is_journal() => layer.event_format(JournalFormat).boxed(),
         LogFormat::Text => layer.with_ansi(false).with_target(false).boxed(),
     };
     let is_first = tracing_subscriber::registry()

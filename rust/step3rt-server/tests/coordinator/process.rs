@@ -36,11 +36,17 @@ fn config(ready_file: &Path, log_format: &str) -> serde_json::Value {
     })
 }
 
+/// A process learns its number, and the stream that the journal reads, when it has them.
+const LIKE_A_SERVICE: &str = r#"LISTEN_PID=$$
+if [ -n "$IS_JOURNAL" ]; then JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2); fi
+export LISTEN_PID JOURNAL_STREAM
+exec "$0" "$@" 3<&0"#;
+
 /// What `exec` of this test binary with the body above looks like to a shell.
 pub(crate) fn child_command(ready_file: &Path, log_format: &str) -> Command {
     let mut command = Command::new("sh");
     command
-        .args(["-c", r#"LISTEN_PID=$$ exec "$0" "$@" 3<&0"#])
+        .args(["-c", LIKE_A_SERVICE])
         .arg(std::env::current_exe().expect("known"))
         .args(["--ignored", "--exact", "process::coordinator_process"])
         .env(CONFIG_ENV, config(ready_file, log_format).to_string())
@@ -147,7 +153,7 @@ fn a_socket_passed_by_the_service_manager_is_served() {
     command
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .env("LISTEN_FDS", "1")
-        .env("JOURNAL_STREAM", "1:2");
+        .env("IS_JOURNAL", "1");
     let mut child = Guard(command.spawn().expect("spawns"));
     // The socket exists before the coordinator does: nobody is refused. The runtime goes with its
     // connection, which nobody would close while this thread waits for the child.
@@ -182,6 +188,8 @@ fn a_renewal_of_no_use_is_logged_once_and_the_certificate_kept_until_it_is_put_r
     let mut child = Guard(
         command
             .env(CONFIG_ENV, config.to_string())
+            // Inherited: the journal does not read this one's lines.
+            .env("JOURNAL_STREAM", "1:2")
             .spawn()
             .expect("spawns"),
     );
