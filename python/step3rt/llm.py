@@ -6,8 +6,8 @@ Owns neither processes (`LocalCluster` does) nor the wire; it queues prompts and
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -27,10 +27,6 @@ from step3rt.sampling import SamplingParams
 
 MAX_OPEN_STREAMS = 256
 """Streams that are open at once; more prompts wait here, not in the server's queue."""
-
-
-_CHECK_S = 0.5
-"""How often the cluster's processes are looked at while no prompt is done."""
 
 
 def shows_progress() -> bool:
@@ -197,7 +193,7 @@ class LLM:
         ):
             futures = [pool.submit(run, index) for index in range(len(starts))]
             try:
-                for future in self._as_completed(futures):
+                for future in self._cluster.as_completed(futures):
                     output = outputs[future.result()]
                     assert output is not None, "a finished run has stored its output"
                     num_tokens += sum(len(item.token_ids) for item in output.outputs)
@@ -214,19 +210,6 @@ class LLM:
                     self._cluster.check()  # how a child died says more than that it is missing
                 raise
         return [output for output in outputs if output is not None]
-
-    def _as_completed(self, futures: Sequence[Future[int]]) -> Iterator[Future[int]]:
-        """The futures as they are done.
-
-        Raises:
-            Unavailable: they wait for a process that is dead, and that nobody else replaces.
-        """
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, _CHECK_S, FIRST_COMPLETED)
-            yield from done
-            if not done and self._cluster.is_broken():
-                raise Unavailable("A process that the local cluster needs has ended")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

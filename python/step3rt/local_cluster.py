@@ -13,13 +13,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from step3rt.config import (
     COLOCATED,
@@ -41,7 +41,11 @@ from step3rt.local_instances import (
 )
 from step3rt.placement import HostConfig, devices_of
 
+_T = TypeVar("_T")
+
 _POLL_S = 0.05
+_CHECK_S = 0.5
+"""How often the processes are looked at while no request is done."""
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_LOG_TAIL_CHARS = 4000
 
@@ -199,6 +203,19 @@ class LocalCluster:
         dead = {child.name for child in self._children if child.process.poll() is not None}
         attention = {item.name for item in self._children if item.name.startswith("attention-")}
         return bool(dead - attention) or (bool(attention) and attention <= dead)
+
+    def as_completed(self, futures: Iterable[Future[_T]]) -> Iterator[Future[_T]]:
+        """The futures of requests as they are done.
+
+        Raises:
+            Unavailable: they wait for a process that is dead, and that nobody else replaces.
+        """
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, _CHECK_S, FIRST_COMPLETED)
+            yield from done
+            if not done and self.is_broken():
+                raise Unavailable("A process that the local cluster needs has ended")
 
     def start_instance(self, role: str) -> int:
         """Starts one more instance, or "colocated" one of each role; returns its process id."""

@@ -10,7 +10,8 @@ import pytest
 
 from step3rt import LLM, SamplingParams
 from step3rt.errors import Unavailable
-from tests.e2e.clusters import pid_of
+from tests.e2e.clusters import pid_of, processes_with, wait_until
+from tests.e2e.commands import Commands
 
 # Long enough that it is not done when its process dies.
 PARAMS = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
@@ -47,6 +48,23 @@ def test_a_death_that_nobody_can_make_good_ends_generation_at_once_and_says_who_
         # Another call finds the same, not what the coordinator knows.
         with pytest.raises(Unavailable, match="The ffn-0 process ended with code -9"):
             llm.chat([{"role": "user", "content": "Hello"}], PARAMS)
+
+
+@pytest.mark.timeout(300)
+def test_a_command_with_a_cluster_of_its_own_says_so_at_once(commands: Commands) -> None:
+    mark = f"STEP3RT_TEST_MARK={os.urandom(8).hex()}"
+    name, value = mark.split("=")
+    environment = os.environ | {name: value}
+    command = commands.start(
+        "generate", "--max-tokens=1500", "--ignore-eos", "Once upon a time", environment=environment
+    )
+    wait_until(lambda: "Once upon a time" in command.output(), "the first token")
+    (pid,) = (pid for pid, line in processes_with(mark).items() if "ffn" in line)
+    os.kill(pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    assert command.process.wait(60) == 69
+    assert time.monotonic() - killed_s < SOON_S
+    assert "The ffn-0 process ended with code -9" in command.output()
 
 
 @pytest.mark.timeout(300)

@@ -8,8 +8,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -172,7 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
         is_streamed = not is_json and len(prompts) == 1 and params.n == 1
         on_event = _print_event if is_streamed else None
         try:
-            generated = _generate(client, prompts, params, on_event)
+            done = as_completed if cluster is None else cluster.as_completed
+            generated = _generate(client, prompts, params, on_event, done)
         except Unavailable:
             if cluster is not None:
                 cluster.check()  # how a child died says more than that it is missing
@@ -222,8 +223,9 @@ def _generate(
     prompts: list[Prompt],
     params: SamplingParams,
     on_event: Callable[[Prompt, GenerationEvent], None] | None,
+    done: Callable[[list[Future[_Generated]]], Iterable[Future[_Generated]]],
 ) -> list[_Generated]:
-    """Runs all prompts at once; results in order."""
+    """Runs all prompts at once; results in order. `done` gives those that are done."""
 
     def run_one(prompt: Prompt) -> _Generated:
         timer = StreamTimer()
@@ -234,12 +236,10 @@ def _generate(
                     on_event(prompt, event)
             return _Generated(stream.result(), timer)
 
-    if len(prompts) == 1:
-        return [run_one(prompts[0])]
     with ThreadPoolExecutor(min(MAX_OPEN_STREAMS, len(prompts))) as pool:
         futures = [pool.submit(run_one, prompt) for prompt in prompts]
         try:
-            for future in as_completed(futures):
+            for future in done(futures):
                 future.result()
         except BaseException:
             # The pool waits for its threads, and they for streams, which end with the client.
