@@ -59,7 +59,10 @@ __device__ __forceinline__ float swiglu(float gate, float up) {
   return __fdividef(gate, 1.0f + ex2_approx(-gate * kLog2E)) * up;
 }
 
-// Scale of 128 values and its inverse, from their largest magnitude.
+// Scale of 128 values and its inverse, from their largest magnitude. Below 2^-100 it is that of
+// 2^-100, as in fused/quantize.cuh: the inverse of a smaller one is infinite, and 0 times it NaN.
 __device__ __forceinline__ float2 quantization_scale(float amax) {
-  return amax > 0.0f ? make_float2(amax / kE4m3Max, kE4m3Max / amax) : make_float2(1.0f, 1.0f);
+  const float bounded = fmaxf(amax, 0x1p-100f);
+  return amax > 0.0f ? make_float2(bounded / kE4m3Max, kE4m3Max / bounded)
+                     : make_float2(1.0f, 1.0f);
 }

@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int c = 0; c <= kMaxColumns; ++c) {
     rows[c] = c < num_copies ? ld_global_cg(params.token_rows + token * num_copies + c) : -1;
-    weights[c] =
-        c < params.num_columns ? params.topk_weights[token * params.num_columns + c] : 1.0f;
+    weights[c] = c < params.num_columns
+                     ? ld_global_cg(params.topk_weights + token * params.num_columns + c)
+                     : 1.0f;
   }
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();

@@ -125,6 +125,14 @@ def test_tokens_without_a_local_expert_get_zero() -> None:
     assert relative_error(out, mixed.reference()) < bound(1)
 
 
+# A single block of rows, a pair, and a remainder, which quantise in places of their own.
+@pytest.mark.parametrize("rows", [8, 64, 128, 144, 272])
+def test_inner_values_near_zero_do_not_become_nan(rows: int) -> None:
+    case = make_case(torch.zeros(rows, 1), 1, 1, sizes=(1024, 640))
+    case.experts.gate_up_scale.mul_(1e-22)  # SwiGLU's values are around the least numbers, or 0
+    assert bool((case.run() == 0).all())
+
+
 def test_all_48_experts_and_the_shared_one() -> None:
     check(make_case(distinct_ids(2048, 3, 48), 49, 48, sizes=(256, 128)))
 
