@@ -43,15 +43,22 @@ Texts = list[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """How many instances of each role, and where: one GPU for each process, or the CPU for all."""
+    """How many instances of each role, and where: one GPU for each process, or the CPU for all.
+
+    With `shares_gpu` processes take turns on one GPU, some milliseconds each. Nothing is measured
+    there, but kernels, links and graphs are those of many GPUs.
+    """
 
     attention: int
     ffn: int
     placement: str = "disaggregated"
     kind: str = "cuda"
+    shares_gpu: bool = False
 
     def __str__(self) -> str:
         """Returns the id of a test's parameter."""
+        if self.shares_gpu:
+            return f"one-gpu-{self.attention}a{self.ffn}f"
         if self.placement == "colocated":
             return f"{self.kind}-colocated{self.attention}"
         return f"{self.kind}-{self.attention}a{self.ffn}f"
@@ -71,17 +78,23 @@ class Topology:
         """Of the processes; skips the test where there are too few GPUs."""
         if self.kind == "cpu":
             return ["cpu"]
-        if torch.cuda.device_count() < self.num_processes:
-            pytest.skip(f"{self.num_processes} GPUs are needed")
-        return [f"cuda:{index}" for index in range(self.num_processes)]
+        num_gpus = 1 if self.shares_gpu else self.num_processes
+        if torch.cuda.device_count() < num_gpus:
+            pytest.skip(f"{num_gpus} GPUs are needed")
+        return [f"cuda:{index}" for index in range(num_gpus)]
 
 
 ON_CPU = Topology(1, 1, kind="cpu")
 ON_GPUS = [Topology(1, 1), Topology(2, 2), Topology(1, 3), Topology(4, 4, "colocated")]
+ON_ONE_GPU = [Topology(*counts, shares_gpu=True) for counts in ((1, 1), (2, 2), (1, 3))]
+ON_SHARED_OR_OWN_GPUS = [
+    *(pytest.param(each, id=str(each), marks=pytest.mark.gpu) for each in ON_ONE_GPU),
+    *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
+]
 # On the CPU, test_device_pipeline.py kills instances of 2A2F in every run.
 TOPOLOGIES = [
     pytest.param(ON_CPU, id=str(ON_CPU), marks=pytest.mark.slow),
-    *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
+    *ON_SHARED_OR_OWN_GPUS,
 ]
 
 

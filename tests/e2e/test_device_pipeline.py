@@ -1,18 +1,19 @@
-"""The device pipeline over real processes and the real coordinator, on the CPU."""
+"""The device pipeline over real processes and the real coordinator, on the CPU and on GPUs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from step3rt import Client, LocalCluster
 from step3rt.errors import Unavailable
 from tests.e2e.clusters import assert_all_blocks_return, pid_of, wait_until
 from tests.e2e.commands import Commands, Running
 from tests.e2e.device_clusters import (
+    ON_SHARED_OR_OWN_GPUS,
     SETTINGS,
     Texts,
+    Topology,
     assert_same_while_decided,
     device_cluster,
     generate,
@@ -78,14 +79,11 @@ def test_experts_over_three_instances_give_the_same_tokens(smallest: Smallest) -
     assert_same_while_decided(smallest.texts, texts)
 
 
-@pytest.mark.multi_gpu
-@pytest.mark.parametrize(("attention", "ffn"), [(1, 1), (2, 2), (1, 3)])
-def test_gpus_give_the_same_tokens(attention: int, ffn: int, smallest: Smallest) -> None:
-    num_devices = attention + ffn
-    if torch.cuda.device_count() < num_devices:
-        pytest.skip(f"{num_devices} GPUs are needed")
-    devices = [f"cuda:{index}" for index in range(num_devices)]
-    with device_cluster(attention, ffn, devices) as cluster:
+@pytest.mark.parametrize("topology", ON_SHARED_OR_OWN_GPUS)
+def test_gpus_give_the_same_tokens(topology: Topology, smallest: Smallest) -> None:
+    with device_cluster(
+        topology.attention, topology.ffn, topology.devices, topology.placement
+    ) as cluster:
         texts = generate(cluster)
     assert_agrees(reference_decoder(), texts)
     assert_same_while_decided(smallest.texts, texts)

@@ -13,6 +13,7 @@ there the distributions are compared.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -25,7 +26,7 @@ from step3rt.model.gpu_decoder import GpuDecoder
 from step3rt.model.gpu_weights import load_gpu_weights
 from step3rt.model.monolithic import MonolithicModel
 from step3rt.results import RequestOutput
-from tests.e2e.device_clusters import ON_GPUS, SETTINGS, Topology, device_cluster
+from tests.e2e.device_clusters import ON_SHARED_OR_OWN_GPUS, SETTINGS, Topology, device_cluster
 from tests.fixtures.device_reference import forced_logits, reference_decoder
 from tests.fixtures.figures import record
 from tests.fixtures.ranked_reference import RankedDecoder
@@ -53,7 +54,7 @@ ON_CPU = Topology(1, 2, kind="cpu")
 
 PARAMETERS = [
     pytest.param(ON_CPU, id=str(ON_CPU)),
-    *(pytest.param(each, id=str(each), marks=pytest.mark.multi_gpu) for each in ON_GPUS),
+    *ON_SHARED_OR_OWN_GPUS,
 ]
 
 
@@ -109,10 +110,15 @@ def compare(
     return found
 
 
-def assert_near(found: Agreement) -> None:
-    """As distributions of the same text."""
-    assert found.kl < MAX_KL
-    assert abs(found.perplexity / found.reference_perplexity - 1) < MAX_PERPLEXITY_CHANGE
+def assert_near(found: dict[str, Agreement]) -> None:
+    """As distributions of the same text.
+
+    What FP8 activations do to perplexity is the reference's own: of two ranks on the CPU it is
+    0.54 % above the model in bfloat16.
+    """
+    assert found[CPU_REFERENCE].kl < MAX_KL
+    same = found[SAME_ARITHMETIC]
+    assert abs(same.perplexity / same.reference_perplexity - 1) < MAX_PERPLEXITY_CHANGE
 
 
 def assert_exact(found: Agreement) -> None:
@@ -121,21 +127,24 @@ def assert_exact(found: Agreement) -> None:
     assert abs(found.kl) < 1e-6
 
 
-def run_in_turn(
-    cluster: LocalCluster, prompts: list[list[int]], max_tokens: int
+def run(
+    cluster: LocalCluster, topology: Topology, prompts: list[list[int]], max_tokens: int
 ) -> list[RequestOutput]:
-    """One after the other, greedily, with every score that the API gives.
+    """Decodes them greedily, with every score that the API gives.
 
-    A row has no batch mates then, so that its place, by which ranks share work, is known.
+    One after the other, so that a row has no batch mates and its place, by which ranks share work,
+    is known; but all at once where processes that take turns on a GPU make steps slow.
     """
     with Client(cluster.address) as client:
-        return [
-            client.generate(
+
+        def output(prompt: list[int]) -> RequestOutput:
+            return client.generate(
                 prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True,
                 prompt_logprobs=NUM_TOP, logprobs=NUM_TOP,
-            ).result()
-            for prompt in prompts
-        ]  # fmt: skip
+            ).result()  # fmt: skip
+
+        with ThreadPoolExecutor(len(prompts) if topology.shares_gpu else 1) as pool:
+            return list(pool.map(output, prompts))
 
 
 @pytest.fixture(scope="module", params=PARAMETERS)
@@ -161,14 +170,14 @@ def test_held_out_text_is_predicted_as_by_the_reference(
 ) -> None:
     num_windows, num_tokens = extent(topology)
     texts = [window[:num_tokens] for window in windows()[:num_windows]]
-    outputs = run_in_turn(cluster, texts, max_tokens=1)
+    outputs = run(cluster, topology, texts, max_tokens=1)
     scores = [Scores.of_api(output.prompt_logprobs) for output in outputs]
     prompts: list[Text] = [(tuple(text), ()) for text in texts]
     found = compare(f"held-out text, {topology}", topology.ffn, prompts, scores)
     if topology.kind == "cpu":
         assert_exact(found[SAME_ARITHMETIC])
     else:
-        assert_near(found[CPU_REFERENCE])
+        assert_near(found)
 
 
 def test_decoded_tokens_are_the_references_at_every_position(
@@ -176,7 +185,7 @@ def test_decoded_tokens_are_the_references_at_every_position(
 ) -> None:
     num_windows, num_tokens = extent(topology)
     prompts = [window[-DECODED_PROMPT_TOKENS:] for window in windows()[:num_windows]]
-    outputs = run_in_turn(cluster, prompts, max_tokens=num_tokens - DECODED_PROMPT_TOKENS)
+    outputs = run(cluster, topology, prompts, max_tokens=num_tokens - DECODED_PROMPT_TOKENS)
     generated = [output.outputs[0] for output in outputs]
     scores = [Scores.of_api(one.logprobs) for one in generated]
     for one, part in zip(generated, scores, strict=True):
@@ -211,7 +220,7 @@ def test_the_decoder_on_one_gpu_predicts_held_out_text(one_gpu: GpuDecoder) -> N
     num_windows, num_tokens = WHOLE
     texts: list[Text] = [(tuple(window[:num_tokens]), ()) for window in windows()[:num_windows]]
     scores = [forced_scores(one_gpu, text) for text in texts]
-    assert_near(compare("held-out text, decoder on one GPU", 1, texts, scores)[CPU_REFERENCE])
+    assert_near(compare("held-out text, decoder on one GPU", 1, texts, scores))
 
 
 @pytest.mark.gpu
@@ -232,6 +241,6 @@ def test_the_decoder_on_one_gpu_gives_the_references_tokens(
         model = GpuDecoder(weights, replace(one_gpu.options, is_fp8_kv=False))
     scores = [forced_scores(model, text) for text in texts]
     what = f"the reference's own tokens, decoder on one GPU, {'FP8' if is_fp8 else 'BF16'}"
-    found = compare(what, 1 if is_fp8 else 0, texts, scores)[CPU_REFERENCE]
+    found = compare(what, 1 if is_fp8 else 0, texts, scores)
     assert_near(found)
-    assert is_fp8 or found.same_share >= MIN_SAME_SHARE
+    assert is_fp8 or found[CPU_REFERENCE].same_share >= MIN_SAME_SHARE

@@ -116,13 +116,20 @@ def world(peers: list[Peer]) -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture
-def star() -> Iterator[list[World]]:
-    """Links of this process on GPU 0 with a peer on each other GPU, all at once."""
-    if torch.cuda.device_count() < NUM_GPUS:
-        pytest.skip(f"{NUM_GPUS} GPUs are needed")
+STARS = [
+    pytest.param(NUM_GPUS, id="four-gpus", marks=multi_gpu),
+    # The processes take turns on it, so that nothing is at the same time; the rest is as on four.
+    pytest.param(1, id="one-gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=STARS)
+def star(request: pytest.FixtureRequest) -> Iterator[list[World]]:
+    """Links of this process on GPU 0 with three peers at once, on a GPU each or on the same."""
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"{request.param} GPUs are needed")
     with torch.cuda.device(0):
-        worlds = [World(Peer(device), 0) for device in range(1, NUM_GPUS)]
+        worlds = [World(Peer(peer % request.param), 0) for peer in range(1, NUM_GPUS)]
         yield worlds
         for world in worlds:
             world.close()
@@ -332,7 +339,6 @@ def exchange(worlds: list[World], num_bytes: int, rounds: int) -> torch.Tensor:
     return faults
 
 
-@multi_gpu
 @pytest.mark.parametrize("num_bytes", [64, 917_504, SLOT_BYTES])
 def test_frames_of_three_peers_at_once_arrive_whole(star: list[World], num_bytes: int) -> None:
     rounds = 100 if num_bytes < SLOT_BYTES else 10
@@ -342,7 +348,6 @@ def test_frames_of_three_peers_at_once_arrive_whole(star: list[World], num_bytes
         assert world.link.errors()[0] is LinkError.OK
 
 
-@multi_gpu
 def test_one_peer_of_three_that_is_killed_costs_the_others_nothing(star: list[World]) -> None:
     lost, *others = star
     lost.wait(0, 64)
