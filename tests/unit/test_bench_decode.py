@@ -311,7 +311,7 @@ def the_planner_takes(report: dict[str, Any], path: Path) -> None:
         (("--placement=colocated",), "a device is 'reference'"),
         (("--batch=6", "--no-stages", "--trace=x"), "Leave out --trace or --no-stages"),
         (("--batch=6", "--trace=x"), "a device is 'reference'"),
-        (("--batch=6", "--context=160"), "would begin with -8 tokens"),
+        (("--batch=6", "--context=240"), "would begin with -8 tokens"),
         (("--batch=6", "--context=200", "--spread=0.5"), "a smaller spread"),
         (("--batch=6", "--out=no-such-directory/x.json"), "--out 'no-such-directory/x.json'"),
         (("--batch=6", "--trace=no-such-directory/x", "--devices=cpu"), "--trace 'no-such-"),

@@ -53,6 +53,7 @@ def summarise(
     about_trend = quantiles([gap for lane in lanes for gap in _about_trend_ms(lane)])
     return {
         "steps": load.steps,
+        "warmup_steps": load.warmup_steps,
         "tokens_per_s": round(tokens_per_s, 1),
         "tpot_ms": quantiles(weighted),
         "step_ms": step_ms,

@@ -26,7 +26,7 @@ class DecodeLoad:
     context_tokens: int
     spread: float = 0.0
     steps: int = 200
-    warmup_steps: int = 20
+    warmup_steps: int = 100
     seed: int = 0
 
     @property

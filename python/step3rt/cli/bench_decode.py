@@ -46,7 +46,13 @@ def add_decode(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--spread", type=float, default=0.0, help="lengths differ by this share (default: 0)"
     )
     parser.add_argument("--steps", type=int, default=200, help="measured steps of each lane")
-    parser.add_argument("--warmup-steps", type=int, default=20, help="before them (default: 20)")
+    parser.add_argument(
+        "--warmup-steps",
+        type=int,
+        default=100,
+        help="before them; a GPU that reaches its power limit slows down over some seconds "
+        "(default: 100)",
+    )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Perfetto trace; needs --devices"
     )
