@@ -293,7 +293,11 @@ class NodeSession:
         """
 
     def set_status(self, text: str) -> None:
-        """Shows `text` in heartbeats and as the systemd STATUS; extends the start time-out."""
+        """Shows `text` in heartbeats and as the systemd STATUS; extends the start time-out.
+
+        Raises:
+            Cancelled: a signal asked to stop that an earlier session of this process took over.
+        """
 
     def bind(
         self, a2f_slot_bytes: int, f2a_slot_bytes: int, device_offer: bytes | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from step3rt import _core
+from step3rt.errors import Cancelled
 from tests.fixtures.core_processes import (
     PATIENCE_S,
     Coordinator,
@@ -46,6 +47,19 @@ def _loads_forever(pipe: Connection, options: str) -> None:
     session.set_status("loading")
     pipe.send("loading")
     time.sleep(PATIENCE_S)
+
+
+def _loads_again(pipe: Connection, options: str) -> None:
+    join_cluster(options).close()  # has served
+    session = _core.NodeSession(options)
+    pipe.send("loading again")
+    try:
+        while True:
+            session.set_status("loading")
+            time.sleep(0.01)
+    except Cancelled as error:
+        pipe.send(str(error))
+    session.close()
 
 
 def _connects_forever(pipe: Connection, options: str) -> None:
@@ -98,6 +112,18 @@ def test_a_signal_ends_an_instance_that_is_still_loading(
     process.terminate()
     process.join(PATIENCE_S)
     assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_signal_ends_an_instance_that_loads_again(
+    coordinator: Coordinator, processes: Processes
+) -> None:
+    process, pipe = processes.start(_loads_again, coordinator.options("ffn"))
+    assert receive(pipe) == "loading again"
+    process.terminate()
+    assert "while this instance loaded" in receive(pipe)
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0
+    wait_until(lambda: coordinator.instances() == [])
 
 
 def test_ctrl_c_ends_the_wait_for_a_coordinator(

@@ -110,6 +110,9 @@ def serve_sessions(
             if role.run(session) is Outcome.DRAINED:
                 logger.info("Stopped, as it was told")
                 return
+        except Cancelled:
+            logger.info("Stopped while it loaded, as it was told")
+            return
         except Unavailable as error:
             # The session ended between two polls; the next one begins from the start.
             logger.warning("The session with the coordinator is over: %s", error)

@@ -125,6 +125,9 @@ pub enum NodeError {
          join"
     )]
     Interrupted(String),
+    /// A signal came while an instance that had served before loaded again.
+    #[error("a signal asked to stop while this instance loaded. Start the instance again to join")]
+    InterruptedLoading,
     /// The session ended; what was asked needs one.
     #[error("the session with the coordinator is over: {0}. Open a new session")]
     SessionOver(String),
@@ -199,7 +202,7 @@ impl NodeError {
             Self::Unreachable { .. } | Self::SessionOver(_) | Self::NotLinked(_) => {
                 NodeErrorKind::Unavailable
             }
-            Self::Interrupted(_) => NodeErrorKind::Cancelled,
+            Self::Interrupted(_) | Self::InterruptedLoading => NodeErrorKind::Cancelled,
             // Not of the configuration alone, so whoever starts instances tries again.
             Self::DataHostUnbound { .. } | Self::System { .. } => NodeErrorKind::Internal,
         }
@@ -255,6 +258,7 @@ mod tests {
                 last: "connection refused".to_owned(),
             },
             NodeError::Interrupted("10.0.0.1:50052".to_owned()),
+            NodeError::InterruptedLoading,
             NodeError::SessionOver("the coordinator ended it".to_owned()),
             NodeError::Bind(BindError::Geometry(GeometryError::SlotBytes(0))),
             NodeError::DeviceOffer(DeviceOfferTooLong(4097)),

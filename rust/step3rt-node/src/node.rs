@@ -110,12 +110,18 @@ impl Node {
     }
 
     /// Shows `text` to people; while weights load, also a sign of life.
-    pub fn set_status(&mut self, text: &str) {
+    ///
+    /// An error once a signal has asked to stop: what is loaded then would serve nobody.
+    pub fn set_status(&mut self, text: &str) -> Result<(), NodeError> {
+        if signals::asked_to_stop() {
+            return Err(NodeError::InterruptedLoading);
+        }
         let now = Instant::now();
         self.session.pulse().mark_progress(now);
         self.session.pulse().set_status(text);
         self.supervisor.status(text);
         self.supervisor.feed(now);
+        Ok(())
     }
 
     /// Binds the data listeners for slots of these sizes. Once, after connecting.

@@ -124,9 +124,10 @@ impl NodeSession {
         })
     }
 
-    fn set_status(&self, text: &str) -> PyResult<()> {
-        self.lock()?.set_status(text);
-        Ok(())
+    fn set_status(&self, py: Python<'_>, text: &str) -> PyResult<()> {
+        self.lock()?
+            .set_status(text)
+            .map_err(|error| errors::node_error(py, &error))
     }
 
     #[pyo3(signature = (a2f_slot_bytes, f2a_slot_bytes, device_offer=None))]
